@@ -1,0 +1,186 @@
+"""The seam between ACI and its transport: streams, pubsub and a DHT, and nothing of libp2p.
+
+Two implementations: `aci_p2p.network.libp2p` (TCP, noise, yamux, gossipsub, Kademlia) and `aci_p2p.network.memory`
+(one process, virtual time). Everything above speaks of `NodeId`, byte frames and multiaddr strings only.
+
+A peer can never raise into the caller's task tree: handlers and validators run contained, and what a peer does wrong
+shows as a closed stream, a dropped message or a typed error from the call that was waiting.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass
+from typing import Self
+
+from aci_p2p.protocol.errors import RemoteError, ResourceError
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.validation import Validation
+
+MAX_FRAME_BYTES = 1 << 20
+"""Largest frame on a stream, bytes: a long prompt (128 Ki tokens of text) fits, a memory bomb does not."""
+MAX_GOSSIP_BYTES = 16 << 10
+"""Largest gossip message, bytes: offers and bids take under 1 KiB; prompts never go through gossip."""
+MAX_RECORD_BYTES = 4 << 10
+"""Largest DHT value, bytes: a signed node or capability record."""
+
+
+class StreamClosed(RemoteError):
+    """The peer ended or reset the stream, or the connection under it was lost."""
+
+    code = "stream_closed"
+
+
+class PeerUnreachable(ResourceError):
+    """No address of the peer could be dialled, or it speaks none of our protocols."""
+
+    code = "peer_unreachable"
+
+
+class AddressInUse(ResourceError):
+    """A listen address is taken by another program."""
+
+    code = "address_in_use"
+
+
+class Stream(ABC):
+    """A bidirectional, encrypted stream of frames to one peer. Closed by the block that opened it."""
+
+    @property
+    @abstractmethod
+    def peer(self) -> NodeId:
+        """The authenticated other side."""
+
+    @abstractmethod
+    async def send(self, frame: bytes) -> None:
+        """Send one frame of at most MAX_FRAME_BYTES, waiting for flow control. Raises StreamClosed."""
+
+    @abstractmethod
+    async def receive(self) -> bytes:
+        """Receive one frame. Raises StreamClosed on a clean end, a reset or an oversized frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class GossipMessage:
+    """A validated pubsub message."""
+
+    forwarder: NodeId
+    """The neighbour that sent it to us (not its author: the author signs inside `data`)."""
+    data: bytes
+    """The payload, at most MAX_GOSSIP_BYTES."""
+
+
+class Subscription(ABC):
+    """Validated messages of one topic, oldest first. Bounded: when full, the oldest is dropped and counted."""
+
+    @abstractmethod
+    async def receive(self) -> GossipMessage:
+        """Wait for the next message."""
+
+    @property
+    @abstractmethod
+    def dropped(self) -> int:
+        """Messages lost to a full queue since the subscription opened."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> GossipMessage:
+        return await self.receive()
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkStatistics:
+    """A snapshot of what the network holds and has refused."""
+
+    peers: int
+    """Connected peers."""
+    streams: int
+    """Open streams that this seam knows of, both directions."""
+    gossip_accepted: int
+    """Gossip messages delivered."""
+    gossip_refused: dict[str, int]
+    """Gossip messages ignored or rejected, by reason."""
+    gossip_dropped: int
+    """Gossip messages lost to full subscription queues."""
+    handler_failures: int
+    """Stream handlers ended by an error (a peer's fault or our bug; never fatal)."""
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+"""Serves one inbound stream; the stream is closed when it returns, reset when it raises."""
+GossipValidator = Callable[[NodeId, bytes], Validation]
+"""Judges one message before it is delivered or forwarded: (forwarder, data). Must not block; raising means REJECT."""
+
+
+class Network(ABC):
+    """A running network endpoint. Made only by `async with`."""
+
+    @property
+    @abstractmethod
+    def node_id(self) -> NodeId:
+        """Our identity."""
+
+    @property
+    @abstractmethod
+    def addresses(self) -> Sequence[str]:
+        """Our dialable multiaddrs, each ending in `/p2p/<peer id>`."""
+
+    @property
+    @abstractmethod
+    def peers(self) -> Sequence[NodeId]:
+        """Connected peers."""
+
+    @abstractmethod
+    async def connect(self, address: str) -> NodeId:
+        """Dial a multiaddr with `/p2p/<peer id>`; a no-op when connected. Raises LocalError, PeerUnreachable."""
+
+    @abstractmethod
+    def learn_addresses(self, peer: NodeId, addresses: Sequence[str]) -> None:
+        """Remember where a peer may be dialled (from a verified record). Malformed ones are skipped."""
+
+    @abstractmethod
+    def open_stream(self, peer: NodeId, protocol: str) -> AbstractAsyncContextManager[Stream]:
+        """Open a stream, dialling if needed. Raises PeerUnreachable. Closed at the end, reset on error or cancel."""
+
+    @abstractmethod
+    def serve(self, protocol: str, handler: StreamHandler) -> AbstractContextManager[None]:
+        """Serve inbound streams of a protocol within the block, each in a contained task; cancelled at its end."""
+
+    @abstractmethod
+    def subscribe(
+        self, topic: str, validator: GossipValidator, *, capacity: int
+    ) -> AbstractAsyncContextManager[Subscription]:
+        """Join a topic within the block; `capacity` messages are queued at most. One subscription a topic."""
+
+    @abstractmethod
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Broadcast at most MAX_GOSSIP_BYTES to a topic. Lossy by nature: no error says that nobody heard."""
+
+    @abstractmethod
+    async def put_record(self, key: str, value: bytes) -> None:
+        """Store a value of at most MAX_RECORD_BYTES under `/aci/...` at the closest DHT nodes. Best effort."""
+
+    @abstractmethod
+    async def get_record(self, key: str) -> bytes | None:
+        """Look a value up in the DHT. A hint: callers verify its signature."""
+
+    @abstractmethod
+    async def provide(self, key: bytes) -> None:
+        """Announce in the DHT that we provide `key` (a SHA-256 digest, 32 bytes). Best effort."""
+
+    @abstractmethod
+    async def find_providers(self, key: bytes, limit: int) -> Sequence[NodeId]:
+        """At most `limit` nodes that announced `key`. A hint: callers verify their signed records."""
+
+    @abstractmethod
+    def statistics(self) -> NetworkStatistics:
+        """A snapshot of the counters."""
+
+
+RecordValidator = Callable[[str, bytes], None]
+"""Judges a DHT value before it is stored or returned: (key, value); raises AciError to refuse it."""
+RecordSelector = Callable[[str, Sequence[bytes]], int]
+"""Index of the best (newest) of several valid values for a key."""

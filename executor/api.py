@@ -1,0 +1,181 @@
+"""The `Executor` interface: what every back end does, whatever it runs on.
+
+Executors run models; they know nothing of peers, money or jobs. The numpy reference (profile `fp32-ref`) is the default
+and the yardstick that verification uses; torch, ExLlamaV2 and HTTP back ends implement the same interface.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from aci_p2p.protocol.errors import LocalError, ResourceError
+
+
+class ModelUnavailable(LocalError):
+    """The model is not in the store, or a file of it is missing or unreadable."""
+
+    code = "model_unavailable"
+
+
+class WeightsMismatch(LocalError):
+    """The files' Merkle root is not the expected one: the weights, tokenizer or config were altered."""
+
+    code = "weights_mismatch"
+
+
+class PromptTooLong(LocalError):
+    """Prompt tokens plus `max_tokens` exceed the model's context."""
+
+    code = "prompt_too_long"
+
+
+class ExecutorFailed(ResourceError):
+    """The worker process died (segfault, out of memory) or refused: the job failed, the node did not."""
+
+    code = "executor_failed"
+
+
+class FinishReason(StrEnum):
+    """Why generation ended."""
+
+    STOP = "stop"
+    """The model produced an end-of-sequence token."""
+    LENGTH = "length"
+    """`max_tokens` were produced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation, rendered with the model's own chat template."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+    """UTF-8 text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Integers only, so that it can be signed."""
+
+    temperature_milli: int = 0
+    """Thousandths; 0 is greedy (the largest logit, lowest id on a tie)."""
+    seed: bytes = b""
+    """32 bytes when sampling: keys the Philox stream of the seeded Gumbel-max draw, counter = token index."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One generation."""
+
+    messages: Sequence[Message]
+    """The conversation so far, oldest first."""
+    max_tokens: int
+    """Largest number of tokens to produce, at least 1."""
+    sampling: Sampling = Sampling()
+    """How tokens are chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Tokens produced since the last chunk, with their text."""
+
+    index: int
+    """Position of the first of `tokens` in the output, from 0."""
+    tokens: tuple[int, ...]
+    """Token ids, one or more; empty only in a last chunk that flushes text."""
+    text: str
+    """Their text. Bytes of a character still incomplete are held back for a later chunk."""
+    finish: FinishReason | None = None
+    """Set in the last chunk only."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A loaded model."""
+
+    name: str
+    """Name in the model store."""
+    root: bytes
+    """Weights root: SHA-256 Merkle root over weights, tokenizer and config, 32 bytes."""
+    context: int
+    """Longest sequence, tokens."""
+    vocabulary: int
+    """Number of token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDescription:
+    """What runs the model, as it goes into proofs. Self-declared."""
+
+    engine: str
+    """Back end and version, for example `aci-numpy/0.1.0`."""
+    profile: str
+    """Numeric profile: which outputs are comparable and with what tolerance, for example `fp32-ref`."""
+    device: str
+    """Hardware in words, for example `cpu x86_64`."""
+    quantisation: str
+    """Weight format as computed with, for example `bf16` or `none`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardResult:
+    """Teacher-forced forward pass over given tokens, for checking a result."""
+
+    logits: npt.NDArray[np.float32]
+    """Shape (len(tokens) - start, vocabulary): row i holds the logits after token start + i."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorStatistics:
+    """A snapshot of the executor's queue."""
+
+    running: int
+    """Generations being decoded."""
+    waiting: int
+    """Generations accepted but not begun."""
+    produced: int
+    """Tokens produced since the executor opened."""
+    restarts: int
+    """Worker processes that died and were replaced."""
+
+
+class Executor(ABC):
+    """A running back end. Made only by `async with`."""
+
+    @abstractmethod
+    async def load(self, model: str) -> ModelInfo:
+        """Verify the files of a model in the store against its root, then load it; cheap when loaded already.
+
+        Raises ModelUnavailable, WeightsMismatch, ExecutorFailed.
+        """
+
+    @abstractmethod
+    def generate(self, model: str, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenChunk]]:
+        """Stream a generation within the block; leaving it (or cancelling) stops the computation within 50 ms.
+
+        Raises ModelUnavailable, PromptTooLong, ExecutorFailed.
+        """
+
+    @abstractmethod
+    async def encode(self, model: str, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation under the model's chat template, ready for generation."""
+
+    @abstractmethod
+    async def forward(self, model: str, tokens: Sequence[int], *, start: int = 0) -> ForwardResult:
+        """Logits after each of `tokens[start:]`, in one pass, without sampling."""
+
+    @abstractmethod
+    def describe(self, model: str) -> EngineDescription:
+        """What goes into proofs for a loaded model."""
+
+    @abstractmethod
+    def statistics(self) -> ExecutorStatistics:
+        """A snapshot of the counters."""
