@@ -1,0 +1,189 @@
+"""Signed envelopes: who says what, in which network, from when until when.
+
+An envelope is a CBOR map of the fields of `Header`, the body and an Ed25519 signature. The signature covers a domain
+(kind and network) and the whole map without itself, so that nothing signed for one purpose or network can stand for
+another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Final, Generic, TypeVar
+
+from aci_p2p.protocol import cbor, wire
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.hashing import digest
+from aci_p2p.protocol.identity import SIGNATURE_BYTES, BadSignature, KeyPair, NodeId
+from aci_p2p.protocol.messages import KIND_OF, KINDS, MAX_INPUT_BYTES, Kind
+from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
+from aci_p2p.protocol.wire import Bytes, EnumOf, Node, Text, Uint, Wire
+
+VERSION: Final = 1
+"""Envelope version."""
+MAX_SKEW_MS: Final = 30_000
+"""Clocks of honest nodes differ by less; NTP keeps within a second, unsynchronised laptops within half a minute."""
+MAX_NETWORK_BYTES: Final = 32
+"""Bytes of a network id such as `aci-main`."""
+
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The fields of every envelope, body and signature included, as they stand on the wire."""
+
+    version: Annotated[int, Wire(1, Uint(255))]
+    """Envelope version."""
+    kind: Annotated[Kind, Wire(2, EnumOf(Kind))]
+    """What the body is."""
+    network: Annotated[str, Wire(3, Text(MAX_NETWORK_BYTES))]
+    """Network id, such as `aci-main`."""
+    sender: Annotated[NodeId, Wire(4, Node())]
+    """Who signs."""
+    sequence: Annotated[int, Wire(5, Uint())]
+    """Strictly increasing per sender."""
+    issued_at: Annotated[int, Wire(6, Uint())]
+    """Unix milliseconds."""
+    expires_at: Annotated[int, Wire(7, Uint())]
+    """Unix milliseconds; worthless from then on."""
+    body: Annotated[bytes, Wire(8, Bytes(MAX_INPUT_BYTES + 65_536, minimum=1))]
+    """The message in CBOR."""
+    signature: Annotated[bytes, Wire(9, Bytes(SIGNATURE_BYTES))]
+    """Ed25519 over the domain and the map of fields 1 to 8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope(Generic[B]):
+    """A message whose envelope passed every check."""
+
+    header: Header
+    """Who, when, until when."""
+    body: B
+    """The message."""
+    data: bytes
+    """The envelope as it travels."""
+
+    @property
+    def sender(self) -> NodeId:
+        """Who signed."""
+        return self.header.sender
+
+    @property
+    def digest(self) -> bytes:
+        """What other messages call this envelope by, 32 bytes."""
+        return envelope_digest(self.data)
+
+
+def envelope_digest(data: bytes) -> bytes:
+    """Digest of an envelope's bytes, 32 bytes."""
+    return digest("envelope", data)
+
+
+def _signed_bytes(header: Header) -> bytes:
+    value = wire.to_value(header)
+    assert isinstance(value, dict)  # noqa: S101 - to_value makes a map of every message; tells the type checker
+    del value[9]
+    return digest(f"sign/{header.kind.name}", header.network.encode(), cbor.encode(value))
+
+
+class Sealer:
+    """Signs messages as one node in one network, with a sequence that only grows."""
+
+    def __init__(self, key: KeyPair, network: str) -> None:
+        """`network`: id of at most 32 bytes, such as `aci-main`."""
+        self._key = key
+        self._network = network
+        self._sequence = 0
+
+    @property
+    def node_id(self) -> NodeId:
+        """Who signs."""
+        return self._key.node_id
+
+    @property
+    def network(self) -> str:
+        """The network id in every envelope."""
+        return self._network
+
+    def seal(self, body: B, now: int, *, lifetime_ms: int | None = None) -> Envelope[B]:
+        """Sign `body` at `now` (Unix milliseconds), by default for the longest lifetime of its kind.
+
+        The sequence follows the clock, so that it keeps growing over a restart without being stored. Raises LocalError
+        when a field is out of bounds.
+        """
+        kind = KIND_OF[type(body)]
+        self._sequence = max(self._sequence + 1, now << 10)
+        unsigned = Header(
+            version=VERSION,
+            kind=kind,
+            network=self._network,
+            sender=self._key.node_id,
+            sequence=self._sequence,
+            issued_at=now,
+            expires_at=now + (KINDS[kind].lifetime_ms if lifetime_ms is None else lifetime_ms),
+            body=cbor.encode(wire.to_value(body)),
+            signature=bytes(SIGNATURE_BYTES),
+        )
+        header = Header(
+            **{name: getattr(unsigned, name) for name, _ in wire.fields_of(Header) if name != "signature"},
+            signature=self._key.sign(_signed_bytes(unsigned)),
+        )
+        data = cbor.encode(wire.to_value(header))
+        if len(data) > KINDS[kind].max_bytes:
+            msg = f"the {kind.name.lower()} takes {len(data)} bytes, {KINDS[kind].max_bytes} at most"
+            raise LocalError(msg)
+        return Envelope(header, body, data)
+
+
+def open_envelope(data: bytes, body_type: type[B], *, network: str, now: int | None) -> Envelope[B]:
+    """Check and read an envelope that should carry a `body_type`.
+
+    `now` is Unix milliseconds; None leaves the clock out, for stored statements (proofs, receipts) read at any later
+    time. Raises MessageRefused.
+    """
+    kind = KIND_OF[body_type]
+    header = _read_header(data, kind)
+    # Signed for this network, not for a test network or a fork.
+    require(header.network == network, Decision.REJECT, Reason.WRONG_NETWORK)
+    # Lives as long as its kind may, and no longer: replays need not be remembered for ever.
+    require(0 < header.expires_at - header.issued_at <= KINDS[kind].lifetime_ms, Decision.REJECT, Reason.BAD_LIFETIME)
+    if now is not None:
+        # Not over; an honest forwarder may have been slow.
+        require(now < header.expires_at, Decision.IGNORE, Reason.EXPIRED)
+        # Not from the future, beyond the skew of honest clocks.
+        require(header.issued_at <= now + MAX_SKEW_MS, Decision.IGNORE, Reason.FROM_FUTURE)
+    try:
+        header.sender.verify(_signed_bytes(header), header.signature)
+    except BadSignature:
+        # Signed by its sender.
+        raise MessageRefused(Decision.REJECT, Reason.BAD_SIGNATURE) from None
+    return Envelope(header, _read(body_type, header.body), data)
+
+
+def _read_header(data: bytes, kind: Kind) -> Header:
+    # No larger than any honest message of its kind.
+    require(len(data) <= KINDS[kind].max_bytes, Decision.REJECT, Reason.TOO_LARGE)
+    header = _read(Header, data)
+    # A later version is no fault of its sender.
+    require(header.version == VERSION, Decision.IGNORE, Reason.UNKNOWN_VERSION)
+    # The kind that belongs here.
+    require(header.kind == kind, Decision.REJECT, Reason.WRONG_KIND)
+    return header
+
+
+def kind_of(data: bytes) -> Kind:
+    """Which kind an envelope claims, unchecked otherwise. Raises MessageRefused when it is no envelope."""
+    return _read(Header, data).kind
+
+
+def _read(cls: type[B], data: bytes) -> B:
+    try:
+        value = cbor.decode(data)
+    except cbor.CborError as error:
+        # Deterministic CBOR, so that one message has one encoding.
+        raise MessageRefused(Decision.REJECT, Reason.NOT_CANONICAL, error.problem) from None
+    try:
+        return wire.from_value(cls, value)
+    except wire.Malformed as error:
+        # Exactly the declared fields, each within its bounds.
+        raise MessageRefused(Decision.REJECT, Reason.MALFORMED, error.message) from None

@@ -1,0 +1,95 @@
+"""What a node knows of the market, and the checks that every offer and bid passes before it is forwarded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+from aci_p2p.protocol.commitments import derive_job_id
+from aci_p2p.protocol.envelope import MAX_SKEW_MS, Envelope, open_envelope
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.messages import MAX_BIDS, SECOND, Bid, Offer
+from aci_p2p.protocol.replay import ReplayGuard
+from aci_p2p.protocol.validation import Decision, Reason, require
+
+MAX_OFFERS: Final = 4_096
+"""Live offers remembered; at 60 s each that is 68 new jobs per second on one topic."""
+MAX_BID_WINDOW_MS: Final = 10 * SECOND
+"""Longest time that a consumer may wait for bids; longer holds providers' slots for nothing."""
+
+
+class _Known:
+    """A live offer and who has bid for it."""
+
+    __slots__ = ("bidders", "offer")
+
+    def __init__(self, offer: Envelope[Offer]) -> None:
+        self.offer = offer
+        self.bidders: set[NodeId] = set()
+
+
+class MarketView:
+    """Live offers and bids as one node has seen them. Bounded; time is an argument."""
+
+    def __init__(self, network: str) -> None:
+        """`network`: id of the network whose market this is."""
+        self._network = network
+        self._replay = ReplayGuard()
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+
+    def offer(self, job_id: bytes) -> Envelope[Offer] | None:
+        """A live offer, if it was seen."""
+        known = self._known.get(job_id)
+        return known.offer if known else None
+
+    def check_offer(self, data: bytes, now: int) -> Envelope[Offer]:
+        """Check a broadcast offer and remember it. Raises MessageRefused."""
+        offer = open_envelope(data, Offer, network=self._network, now=now)
+        # Not seen before, and its consumer does not flood.
+        self._replay.check(offer.header, now)
+        body = offer.body
+        job_id = derive_job_id(offer.sender, body.input_commitment, body.nonce_commitment)
+        # The job belongs to who offers it.
+        require(body.job_id == job_id, Decision.REJECT, Reason.BAD_JOB_ID)
+        # Asks for something.
+        require(body.max_tokens > 0 and body.input_turns > 0, Decision.REJECT, Reason.MALFORMED)
+        # Waits for bids while the offer lives, and not for long.
+        window = body.bid_deadline - offer.header.issued_at
+        require(0 < window <= MAX_BID_WINDOW_MS, Decision.REJECT, Reason.BAD_DEADLINE)
+        require(body.bid_deadline <= offer.header.expires_at, Decision.REJECT, Reason.BAD_DEADLINE)
+        # One offer for a job: a second would let the consumer change its terms under the bids.
+        require(body.job_id not in self._known, Decision.IGNORE, Reason.REPLAYED)
+        self._replay.remember(offer.header, now)
+        self._forget_expired(now)
+        self._known[body.job_id] = _Known(offer)
+        return offer
+
+    def check_bid(self, data: bytes, now: int) -> Envelope[Bid]:
+        """Check a broadcast bid. Raises MessageRefused.
+
+        A bid whose offer has not come by here yet passes: gossip reorders, and its consumer must still hear it.
+        """
+        bid = open_envelope(data, Bid, network=self._network, now=now)
+        # Not seen before, and its provider does not flood.
+        self._replay.check(bid.header, now)
+        known = self._known.get(bid.body.job_id)
+        if known:
+            # Answers the terms that were offered.
+            require(bid.body.offer_digest == known.offer.digest, Decision.REJECT, Reason.WRONG_JOB)
+            # One bid from each provider.
+            require(bid.sender not in known.bidders, Decision.IGNORE, Reason.DUPLICATE_BID)
+            # No more bids than a consumer weighs.
+            require(len(known.bidders) < MAX_BIDS, Decision.IGNORE, Reason.TOO_MANY_BIDS)
+            # In time, give or take the skew of clocks.
+            in_time = bid.header.issued_at <= known.offer.body.bid_deadline + MAX_SKEW_MS
+            require(in_time, Decision.IGNORE, Reason.EXPIRED)
+            known.bidders.add(bid.sender)
+        self._replay.remember(bid.header, now)
+        return bid
+
+    def _forget_expired(self, now: int) -> None:
+        while self._known:
+            oldest = next(iter(self._known.values()))
+            if len(self._known) < MAX_OFFERS and oldest.offer.header.expires_at > now:
+                return
+            self._known.popitem(last=False)

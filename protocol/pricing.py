@@ -1,0 +1,50 @@
+"""What a job costs. Integers in base units (10^-18 ACI) throughout."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.messages import Bid, Offer
+
+ACI: Final = 10**18
+"""Base units in one ACI."""
+TEMPLATE_TOKENS: Final = 128
+"""Tokens that a chat template adds once (a default system prompt); SmolLM2 adds 22, Llama 3 about 30."""
+TURN_TOKENS: Final = 16
+"""Tokens that a chat template adds to each turn; ChatML adds 5, Llama 3 adds 5."""
+
+_DECIMALS: Final = 18
+
+
+def max_input_tokens(offer: Offer) -> int:
+    """Upper bound of the prompt's tokens: byte-level vocabularies use one token a byte at most, templates add some."""
+    return offer.input_bytes + TURN_TOKENS * offer.input_turns + TEMPLATE_TOKENS
+
+
+def price(bid: Bid, *, input_tokens: int, output_tokens: int) -> int:
+    """Cost of a job under a bid, base units."""
+    return bid.input_token_price * input_tokens + bid.output_token_price * output_tokens
+
+
+def worst_price(offer: Offer, bid: Bid) -> int:
+    """Most that the offer's job can cost under the bid, base units."""
+    return price(bid, input_tokens=max_input_tokens(offer), output_tokens=offer.max_tokens)
+
+
+def format_amount(base_units: int) -> str:
+    """An amount for people: `0.00045 ACI`, exact, without trailing zeros."""
+    whole, fraction = divmod(base_units, ACI)
+    digits = f"{fraction:0{_DECIMALS}d}".rstrip("0")
+    return f"{whole}.{digits} ACI" if digits else f"{whole} ACI"
+
+
+def parse_amount(text: str) -> int:
+    """Read `0.00045`, `0.00045 ACI` or `12`; exact. Raises LocalError."""
+    number = text.strip().removesuffix("ACI").strip()
+    whole, _, fraction = number.partition(".")
+    digits = whole + fraction
+    if not (digits.isascii() and digits.isdigit()) or len(fraction) > _DECIMALS or len(whole) > _DECIMALS:
+        msg = f"{text!r} is not an amount"
+        raise LocalError(msg, hint="write it as 0.00045 or '0.00045 ACI'")
+    return int(whole or "0") * ACI + int(fraction.ljust(_DECIMALS, "0"))
