@@ -1,0 +1,105 @@
+"""Gossip bookkeeping that every implementation of the seam shares: judging, deduplication, bounded delivery."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from typing import TYPE_CHECKING
+
+import trio
+
+from aci_p2p.network.api import MAX_GOSSIP_BYTES, GossipMessage, GossipValidator, Subscription
+from aci_p2p.network.limits import (
+    MAX_KNOWN_PEERS,
+    MAX_REJECTS_PER_MINUTE,
+    MAX_SEEN,
+    REJECT_WINDOW_SECONDS,
+    SEEN_SECONDS,
+)
+from aci_p2p.protocol.validation import Decision, Reason, Validation
+
+if TYPE_CHECKING:
+    from aci_p2p.protocol.identity import NodeId
+
+
+class QueuedSubscription(Subscription):
+    """A bounded queue of validated messages of one topic; when full, the oldest makes room."""
+
+    def __init__(self, validator: GossipValidator, capacity: int) -> None:
+        """`capacity`: messages queued at most."""
+        self.validator = validator
+        self._messages: deque[GossipMessage] = deque(maxlen=capacity)
+        self._dropped = 0
+        self._arrived = trio.Event()
+
+    @property
+    def dropped(self) -> int:
+        return self._dropped
+
+    def deliver(self, message: GossipMessage) -> bool:
+        """Queue a message; False when an older one was lost to make room."""
+        full = len(self._messages) == self._messages.maxlen
+        self._dropped += full
+        self._messages.append(message)
+        self._arrived.set()
+        return not full
+
+    async def receive(self) -> GossipMessage:
+        await trio.lowlevel.checkpoint()
+        while not self._messages:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        return self._messages.popleft()
+
+
+def judge(validator: GossipValidator, forwarder: NodeId, data: bytes) -> Validation:
+    """Run a validator contained: one that raises means REJECT."""
+    if len(data) > MAX_GOSSIP_BYTES:
+        return Validation(Decision.REJECT, Reason.TOO_LARGE)
+    try:
+        return validator(forwarder, data)
+    except Exception:  # noqa: BLE001 - the contract of GossipValidator: any exception is a refusal
+        return Validation(Decision.REJECT, Reason.VALIDATOR_FAILED)
+
+
+class SeenCache:
+    """Message ids seen lately, at most MAX_SEEN, for SEEN_SECONDS each."""
+
+    def __init__(self) -> None:
+        self._expiry: OrderedDict[bytes, float] = OrderedDict()
+
+    def __contains__(self, message_id: bytes) -> bool:
+        return self._expiry.get(message_id, 0.0) > trio.current_time()
+
+    def add(self, message_id: bytes) -> bool:
+        """Remember an id; False when it is already known."""
+        if message_id in self:
+            return False
+        now = trio.current_time()
+        self._expiry[message_id] = now + SEEN_SECONDS
+        self._expiry.move_to_end(message_id)
+        while len(self._expiry) > MAX_SEEN or next(iter(self._expiry.values())) <= now:
+            self._expiry.popitem(last=False)
+        return True
+
+
+class GossipJournal:
+    """Counts what happened to gossip, and which forwarder has sent too much that had to be rejected."""
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.dropped = 0
+        self.refused: Counter[str] = Counter()
+        self._rejects: OrderedDict[NodeId, deque[float]] = OrderedDict()
+
+    def refuse(self, forwarder: NodeId, validation: Validation) -> bool:
+        """Count a refusal; True when the forwarder has now had its REJECTs of the minute and is to be disconnected."""
+        self.refused[str(validation.reason)] += 1
+        if validation.decision is not Decision.REJECT:
+            return False
+        now = trio.current_time()
+        times = self._rejects.setdefault(forwarder, deque(maxlen=MAX_REJECTS_PER_MINUTE))
+        times.append(now)
+        self._rejects.move_to_end(forwarder)
+        if len(self._rejects) > MAX_KNOWN_PEERS:
+            self._rejects.popitem(last=False)
+        return len(times) == MAX_REJECTS_PER_MINUTE and times[0] > now - REJECT_WINDOW_SECONDS

@@ -1,0 +1,23 @@
+"""What one endpoint accepts from its peers, whatever the transport."""
+
+from __future__ import annotations
+
+MAX_STREAMS_PER_PEER = 64
+"""Inbound streams served at once for one peer: a consumer holds one a job, a validator a few."""
+MAX_STREAMS = 1024
+"""Inbound streams served at once in all: each holds a task and a receive window."""
+MAX_REJECTS_PER_MINUTE = 16
+"""REJECTed gossip messages that a forwarder may send us in a minute before it is disconnected. An honest node forwards
+none that it judges as we do; the slack is for versions and clocks that differ a little."""
+REJECT_WINDOW_SECONDS = 60.0
+"""Over which REJECTs are counted, seconds."""
+SEEN_SECONDS = 120.0
+"""How long a gossip message is remembered as seen, seconds (gossipsub's usual value): longer than it can circulate."""
+MAX_SEEN = 65_536
+"""Gossip messages remembered as seen: 120 s of 500 messages a second."""
+MAX_KNOWN_PEERS = 4096
+"""Peers whose addresses are remembered; the oldest are forgotten first."""
+MAX_ADDRESSES_PER_PEER = 8
+"""Addresses remembered for one peer; the newest are kept."""
+PROVIDER_SECONDS = 24 * 3600.0
+"""How long an announcement that somebody provides a key is kept, seconds (Kademlia republishes within it)."""

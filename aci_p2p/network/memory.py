@@ -1,0 +1,501 @@
+"""The seam in one process: no sockets, no clock but trio's, no randomness. For tests and simulations.
+
+Every endpoint of a `MemoryHub` can reach every other, `latency` seconds away, until one of them is cut off. Gossip
+floods over the connections, which is what gossipsub does in a swarm smaller than its mesh degree. DHT values and
+provider records are kept by the endpoints closest to the key among those reachable, as in Kademlia.
+
+Under `trio.testing.MockClock` a run takes no real time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+
+import trio
+
+from aci_p2p.network.api import (
+    GossipMessage,
+    GossipValidator,
+    Network,
+    NetworkStatistics,
+    PeerUnreachable,
+    RecordSelector,
+    RecordValidator,
+    Stream,
+    StreamClosed,
+    StreamHandler,
+    Subscription,
+)
+from aci_p2p.network.checks import check_frame, check_gossip, check_provider_key, check_record
+from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, SeenCache, judge
+from aci_p2p.network.limits import MAX_STREAMS, MAX_STREAMS_PER_PEER, PROVIDER_SECONDS
+from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.protocol.validation import Decision
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+
+WINDOW_BYTES = 256 << 10
+"""Bytes in flight in one direction of a stream before `send` waits, as in yamux."""
+INBOX_MESSAGES = 4096
+"""Gossip messages on their way to one endpoint; more are lost."""
+REPLICAS = 20
+"""Endpoints that keep a DHT record (Kademlia's k)."""
+
+
+class MemoryHub:
+    """The medium that endpoints of one simulated network share."""
+
+    def __init__(self, *, latency: float = 0.0) -> None:
+        """`latency`: one-way delay between any two endpoints, virtual seconds."""
+        self.latency = latency
+        self._endpoints: dict[NodeId, MemoryNetwork] = {}
+        self._cut_off: set[NodeId] = set()
+        self._opened = 0
+
+    @asynccontextmanager
+    async def open_network(
+        self, key: KeyPair, *, record_validator: RecordValidator, record_selector: RecordSelector
+    ) -> AsyncIterator[Network]:
+        """An endpoint for the block. Raises LocalError when the key already has one here."""
+        if key.node_id in self._endpoints:
+            msg = f"{key.node_id.short} is already on this hub"
+            raise LocalError(msg)
+        self._opened += 1
+        address = f"/memory/{self._opened}/p2p/{key.node_id}"
+        async with trio.open_nursery() as nursery:
+            network = MemoryNetwork(self, key.node_id, address, nursery, record_validator, record_selector)
+            self._endpoints[key.node_id] = network
+            nursery.start_soon(network.pump)
+            try:
+                yield network
+            finally:
+                self._disconnect(network)
+                del self._endpoints[key.node_id]
+                nursery.cancel_scope.cancel()
+
+    def cut_off(self, peer: NodeId) -> None:
+        """Cut a peer's cable: its connections are lost and it can neither dial nor be dialled."""
+        self._cut_off.add(peer)
+        if (network := self._endpoints.get(peer)) is not None:
+            self._disconnect(network)
+
+    def restore(self, peer: NodeId) -> None:
+        """Plug a peer in again; connections come back only when somebody dials."""
+        self._cut_off.discard(peer)
+
+    def disconnect(self, a: NodeId, b: NodeId) -> None:
+        """Drop the connection between two endpoints; either may dial again."""
+        self._endpoints[a].drop_link(b)
+        self._endpoints[b].drop_link(a)
+
+    def endpoint(self, peer: NodeId) -> MemoryNetwork | None:
+        """The endpoint of a peer, None when there is none or it is cut off."""
+        return None if peer in self._cut_off else self._endpoints.get(peer)
+
+    def is_cut_off(self, peer: NodeId) -> bool:
+        """Whether the peer's cable is cut."""
+        return peer in self._cut_off
+
+    def _disconnect(self, network: MemoryNetwork) -> None:
+        for peer in network.peers:
+            self.disconnect(network.node_id, peer)
+
+
+class _Pipe:
+    """One direction of a stream: frames become readable `latency` after they were sent."""
+
+    def __init__(self, latency: float) -> None:
+        self._latency = latency
+        self._frames: deque[tuple[float, bytes]] = deque()
+        self._buffered = 0
+        self._ended = False
+        self._broken = False
+        self._changed = trio.Event()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def send(self, frame: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        while not (self._ended or self._broken) and self._buffered >= WINDOW_BYTES:
+            await self._changed.wait()
+        if self._ended or self._broken:
+            msg = "the peer closed the stream"
+            raise StreamClosed(msg)
+        self._frames.append((trio.current_time() + self._latency, frame))
+        self._buffered += len(frame)
+        self._notify()
+
+    async def receive(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while True:
+            if self._broken:
+                msg = "the peer reset the stream"
+                raise StreamClosed(msg)
+            if self._frames:
+                due, frame = self._frames[0]
+                if due <= trio.current_time():
+                    self._frames.popleft()
+                    self._buffered -= len(frame)
+                    self._notify()
+                    return frame
+                with trio.move_on_at(due):
+                    await self._changed.wait()
+            elif self._ended:
+                msg = "the peer ended the stream"
+                raise StreamClosed(msg)
+            else:
+                await self._changed.wait()
+
+    def end(self) -> None:
+        """No more frames: what is buffered stays readable."""
+        self._ended = True
+        self._notify()
+
+    def break_(self) -> None:
+        """Lose everything, at once."""
+        self._broken = True
+        self._frames.clear()
+        self._notify()
+
+
+class _MemoryStream(Stream):
+    def __init__(self, peer: NodeId, incoming: _Pipe, outgoing: _Pipe) -> None:
+        self._peer = peer
+        self._incoming = incoming
+        self._outgoing = outgoing
+
+    @property
+    def peer(self) -> NodeId:
+        return self._peer
+
+    async def send(self, frame: bytes) -> None:
+        check_frame(frame)
+        await self._outgoing.send(frame)
+
+    async def receive(self) -> bytes:
+        return await self._incoming.receive()
+
+    def close(self) -> None:
+        self._outgoing.end()
+        self._incoming.break_()
+
+    def reset(self) -> None:
+        self._outgoing.break_()
+        self._incoming.break_()
+
+
+class MemoryNetwork(Network):
+    """One endpoint of a hub. Made only by `MemoryHub.open_network`."""
+
+    def __init__(
+        self,
+        hub: MemoryHub,
+        node_id: NodeId,
+        address: str,
+        nursery: trio.Nursery,
+        record_validator: RecordValidator,
+        record_selector: RecordSelector,
+    ) -> None:
+        self._hub = hub
+        self._node_id = node_id
+        self._address = address
+        self._nursery = nursery
+        self._validate_record = record_validator
+        self._select_record = record_selector
+        self._known: dict[NodeId, tuple[str, ...]] = {}
+        self._links: dict[NodeId, set[_MemoryStream]] = {}
+        self._handlers: dict[str, tuple[StreamHandler, set[trio.CancelScope]]] = {}
+        self._inbound: dict[NodeId, int] = {}
+        self._streams = 0
+        self._handler_failures = 0
+        self._subscriptions: dict[str, QueuedSubscription] = {}
+        self._journal = GossipJournal()
+        self._seen = SeenCache()
+        self._inbox: deque[tuple[float, NodeId, str, bytes]] = deque()
+        self._inbox_changed = trio.Event()
+        self._records: dict[str, bytes] = {}
+        self._providers: dict[bytes, dict[NodeId, float]] = {}
+
+    @property
+    def node_id(self) -> NodeId:
+        return self._node_id
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        return (self._address,)
+
+    @property
+    def peers(self) -> Sequence[NodeId]:
+        return tuple(self._links)
+
+    async def connect(self, address: str) -> NodeId:
+        peer = _parse_address(address)
+        await self._dial(peer, (address,))
+        self._known[peer] = (address,)
+        return peer
+
+    def learn_addresses(self, peer: NodeId, addresses: Sequence[str]) -> None:
+        kept: list[str] = []
+        for address in addresses:
+            try:
+                if _parse_address(address) == peer:
+                    kept.append(address)
+            except LocalError:
+                continue
+        if kept:
+            self._known[peer] = tuple(kept)
+
+    async def _dial(self, peer: NodeId, addresses: Sequence[str]) -> MemoryNetwork:
+        if peer == self._node_id:
+            msg = "cannot connect to ourselves"
+            raise LocalError(msg)
+        await trio.sleep(0 if peer in self._links else 2 * self._hub.latency)
+        remote = self._hub.endpoint(peer)
+        if peer in self._links and remote is not None:
+            return remote
+        if remote is None or self._hub.is_cut_off(self._node_id) or not set(addresses) & set(remote.addresses):
+            msg = f"{peer.short} cannot be reached at {', '.join(addresses) or 'any known address'}"
+            raise PeerUnreachable(msg)
+        self._add_link(peer, remote.addresses)
+        remote._add_link(self._node_id, self.addresses)  # noqa: SLF001 - the other half of one connection
+        return remote
+
+    def _add_link(self, peer: NodeId, addresses: Sequence[str]) -> None:
+        self._links.setdefault(peer, set())
+        self._known[peer] = tuple(addresses)
+
+    def drop_link(self, peer: NodeId) -> None:
+        """Lose the connection to a peer and the streams on it."""
+        for stream in self._links.pop(peer, set()):
+            stream.reset()
+
+    @asynccontextmanager
+    async def open_stream(self, peer: NodeId, protocol: str) -> AsyncIterator[Stream]:
+        remote = await self._dial(peer, self._known.get(peer, ()))
+        incoming, outgoing = _Pipe(self._hub.latency), _Pipe(self._hub.latency)
+        accept = remote.accept_stream(self._node_id, protocol, incoming=outgoing, outgoing=incoming)
+        if not accept:
+            msg = f"{peer.short} does not serve {protocol}"
+            raise PeerUnreachable(msg)
+        stream = _MemoryStream(peer, incoming, outgoing)
+        with self._holding(stream):
+            yield stream
+
+    @contextmanager
+    def _holding(self, stream: _MemoryStream) -> Iterator[None]:
+        """Count a stream, and close it at the end of the block, or reset it when that fails or is cancelled."""
+        self._streams += 1
+        self._links[stream.peer].add(stream)
+        try:
+            yield
+        except BaseException:
+            stream.reset()
+            raise
+        else:
+            stream.close()
+        finally:
+            self._streams -= 1
+            self._links.get(stream.peer, set()).discard(stream)
+
+    def accept_stream(self, peer: NodeId, protocol: str, *, incoming: _Pipe, outgoing: _Pipe) -> bool:
+        """Start serving a stream that `peer` opened; False when we do not serve the protocol or are too busy."""
+        served = self._handlers.get(protocol)
+        total = sum(self._inbound.values())
+        if served is None or self._inbound.get(peer, 0) >= MAX_STREAMS_PER_PEER or total >= MAX_STREAMS:
+            return False
+        handler, scopes = served
+        self._inbound[peer] = self._inbound.get(peer, 0) + 1
+        self._nursery.start_soon(self._serve_stream, _MemoryStream(peer, incoming, outgoing), handler, scopes)
+        return True
+
+    async def _serve_stream(self, stream: _MemoryStream, handler: StreamHandler, scopes: set[trio.CancelScope]) -> None:
+        scope = trio.CancelScope()
+        scopes.add(scope)
+        try:
+            with scope:
+                await trio.sleep(self._hub.latency)
+                if stream.peer in self._links:
+                    with self._holding(stream):
+                        await handler(stream)
+        except StreamClosed:
+            pass
+        except Exception:  # noqa: BLE001 - a handler never raises into the network's task tree
+            self._handler_failures += 1
+        finally:
+            scopes.discard(scope)
+            self._inbound[stream.peer] -= 1
+            if not self._inbound[stream.peer]:
+                del self._inbound[stream.peer]
+
+    @contextmanager
+    def serve(self, protocol: str, handler: StreamHandler) -> Iterator[None]:
+        if protocol in self._handlers:
+            msg = f"{protocol} is already served"
+            raise LocalError(msg)
+        scopes: set[trio.CancelScope] = set()
+        self._handlers[protocol] = (handler, scopes)
+        try:
+            yield
+        finally:
+            del self._handlers[protocol]
+            for scope in tuple(scopes):
+                scope.cancel()
+
+    @asynccontextmanager
+    async def subscribe(
+        self, topic: str, validator: GossipValidator, *, capacity: int
+    ) -> AsyncIterator[Subscription]:
+        await trio.lowlevel.checkpoint()
+        if topic in self._subscriptions:
+            msg = f"{topic} is already subscribed"
+            raise LocalError(msg)
+        subscription = QueuedSubscription(validator, capacity)
+        self._subscriptions[topic] = subscription
+        try:
+            yield subscription
+        finally:
+            del self._subscriptions[topic]
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        check_gossip(data)
+        await trio.lowlevel.checkpoint()
+        if self._seen.add(_message_id(topic, data)):
+            self._forward(topic, data, source=self._node_id)
+
+    def _forward(self, topic: str, data: bytes, *, source: NodeId) -> None:
+        for peer in self._links:
+            remote = self._hub.endpoint(peer)
+            if peer != source and remote is not None:
+                remote.enqueue_gossip(self._node_id, topic, data)
+
+    def enqueue_gossip(self, forwarder: NodeId, topic: str, data: bytes) -> None:
+        """A neighbour sends us a message: it arrives `latency` later, unless too much is on its way already."""
+        if topic not in self._subscriptions:
+            return
+        if len(self._inbox) >= INBOX_MESSAGES:
+            self._journal.dropped += 1
+            return
+        self._inbox.append((trio.current_time() + self._hub.latency, forwarder, topic, data))
+        self._inbox_changed.set()
+
+    async def pump(self) -> None:
+        """Handle arriving gossip, oldest first, until cancelled."""
+        while True:
+            while not self._inbox:
+                self._inbox_changed = trio.Event()
+                await self._inbox_changed.wait()
+            due, forwarder, topic, data = self._inbox.popleft()
+            await trio.sleep_until(due)
+            if forwarder in self._links:
+                self._receive_gossip(forwarder, topic, data)
+
+    def _receive_gossip(self, forwarder: NodeId, topic: str, data: bytes) -> None:
+        subscription = self._subscriptions.get(topic)
+        if subscription is None or not self._seen.add(_message_id(topic, data)):
+            return
+        validation = judge(subscription.validator, forwarder, data)
+        if validation.decision is not Decision.ACCEPT:
+            if self._journal.refuse(forwarder, validation):
+                self._hub.disconnect(self._node_id, forwarder)
+            return
+        self._journal.accepted += 1
+        if not subscription.deliver(GossipMessage(forwarder, data)):
+            self._journal.dropped += 1
+        self._forward(topic, data, source=forwarder)
+
+    async def put_record(self, key: str, value: bytes) -> None:
+        check_record(key, value)
+        self._validate_record(key, value)
+        await trio.sleep(2 * self._hub.latency)
+        for network in self._closest(key.encode()):
+            network.store_record(key, value)
+
+    def store_record(self, key: str, value: bytes) -> None:
+        """Keep a value that a peer puts, when it is valid and not worse than what we have."""
+        try:
+            self._validate_record(key, value)
+        except AciError:
+            return
+        held = self._records.get(key)
+        if held is None or self._select_record(key, (held, value)) == 1:
+            self._records[key] = value
+
+    async def get_record(self, key: str) -> bytes | None:
+        check_record(key, b"")
+        await trio.sleep(2 * self._hub.latency)
+        values: list[bytes] = []
+        for network in self._closest(key.encode()):
+            value = network._records.get(key)  # noqa: SLF001 - the lookup message, in one process
+            if value is not None and value not in values:
+                try:
+                    self._validate_record(key, value)
+                except AciError:
+                    continue
+                values.append(value)
+        return values[self._select_record(key, values)] if values else None
+
+    async def provide(self, key: bytes) -> None:
+        check_provider_key(key)
+        await trio.sleep(2 * self._hub.latency)
+        for network in self._closest(key):
+            network._providers.setdefault(key, {})[self._node_id] = trio.current_time() + PROVIDER_SECONDS  # noqa: SLF001
+
+    async def find_providers(self, key: bytes, limit: int) -> Sequence[NodeId]:
+        check_provider_key(key)
+        await trio.sleep(2 * self._hub.latency)
+        found: dict[NodeId, None] = {}
+        for network in self._closest(key):
+            for provider, expiry in network._providers.get(key, {}).items():  # noqa: SLF001
+                if expiry > trio.current_time():
+                    found[provider] = None
+        for provider in found:
+            if provider not in self._known and (remote := self._hub.endpoint(provider)) is not None:
+                self.learn_addresses(provider, remote.addresses)
+        return tuple(found)[:limit]
+
+    def _closest(self, key: bytes) -> list[MemoryNetwork]:
+        """The reachable endpoints (ourselves among them) whose identities are closest to the key by XOR."""
+        reached: dict[NodeId, MemoryNetwork] = {self._node_id: self}
+        waiting = [self]
+        while waiting:
+            for peer in waiting.pop().peers:
+                remote = self._hub.endpoint(peer)
+                if remote is not None and peer not in reached:
+                    reached[peer] = remote
+                    waiting.append(remote)
+        target = _position(key)
+        return [reached[peer] for peer in sorted(reached, key=lambda peer: _position(peer.peer_id) ^ target)[:REPLICAS]]
+
+    def statistics(self) -> NetworkStatistics:
+        return NetworkStatistics(
+            peers=len(self._links),
+            streams=self._streams,
+            gossip_accepted=self._journal.accepted,
+            gossip_refused=dict(self._journal.refused),
+            gossip_dropped=self._journal.dropped,
+            handler_failures=self._handler_failures,
+        )
+
+
+def _parse_address(address: str) -> NodeId:
+    match address.split("/"):
+        case ["", "memory", number, "p2p", peer] if number.isdecimal():
+            return NodeId.parse(peer)
+        case _:
+            msg = f"{address!r} is not an in-memory address"
+            raise LocalError(msg, hint="it looks like /memory/1/p2p/12D3KooW...")
+
+
+def _message_id(topic: str, data: bytes) -> bytes:
+    return hashlib.sha256(topic.encode() + b"\0" + data).digest()
+
+
+def _position(key: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(key).digest())
