@@ -29,6 +29,16 @@ class WeightsMismatch(LocalError):
 
     code = "weights_mismatch"
 
+    def __init__(self, model: str, expected: bytes, actual: bytes) -> None:
+        """`model` by its name in the store; the two weights roots have 32 bytes."""
+        super().__init__(
+            f"the files of model {model} were altered: their weights root is {actual.hex()}, not {expected.hex()}",
+            hint="remove the model from the store and fetch it again",
+        )
+        self.model = model
+        self.expected = expected
+        self.actual = actual
+
 
 class PromptTooLong(LocalError):
     """Prompt tokens plus `max_tokens` exceed the model's context."""

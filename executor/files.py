@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ LOCK_POLL: Final = 0.1
 """Seconds between attempts to take a lock that another process holds."""
 
 
-def malformed(path: Path, problem: str) -> ModelUnavailable:
+def malformed(path: Path, problem: str, *, hint: str = "fetch or copy the file again") -> ModelUnavailable:
     """The error for a file whose content is not what it should be; `problem` is a verb phrase."""
-    return ModelUnavailable(f"{path} is malformed: it {problem}", hint="fetch or copy the file again")
+    return ModelUnavailable(f"{path} is malformed: it {problem}", hint=hint)
 
 
 def unreadable(path: Path, error: OSError) -> ModelUnavailable:
@@ -76,7 +77,7 @@ def sync(path: Path) -> None:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replace a file at once: after a crash it holds the old or the new bytes. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)

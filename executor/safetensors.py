@@ -34,9 +34,9 @@ SHARDS_MAX: Final = 1024
 """Files of one model; the largest public ones have about 200."""
 
 _LENGTH_BYTES = 8
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.safetensors")
 _CHUNK_ITEMS = 1 << 18
 """Values converted at once: keeps the temporary memory near 1 MiB however large a tensor is."""
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.safetensors")
 
 
 class TensorType(StrEnum):

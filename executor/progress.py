@@ -1,0 +1,39 @@
+"""How far a long step has come, for whoever draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+
+class Stage(StrEnum):
+    """What is being done."""
+
+    WAITING = "waiting for another process"
+    DOWNLOADING = "downloading"
+    EXTRACTING = "extracting"
+    CONVERTING = "converting"
+    HASHING = "hashing"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One report."""
+
+    stage: Stage
+    """What is being done."""
+    done: int
+    """Bytes done in this stage."""
+    total: int
+    """Bytes in all; 0 when unknown."""
+
+
+Report: TypeAlias = Callable[[Progress], None]
+"""Called at least every 0.2 s while something runs long. It may raise, which stops the work and undoes what was begun:
+this is how a thread is cancelled."""
+
+
+def silent(_progress: Progress) -> None:
+    """Report to nobody."""
