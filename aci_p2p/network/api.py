@@ -156,6 +156,10 @@ class Network(ABC):
         """Join a topic within the block; `capacity` messages are queued at most. One subscription a topic."""
 
     @abstractmethod
+    def topic_peers(self, topic: str) -> Sequence[NodeId]:
+        """Connected peers known to have joined a topic: those whom a publication can reach directly."""
+
+    @abstractmethod
     async def publish(self, topic: str, data: bytes) -> None:
         """Broadcast at most MAX_GOSSIP_BYTES to a topic. Lossy by nature: no error says that nobody heard."""
 

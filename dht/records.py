@@ -1,0 +1,74 @@
+"""Signed records in the DHT: their keys, and the rules by which they are stored and chosen.
+
+The DHT is a hint, never an authority: every record is signed by the node it is about, and whoever reads one checks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from aci_p2p.protocol.envelope import Envelope, open_envelope
+from aci_p2p.protocol.errors import AciError
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
+from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
+
+NODE_PREFIX: Final = "/aci/node/"
+CAPABILITY_PREFIX: Final = "/aci/capability/"
+MAX_KEY_LENGTH: Final = 256
+"""Characters of a record key; the longest of ours has 133."""
+
+Clock = Callable[[], int]
+"""Unix milliseconds."""
+
+
+def node_key(node: NodeId) -> str:
+    """Where a node's record lies."""
+    return f"{NODE_PREFIX}{node}"
+
+
+def capability_key(model_root: bytes, node: NodeId) -> str:
+    """Where a provider's record for one model lies."""
+    return f"{CAPABILITY_PREFIX}{model_root.hex()}/{node}"
+
+
+class RecordRules:
+    """Judges the records of one network."""
+
+    def __init__(self, network: str, clock: Clock) -> None:
+        """`network`: id that records must be signed for; `clock`: Unix milliseconds."""
+        self._network = network
+        self._clock = clock
+
+    def open(self, key: str, value: bytes) -> Envelope[Any]:
+        """Check the record stored under `key`. Raises MessageRefused."""
+        # A key that one of our records can have.
+        require(len(key) <= MAX_KEY_LENGTH, Decision.REJECT, Reason.BAD_RECORD_KEY)
+        if key.startswith(NODE_PREFIX):
+            record: Envelope[Any] = open_envelope(value, NodeRecord, network=self._network, now=self._clock())
+            expected = node_key(record.sender)
+        elif key.startswith(CAPABILITY_PREFIX):
+            record = open_envelope(value, CapabilityRecord, network=self._network, now=self._clock())
+            expected = capability_key(record.body.model_root, record.sender)
+        else:
+            raise MessageRefused(Decision.REJECT, Reason.BAD_RECORD_KEY)
+        # Under the name of the node that signed it.
+        require(key == expected, Decision.REJECT, Reason.BAD_RECORD_KEY)
+        return record
+
+    def validate(self, key: str, value: bytes) -> None:
+        """Raise MessageRefused unless `value` may be stored under `key`."""
+        self.open(key, value)
+
+    def select(self, key: str, values: Sequence[bytes]) -> int:
+        """Index of the newest valid value; the last among equals, so that a re-announcement refreshes."""
+        best, best_sequence = 0, -1
+        for index, value in enumerate(values):
+            try:
+                sequence = self.open(key, value).header.sequence
+            except AciError:
+                continue
+            if sequence >= best_sequence:
+                best, best_sequence = index, sequence
+        return best
