@@ -14,6 +14,7 @@ from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import AciError, ResourceError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.messages import SECOND, CapabilityRecord, NodeRecord
+from aci_p2p.tasks import open_background
 
 REANNOUNCE_S: Final = 600.0
 """Seconds between announcements; records live six times as long, so that five may be lost."""
@@ -83,12 +84,11 @@ class Discovery:
         async def check(node: NodeId) -> Envelope[CapabilityRecord] | None:
             return await self._capability(model_root, node)
 
+        found: list[Envelope[CapabilityRecord] | None] = []
         with trio.move_on_after(LOOKUP_TIMEOUT_S):
             nodes = await self._network.find_providers(model_root, limit)
-            others = [node for node in nodes if node != self._network.node_id][:limit]
-            found = await _gather(check, others)
-            return [record for record in found if record is not None]
-        return []
+            found = await _gather(check, [node for node in nodes if node != self._network.node_id][:limit])
+        return [record for record in found if record is not None]
 
     async def _capability(self, model_root: bytes, node: NodeId) -> Envelope[CapabilityRecord] | None:
         key = capability_key(model_root, node)
@@ -144,7 +144,6 @@ async def open_discovery(
             await trio.sleep(REANNOUNCE_S)
             await discovery.announce_again()
 
-    async with trio.open_nursery() as nursery:
+    async with open_background() as nursery:
         nursery.start_soon(renew)
         yield discovery
-        nursery.cancel_scope.cancel()

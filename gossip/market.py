@@ -16,6 +16,7 @@ from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MarketView
 from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
 from aci_p2p.protocol.validation import ACCEPTED, MessageRefused, Validation
+from aci_p2p.tasks import open_background
 
 OFFER_QUEUE: Final = 256
 """Offers waiting for our provider; a provider that lags this far behind bids too late anyway."""
@@ -145,9 +146,8 @@ async def open_market(network: Network, network_id: str, clock: Clock) -> AsyncI
     async with (
         network.subscribe(market.offer_topic, market.validate_offer, capacity=OFFER_QUEUE) as offers,
         network.subscribe(market.bid_topic, market.validate_bid, capacity=OFFER_QUEUE) as bids,
-        trio.open_nursery() as nursery,
+        open_background() as nursery,
     ):
         nursery.start_soon(market.deliver_offers, offers)
         nursery.start_soon(market.deliver_bids, bids)
         yield market
-        nursery.cancel_scope.cancel()
