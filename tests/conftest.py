@@ -1,0 +1,30 @@
+"""What every test shares: reproducible Hypothesis runs, a home of its own, and the gate before the default model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODEL_HOME = REPOSITORY / ".aci"
+"""Where `make model` puts the default model."""
+
+settings.register_profile("default", derandomize=True, deadline=None)
+settings.register_profile("deep", max_examples=10_000, deadline=None)
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def aci_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`ACI_HOME`: an empty folder, or where the default model is for tests marked `model` and `benchmark`."""
+    needs_model = any(request.node.get_closest_marker(name) for name in ("model", "benchmark"))
+    home = MODEL_HOME if needs_model else tmp_path / "aci-home"
+    if needs_model and not (home / "models").is_dir():
+        if os.environ.get("ACI_REQUIRE_MODEL"):
+            pytest.fail("the default model is missing: make model")
+        pytest.skip("the default model is missing: make model")
+    monkeypatch.setenv("ACI_HOME", str(home))
+    return home
