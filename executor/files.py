@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -108,3 +110,14 @@ def exclusive(path: Path, waiting: Callable[[], None]) -> Generator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def temporary_directory(parent: Path, prefix: str) -> Generator[Path]:
+    """A new directory in `parent`, removed at the end unless it was renamed away. Raises OSError."""
+    directory = parent / (prefix + secrets.token_hex(8))
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -15,7 +15,6 @@ import contextlib
 import json
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import astuple, dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from aci_p2p.executor.api import ModelUnavailable, WeightsMismatch
-from aci_p2p.executor.files import exclusive, malformed, read_json, sync, write_durably
+from aci_p2p.executor.files import exclusive, malformed, read_json, sync, temporary_directory, write_durably
 from aci_p2p.executor.manifest import ADD_AGAIN, Manifest, is_licence, is_model_name
 from aci_p2p.executor.progress import Progress, Report, Stage, silent
 from aci_p2p.executor.safetensors import INDEX_FILE, SINGLE_FILE
@@ -175,7 +174,7 @@ class ModelStore:
                     raise _exists(name)
                 existing.verify(report)
                 return existing
-            with self._staging() as staging:
+            with temporary_directory(self.path, STAGING_PREFIX) as staging:
                 (staging / FILES).symlink_to(directory, target_is_directory=True)
                 return self._register(staging, name, licence, None, report)
 
@@ -191,7 +190,7 @@ class ModelStore:
             existing = self._existing(name)
             if existing is not None:
                 return existing
-            with self._staging() as staging:
+            with temporary_directory(self.path, STAGING_PREFIX) as staging:
                 scratch = staging / "scratch"
                 scratch.mkdir()
                 fill(staging / FILES, scratch)
@@ -205,7 +204,7 @@ class ModelStore:
         """
         if not is_model_name(name) or not (self.path / name).is_dir():
             raise self._unknown(name)
-        with self._changing(report), self._staging() as staging:
+        with self._changing(report), temporary_directory(self.path, STAGING_PREFIX) as staging:
             with contextlib.suppress(FileNotFoundError):
                 (self.path / name).rename(staging / name)
             sync(self.path)
@@ -249,15 +248,6 @@ class ModelStore:
         except OSError as error:
             msg = f"the model store {self.path} cannot be changed: {error.strerror or type(error).__name__}"
             raise StoreFailed(msg, hint="check the free space and the permissions there") from None
-
-    @contextlib.contextmanager
-    def _staging(self) -> Generator[Path]:
-        """A folder on the same file system, removed unless it was renamed away."""
-        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=self.path))
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
     def _entries(self) -> tuple[Path, ...]:
         try:
