@@ -120,7 +120,7 @@ class ModelStore:
 
     def __init__(self, path: Path) -> None:
         """`path` need not exist; it is made when the first model is added."""
-        self.path = path
+        self.path = path.absolute()
 
     def list(self) -> list[StoredModel]:
         """All models that `open` would give, by name; what it would refuse is left out."""
@@ -257,7 +257,11 @@ class ModelStore:
 
     def _unknown(self, name: str) -> ModelUnavailable:
         names = ", ".join(model.name for model in self.list())
-        hint = f"the store {self.path} has: {names}" if names else f"the store {self.path} has no models"
+        hint = (
+            f"the store {self.path} has: {names}"
+            if names
+            else "the store is empty: `aci-p2p models pull` fetches the default model"
+        )
         return ModelUnavailable(f"there is no model {name[:80]!r} in the store", hint=hint)
 
 
