@@ -97,7 +97,7 @@ $(STAMPS)/venv:
 		found= chosen=; \
 		for python in $(PYTHON); do \
 			"$$python" -c '$(SUPPORTED)' 2>/dev/null || continue; \
-			found=$$python; \
+			found=$${found:-$$python}; \
 			"$$python" -c 'import ensurepip, venv' 2>/dev/null || continue; \
 			chosen=$$python; \
 			break; \
