@@ -1,0 +1,97 @@
+"""What a node is told: one frozen dataclass for each part, with defaults that work without any file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from aci_p2p.protocol.catalogue import DEFAULT_MODEL
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.pricing import ACI
+
+DEFAULT_NETWORK: Final = "aci-main"
+"""Network id of the public network."""
+DEFAULT_INPUT_PRICE: Final = ACI // 1_000_000
+"""Base units for each prompt token: 1 ACI for a million."""
+DEFAULT_OUTPUT_PRICE: Final = 4 * ACI // 1_000_000
+"""Base units for each output token: 4 ACI for a million, the worked example of the design (0.0020 for 500)."""
+DEFAULT_SLOTS: Final = 4
+"""Jobs at once; the default executor decodes as many in one batch with little loss."""
+LOOPBACK: Final = "/ip4/127.0.0.1/tcp/0"
+"""Any free port, reachable from this machine only."""
+
+
+def default_home() -> Path:
+    """Where a node keeps its keys, models and database: `$ACI_HOME`, else below the XDG data directory."""
+    home = os.environ.get("ACI_HOME")
+    if home:
+        return Path(home).expanduser()
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser() / "aci-p2p"
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderConfig:
+    """What a node serves, and for how much."""
+
+    models: tuple[str, ...] = (DEFAULT_MODEL,)
+    """Names in the model store."""
+    input_token_price: int = DEFAULT_INPUT_PRICE
+    """Base units (10^-18 ACI) for each prompt token."""
+    output_token_price: int = DEFAULT_OUTPUT_PRICE
+    """Base units (10^-18 ACI) for each output token."""
+    slots: int = DEFAULT_SLOTS
+    """Jobs at once."""
+    preload: bool = True
+    """Load the models at the start, not at the first job."""
+    threads: int | None = None
+    """Threads of the executor; None: one less than the machine has cores."""
+
+    def __post_init__(self) -> None:
+        """Raises LocalError on values that cannot work."""
+        if not self.models:
+            msg = "a provider serves at least one model"
+            raise LocalError(msg)
+        if self.slots < 1 or (self.threads is not None and self.threads < 1):
+            msg = "slots and threads are at least 1"
+            raise LocalError(msg)
+        if self.input_token_price < 0 or self.output_token_price < 0:
+            msg = "prices are not negative"
+            raise LocalError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """One node."""
+
+    home: Path = field(default_factory=default_home)
+    """Where keys, models and the database lie."""
+    network: str = DEFAULT_NETWORK
+    """Network id; nodes of different networks ignore each other's messages."""
+    key: str = "client"
+    """Name of the key; if another process uses it, `<key>-2` and so on."""
+    own_key: bool = False
+    """Insist on exactly that key: for nodes whose identity others remember."""
+    listen: tuple[str, ...] = (LOOPBACK,)
+    """Multiaddrs to listen on."""
+    bootstrap: tuple[str, ...] = ()
+    """Multiaddrs of nodes to join through, each with `/p2p/<peer id>`."""
+    provider: ProviderConfig | None = None
+    """What to serve; None: consume only."""
+
+    @property
+    def keys_path(self) -> Path:
+        """Directory of key files."""
+        return self.home / "keys"
+
+    @property
+    def models_path(self) -> Path:
+        """Directory of the model store."""
+        return self.home / "models"
+
+    @property
+    def database_path(self) -> Path:
+        """File of the job database."""
+        return self.home / "aci.sqlite3"

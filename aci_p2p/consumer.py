@@ -1,0 +1,151 @@
+"""A consumer's job in progress: performs `ConsumerJob` over the market and a stream, and streams to the user."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, Self, TypeAlias
+
+import trio
+
+from aci_p2p.clock import Clock
+from aci_p2p.gossip import Market
+from aci_p2p.jobs import JobShell, StreamPump
+from aci_p2p.network.api import Network
+from aci_p2p.protocol.consumer import BidArrived, ConsumerEvent, ConsumerJob, JobCancelled, Start
+from aci_p2p.protocol.envelope import Envelope
+from aci_p2p.protocol.errors import AciError
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.job import (
+    JOB_PROTOCOL,
+    BidSeen,
+    Broadcast,
+    Chosen,
+    Deliver,
+    Effect,
+    Failed,
+    Finished,
+    OpenStream,
+)
+from aci_p2p.protocol.messages import Bid, Offer, Proof, Receipt
+from aci_p2p.protocol.proof import ProofFile
+from aci_p2p.store import Store
+from aci_p2p.tasks import open_background
+
+UPDATES: Final = 32
+"""Updates waiting for the user; a slow reader then slows the provider down by flow control."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The offer went out."""
+
+    offer: Envelope[Offer]
+    """What was broadcast."""
+
+
+JobUpdate: TypeAlias = Offered | BidSeen | Chosen | Deliver
+"""What a user sees of a running job."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """A finished job."""
+
+    file: ProofFile
+    """The answer with its proof."""
+    proof: Envelope[Proof]
+    """The provider's signed statement."""
+    receipt: Envelope[Receipt]
+    """Our signed receipt."""
+    provider: NodeId
+    """Who answered."""
+
+
+class RunningJob(JobShell[ConsumerEvent]):
+    """One job of ours: iterate over it for its updates, then read `result`. Made by `open_job`."""
+
+    def __init__(self, job: ConsumerJob, network: Network, market: Market, store: Store, clock: Clock) -> None:
+        super().__init__(job, store, clock)
+        self._job = job
+        self._network = network
+        self._market = market
+        self._updates_in, self._updates = trio.open_memory_channel[JobUpdate](UPDATES)
+        self._outcome: JobResult | AciError = JobCancelled("the job did not run to its end")
+        self._streams: trio.Nursery | None = None
+
+    @property
+    def job_id(self) -> bytes:
+        """32 bytes."""
+        return self._job.job_id
+
+    @property
+    def result(self) -> JobResult:
+        """The finished job. Raises the AciError that ended it otherwise."""
+        if isinstance(self._outcome, AciError):
+            raise self._outcome
+        return self._outcome
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> JobUpdate:
+        """The next update, until the job has ended. Raises the AciError that ended it, if one did."""
+        try:
+            return await self._updates.receive()
+        except trio.EndOfChannel:
+            _ = self.result
+            raise StopAsyncIteration from None
+
+    async def serve(self) -> None:
+        """Run the job to its end. Its streams may end a little later than the job itself."""
+        with self._updates_in, self._market.bids(self.job_id) as bids:
+            async with trio.open_nursery() as streams:
+                self._streams = streams
+                async with open_background() as tasks:
+                    tasks.start_soon(self._collect, bids)
+                    await self.run(Start())
+                # The user has everything; farewells need not be waited for.
+                self._updates_in.close()
+
+    async def _collect(self, bids: trio.MemoryReceiveChannel[Envelope[Bid]]) -> None:
+        async for bid in bids:
+            await self.tell(BidArrived(bid))
+
+    async def _perform(self, effect: Effect) -> None:
+        match effect:
+            case Broadcast(offer):
+                await self._market.publish_offer(offer)
+                await self._update(Offered(offer))
+            case OpenStream(provider, addresses):
+                self._network.learn_addresses(provider, addresses)
+                self._pump = StreamPump(self.tell)
+                assert self._streams is not None  # noqa: S101 - set before the first event
+                self._streams.start_soon(self._pump.run, self._network.open_stream(provider, JOB_PROTOCOL))
+            case BidSeen() | Chosen() | Deliver():
+                await self._update(effect)
+            case Finished():
+                file, proof, receipt = self._job.proof_file(), self._job.proof, self._job.receipt
+                self._outcome = JobResult(file, proof, receipt, proof.sender)
+            case Failed(error):
+                self._outcome = error
+            case _:
+                msg = f"a consumer's job has no {type(effect).__name__}"
+                raise AssertionError(msg)
+
+    async def _update(self, update: JobUpdate) -> None:
+        # A user who leaves reads no more, and must not hold up the farewell.
+        if not self._leaving:
+            await self._updates_in.send(update)
+
+
+@asynccontextmanager
+async def open_job(
+    job: ConsumerJob, network: Network, market: Market, store: Store, clock: Clock
+) -> AsyncIterator[RunningJob]:
+    """Run a job within the block; leaving early cancels it, and its provider is told."""
+    running = RunningJob(job, network, market, store, clock)
+    async with open_background() as nursery:
+        nursery.start_soon(running.serve)
+        yield running

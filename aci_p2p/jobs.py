@@ -1,0 +1,197 @@
+"""The shell of a job: performs a state machine's effects, and turns what happens into its events."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Final, Generic, Protocol, TypeAlias, TypeVar
+
+import trio
+
+from aci_p2p.clock import Clock, trio_deadline
+from aci_p2p.network.api import Stream, StreamClosed
+from aci_p2p.protocol.errors import AciError
+from aci_p2p.protocol.job import (
+    Cancel,
+    CloseStream,
+    Effect,
+    FrameArrived,
+    Persist,
+    Send,
+    SetTimer,
+    StreamEnded,
+    TimerFired,
+)
+from aci_p2p.store import Store
+
+INBOX: Final = 32
+"""Events waiting for a job; a fast peer then waits for flow control."""
+OUTBOX: Final = 32
+"""Frames waiting to be sent; a slow consumer then slows the model down."""
+FAREWELL_S: Final = 2.0
+"""Seconds to send what is left when a job ends or is cancelled; a dead peer must not hold us longer."""
+STALL_S: Final = 30.0
+"""Seconds that a peer may leave a frame unread before it counts as gone."""
+
+SharedEvent: TypeAlias = FrameArrived | StreamEnded | TimerFired | Cancel
+"""Events that the machines of both sides know."""
+E = TypeVar("E")
+E_contra = TypeVar("E_contra", contravariant=True)
+
+
+class Machine(Protocol[E_contra]):
+    """A job's state machine, as the shell sees it."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        ...
+
+    def handle(self, event: E_contra, now: int) -> list[Effect]:
+        """React to an event."""
+        ...
+
+
+class StreamPump:
+    """Moves frames between a stream and a job's queues, so that neither side has to wait for the other.
+
+    It outlives its job's cancellation, for FAREWELL_S seconds at most, to deliver the last frames.
+    """
+
+    def __init__(self, tell: Callable[[SharedEvent], Awaitable[None]]) -> None:
+        """`tell` hands an event to the job."""
+        self._tell = tell
+        self._outbox, self._outgoing = trio.open_memory_channel[bytes](OUTBOX)
+        self._scope = trio.CancelScope(shield=True)
+        self._closing = False
+
+    async def send(self, frame: bytes) -> None:
+        """Queue a frame. It is lost when the stream is gone, which the job learns from `StreamEnded`."""
+        try:
+            await self._outbox.send(frame)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            await trio.lowlevel.checkpoint()
+
+    def close(self) -> None:
+        """Send what is queued, then end; nothing more is reported."""
+        if not self._closing:
+            self._closing = True
+            self._outbox.close()
+            self._scope.deadline = trio.current_time() + FAREWELL_S
+
+    async def run(self, opening: AbstractAsyncContextManager[Stream]) -> None:
+        """Open the stream and pump until it ends or `close` is called."""
+        detail = "the stream ended"
+        with self._scope, self._outgoing:
+            try:
+                async with opening as stream, trio.open_nursery() as nursery:
+                    nursery.start_soon(self._receive_all, stream)
+                    await self._send_all(stream)
+                    nursery.cancel_scope.cancel()
+            except* AciError as group:
+                detail = str(group.exceptions[0])
+        if not self._closing:
+            await self._tell(StreamEnded(detail))
+
+    async def _send_all(self, stream: Stream) -> None:
+        async for frame in self._outgoing:
+            with trio.move_on_after(STALL_S) as scope:
+                await stream.send(frame)
+            if scope.cancelled_caught:
+                msg = f"the peer read nothing for {STALL_S:g} s"
+                raise StreamClosed(msg)
+
+    async def _receive_all(self, stream: Stream) -> None:
+        while True:
+            await self._tell(FrameArrived(await stream.receive()))
+
+
+class JobShell(Generic[E]):
+    """Drives one machine: events in, effects out, one at a time. Subclasses perform the effects of their side."""
+
+    def __init__(self, machine: Machine[E | SharedEvent], store: Store, clock: Clock) -> None:
+        """`clock`: Unix milliseconds, as the machine's time."""
+        self._machine = machine
+        self._store = store
+        self._clock = clock
+        self._inbox, self._events = trio.open_memory_channel[E | SharedEvent](INBOX)
+        self._deadline = float("inf")
+        self._pump: StreamPump | None = None
+        self._leaving = False
+
+    async def tell(self, event: E | SharedEvent) -> None:
+        """Hand an event to the job; without effect when it is over."""
+        try:
+            await self._inbox.send(event)
+        except trio.BrokenResourceError:
+            await trio.lowlevel.checkpoint()
+
+    async def run(self, first: E | SharedEvent) -> None:
+        """Handle `first`, then what happens, until the job is over. Cancelling it cancels the job properly."""
+        try:
+            await self._handle(first)
+            while not self._machine.over:
+                await self._handle(await self._next())
+        except trio.Cancelled:
+            self._leaving = True
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S):
+                await self._handle(Cancel())
+            raise
+        finally:
+            self._events.close()
+            if self._pump:
+                self._pump.close()
+
+    async def _next(self) -> E | SharedEvent:
+        event: E | SharedEvent = TimerFired()
+        with trio.move_on_at(self._deadline):
+            event = await self._events.receive()
+        return event
+
+    async def _handle(self, event: E | SharedEvent) -> None:
+        effects = deque(self._machine.handle(event, self._clock()))
+        try:
+            await self._perform_all(effects)
+        except trio.Cancelled:
+            # The machine has moved on: what it decided is carried out, or its record would fall behind its peer's.
+            self._leaving = True
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S):
+                await self._perform_all(effects)
+            raise
+
+    async def _perform_all(self, effects: deque[Effect]) -> None:
+        while effects:
+            effect = effects[0]
+            if isinstance(effect, Persist):
+                await self._persist(effects)
+                continue
+            match effect:
+                case Send(data):
+                    if self._pump:
+                        await self._pump.send(data)
+                case CloseStream():
+                    if self._pump:
+                        self._pump.close()
+                case SetTimer(at):
+                    self._deadline = trio_deadline(at, self._clock())
+                case _:
+                    await self._perform(effect)
+            effects.popleft()
+
+    async def _persist(self, effects: deque[Effect]) -> None:
+        """Store the transitions at the head in one transaction, before anything behind them happens."""
+        head: list[Effect] = []
+        for effect in effects:
+            if not isinstance(effect, Persist | SetTimer):
+                break
+            head.append(effect)
+        await self._store.put_jobs([effect.record for effect in head if isinstance(effect, Persist)])
+        for _ in head:
+            effects.popleft()
+        timers = [effect for effect in head if isinstance(effect, SetTimer)]
+        effects.extendleft(timers[-1:])
+
+    async def _perform(self, effect: Effect) -> None:
+        """Perform an effect of one side only."""
+        raise NotImplementedError

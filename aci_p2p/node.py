@@ -1,0 +1,183 @@
+"""A node: key, network, market, discovery, store and, if it serves models, the provider's role."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+
+from aci_p2p.clock import Clock, system_clock
+from aci_p2p.config import NodeConfig, ProviderConfig
+from aci_p2p.consumer import RunningJob, open_job
+from aci_p2p.dht import Discovery, RecordRules, open_discovery
+from aci_p2p.executor import Executor, ModelStore, open_process_executor
+from aci_p2p.gossip import Market, open_market
+from aci_p2p.keys import KeyRing
+from aci_p2p.network.api import Network
+from aci_p2p.protocol.consumer import ConsumerJob, JobRequest, JobSecrets
+from aci_p2p.protocol.envelope import Envelope, Sealer
+from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.protocol.job import JOB_PROTOCOL
+from aci_p2p.protocol.messages import NONCE_BYTES, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
+from aci_p2p.provider import Offering, ProviderRole
+from aci_p2p.store import Store, open_store
+from aci_p2p.tasks import open_background
+from aci_p2p.version import SOFTWARE
+
+REACH_WAIT_S: Final = 2.0
+"""Seconds until found providers must have joined our gossip; two heartbeats."""
+
+OpenNetwork: TypeAlias = Callable[[KeyPair, Sequence[str], RecordRules], AbstractAsyncContextManager[Network]]
+"""Opens a network for a key, listen addresses and the rules of DHT records."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeParts:
+    """What a node is made of; the defaults are real, tests and simulations replace them."""
+
+    open_network: OpenNetwork | None = None
+    """None: libp2p."""
+    open_executor: Callable[[], AbstractAsyncContextManager[Executor]] | None = None
+    """None: a worker process with the numpy reference, over the node's model store."""
+    clock: Clock = system_clock
+    """Unix milliseconds."""
+    entropy: Callable[[int], bytes] = secrets.token_bytes
+    """n random bytes."""
+    rule: SelectionRule = PriceThenLatency()
+    """How bids are chosen."""
+
+
+class Node:
+    """A running node. Made by `open_node`."""
+
+    def __init__(
+        self,
+        *,
+        config: NodeConfig,
+        parts: NodeParts,
+        sealer: Sealer,
+        network: Network,
+        market: Market,
+        discovery: Discovery,
+        store: Store,
+    ) -> None:
+        self.config = config
+        """What it was told."""
+        self.network = network
+        """Its connections."""
+        self.market = market
+        """Offers and bids."""
+        self.discovery = discovery
+        """Nodes and providers."""
+        self.store = store
+        """Its jobs on disk."""
+        self.provider: ProviderRole | None = None
+        """Its provider's role, if it serves models."""
+        self._parts = parts
+        self._sealer = sealer
+
+    @property
+    def node_id(self) -> NodeId:
+        """Its identity."""
+        return self.network.node_id
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Where others may dial it."""
+        return self.network.addresses
+
+    async def find_providers(self, model_root: bytes) -> list[Envelope[CapabilityRecord]]:
+        """Providers of a model, found in the DHT, checked, connected and ready to hear an offer; maybe none."""
+        found = await self.discovery.find_providers(model_root)
+        connected = [record.sender for record in found if record.sender in self.network.peers]
+        await self.market.wait_until_reachable(connected, REACH_WAIT_S)
+        return found
+
+    def open_job(self, request: JobRequest) -> AbstractAsyncContextManager[RunningJob]:
+        """Offer a job and run it within the block; iterate over it for what happens."""
+        entropy = self._parts.entropy
+        fresh = JobSecrets(salt=entropy(NONCE_BYTES), nonce=entropy(NONCE_BYTES))
+        job = ConsumerJob(self._sealer, request, fresh, self._parts.rule)
+        return open_job(job, self.network, self.market, self.store, self._parts.clock)
+
+    async def announce(self) -> None:
+        """Publish where we are and what we serve."""
+        roles = ("provider",) if self.provider else ("consumer",)
+        record = NodeRecord(tuple(self.addresses), roles, SOFTWARE)
+        await self.discovery.announce(record, self.provider.capabilities() if self.provider else ())
+
+
+@asynccontextmanager
+async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None = None) -> AsyncIterator[Node]:
+    """Run a node within the block: it has joined through its bootstrap addresses, and serves if it is told to.
+
+    Raises LocalError (key, models, addresses), AddressInUse, BootstrapFailed.
+    """
+    config, parts = config or NodeConfig(), parts or NodeParts()
+    rules = RecordRules(config.network, parts.clock)
+    open_network = parts.open_network or _open_libp2p
+    with _key(config) as key:
+        sealer = Sealer(key, config.network)
+        async with (
+            open_store(config.database_path, key.node_id) as store,
+            open_network(key, config.listen, rules) as network,
+            open_market(network, config.network, parts.clock) as market,
+            open_discovery(network, sealer, rules, parts.clock) as discovery,
+        ):
+            await store.note_key(parts.clock())
+            await store.recover(parts.clock())
+            await discovery.join(config.bootstrap)
+            node = Node(
+                config=config, parts=parts, sealer=sealer, network=network, market=market, discovery=discovery,
+                store=store,
+            )  # fmt: skip
+            if config.provider is None:
+                yield node
+                return
+            async with _providing(node, config.provider, parts, sealer):
+                yield node
+
+
+@contextmanager
+def _key(config: NodeConfig) -> Iterator[KeyPair]:
+    ring = KeyRing(config.keys_path)
+    with ring.use(config.key) if config.own_key else ring.use_any(config.key) as key:
+        yield key
+
+
+@asynccontextmanager
+async def _open_libp2p(key: KeyPair, listen: Sequence[str], rules: RecordRules) -> AsyncIterator[Network]:
+    # Imported here: libp2p takes most of a second, which commands that need no network should not pay.
+    from aci_p2p.network.libp2p import open_libp2p_network  # noqa: PLC0415
+
+    async with open_libp2p_network(
+        key, listen=listen, record_validator=rules.validate, record_selector=rules.select
+    ) as network:
+        yield network
+
+
+@asynccontextmanager
+async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, sealer: Sealer) -> AsyncIterator[None]:
+    """Serve models within the block."""
+    models = ModelStore(node.config.models_path)
+    opening = parts.open_executor() if parts.open_executor else open_process_executor(models, threads=config.threads)
+    async with opening as executor, open_background() as nursery:
+        offerings: list[Offering] = []
+        for name in config.models:
+            model = await executor.load(name) if config.preload else models.open(name)
+            offerings.append(
+                Offering(model.name, model.root, model.context, config.input_token_price, config.output_token_price)
+            )
+        role = ProviderRole(
+            network=node.network, market=node.market, executor=executor, store=node.store, sealer=sealer,
+            clock=parts.clock, entropy=parts.entropy, offerings=offerings, slots=config.slots,
+        )  # fmt: skip
+        node.provider = role
+        with node.network.serve(JOB_PROTOCOL, role.serve):
+            nursery.start_soon(role.bid_on_offers)
+            await node.announce()
+            yield

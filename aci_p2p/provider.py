@@ -1,0 +1,310 @@
+"""The provider's role: bids on offers, and runs the jobs it wins."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from aci_p2p.clock import Clock
+from aci_p2p.executor import (
+    EngineDescription,
+    Executor,
+    FinishReason,
+    GenerationRequest,
+    Message,
+    ModelUnavailable,
+    PromptTooLong,
+    Sampling,
+    WeightsMismatch,
+)
+from aci_p2p.gossip import Market
+from aci_p2p.jobs import JobShell, StreamPump
+from aci_p2p.network.api import Network, Stream
+from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
+from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.job import (
+    Effect,
+    Failed,
+    Finished,
+    FrameArrived,
+    StartGeneration,
+    StopGeneration,
+)
+from aci_p2p.protocol.messages import (
+    SECOND,
+    Abort,
+    AbortCode,
+    Award,
+    Bid,
+    CapabilityRecord,
+    Conversation,
+    Engine,
+    Finish,
+    Offer,
+)
+from aci_p2p.protocol.provider import (
+    GenerationEnded,
+    GenerationFailed,
+    Produced,
+    ProviderEvent,
+    ProviderJob,
+    ProviderSecrets,
+)
+from aci_p2p.protocol.validation import MessageRefused
+from aci_p2p.store import Store
+from aci_p2p.tasks import open_background
+
+BID_LIFETIME_MS: Final = 30 * SECOND
+"""A bid is firm for half a minute: the longest window to wait for bids, and time to fall back on the next one."""
+MAX_OUTSTANDING: Final = 4_096
+"""Bids of ours that may still be awarded."""
+AWARD_WAIT_S: Final = 5.0
+"""Seconds for the award on a stream that a consumer opened."""
+FIRST_LATENCY_MS: Final = 2_000
+"""Promised time to the first token before any was measured: loading a small model takes a second."""
+LATENCY_WEIGHT: Final = 4
+"""The measured latency moves by a quarter of each new measurement."""
+NONCE_BYTES: Final = 32
+
+_FINISH: Final = {FinishReason.STOP: Finish.STOP, FinishReason.LENGTH: Finish.LENGTH}
+
+log = logging.getLogger("aci_p2p.provider")
+
+
+@dataclass(frozen=True, slots=True)
+class Offering:
+    """One model that we serve, and for how much."""
+
+    name: str
+    """Name in our model store."""
+    root: bytes
+    """Weights root, 32 bytes."""
+    context: int
+    """Longest sequence, tokens."""
+    input_token_price: int
+    """Base units for each prompt token."""
+    output_token_price: int
+    """Base units for each output token."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderStatistics:
+    """A snapshot of the provider's work."""
+
+    running: int
+    """Jobs being run."""
+    outstanding: int
+    """Bids that may still be awarded."""
+    finished: int
+    """Jobs that ended with a receipt."""
+    failed: int
+    """Jobs that ended without one."""
+
+
+class ProviderRole:
+    """Serves models to the market. `run` it in a nursery."""
+
+    def __init__(
+        self,
+        *,
+        network: Network,
+        market: Market,
+        executor: Executor,
+        store: Store,
+        sealer: Sealer,
+        clock: Clock,
+        entropy: Callable[[int], bytes],
+        offerings: Sequence[Offering],
+        slots: int,
+    ) -> None:
+        """`entropy(n)` gives n random bytes; `slots` jobs run at once."""
+        self._network = network
+        self._market = market
+        self._executor = executor
+        self._store = store
+        self._sealer = sealer
+        self._clock = clock
+        self._entropy = entropy
+        self._offerings = {offering.root: offering for offering in offerings}
+        self._slots = slots
+        self._outstanding: OrderedDict[bytes, tuple[Envelope[Offer], Envelope[Bid]]] = OrderedDict()
+        self._latency_ms = FIRST_LATENCY_MS
+        self._running = 0
+        self._finished = 0
+        self._failed = 0
+
+    def capabilities(self) -> list[CapabilityRecord]:
+        """What we announce in the DHT."""
+        return [
+            CapabilityRecord(
+                model_root=offering.root,
+                model_name=offering.name,
+                context=offering.context,
+                engine=_engine(self._executor.describe(offering.name)),
+                input_token_price=offering.input_token_price,
+                output_token_price=offering.output_token_price,
+                slots=self._slots,
+                addresses=tuple(self._network.addresses),
+            )
+            for offering in self._offerings.values()
+        ]
+
+    def statistics(self) -> ProviderStatistics:
+        """A snapshot of the counters."""
+        return ProviderStatistics(self._running, len(self._outstanding), self._finished, self._failed)
+
+    async def bid_on_offers(self) -> None:
+        """Answer every offer that we can serve with a firm bid, until cancelled."""
+        while True:
+            offer = await self._market.next_offer()
+            bid = self._bid(offer)
+            if bid is not None:
+                self._forget_expired()
+                self._outstanding[bid.digest] = (offer, bid)
+                await self._market.publish_bid(bid)
+
+    def _bid(self, offer: Envelope[Offer]) -> Envelope[Bid] | None:
+        """Our bid for an offer; None when we do not serve the model, lack a slot, or could never fit the answer."""
+        offering = self._offerings.get(offer.body.model_root)
+        if offering is None or self._running >= self._slots or offer.body.max_tokens >= offering.context:
+            return None
+        bid = Bid(
+            job_id=offer.body.job_id,
+            offer_digest=offer.digest,
+            input_token_price=offering.input_token_price,
+            output_token_price=offering.output_token_price,
+            latency_ms=self._latency_ms,
+            addresses=tuple(self._network.addresses),
+        )
+        return self._sealer.seal(bid, self._clock(), lifetime_ms=BID_LIFETIME_MS)
+
+    def _forget_expired(self) -> None:
+        now = self._clock()
+        while self._outstanding:
+            _, bid = next(iter(self._outstanding.values()))
+            if len(self._outstanding) < MAX_OUTSTANDING and bid.header.expires_at > now:
+                return
+            self._outstanding.popitem(last=False)
+
+    async def serve(self, stream: Stream) -> None:
+        """Serve one job's stream: its first frame awards one of our bids."""
+        frame = b""
+        with trio.move_on_after(AWARD_WAIT_S):
+            frame = await stream.receive()
+        try:
+            now = self._clock()
+            award = open_envelope(frame, Award, network=self._sealer.network, now=now)
+        except MessageRefused as error:
+            log.info("no award from %s: %s", stream.peer.short, error)
+            return
+        known = self._outstanding.pop(award.body.bid_digest, None)
+        if known is None:
+            await self._decline(stream, award.body.job_id, AbortCode.TIMEOUT, "there is no such bid, or it expired")
+        elif self._running >= self._slots:
+            await self._decline(stream, award.body.job_id, AbortCode.BUSY, "all slots are taken by now")
+        else:
+            self._running += 1
+            try:
+                await self._run(stream, frame, *known)
+            finally:
+                self._running -= 1
+
+    async def _decline(self, stream: Stream, job_id: bytes, code: AbortCode, detail: str) -> None:
+        await stream.send(self._sealer.seal(Abort(job_id, code, detail), self._clock()).data)
+
+    async def _run(self, stream: Stream, frame: bytes, offer: Envelope[Offer], bid: Envelope[Bid]) -> None:
+        secrets = ProviderSecrets(self._entropy(NONCE_BYTES), self._entropy(NONCE_BYTES))
+        job = ProviderJob(self._sealer, offer, bid, secrets)
+        model = self._offerings[offer.body.model_root].name
+        running = _ServedJob(job, self._store, self._clock, self._executor, model)
+        try:
+            await running.serve(stream, frame)
+        finally:
+            if running.error is None:
+                self._finished += 1
+            else:
+                self._failed += 1
+                log.info("job %s: %s", job.job_id.hex()[:8], running.error)
+        if running.latency_ms is not None:
+            self._latency_ms += (running.latency_ms - self._latency_ms) // LATENCY_WEIGHT
+
+
+class _ServedJob(JobShell[ProviderEvent]):
+    """One job that we won."""
+
+    def __init__(self, job: ProviderJob, store: Store, clock: Clock, executor: Executor, model: str) -> None:
+        super().__init__(job, store, clock)
+        self._executor = executor
+        self._model = model
+        self._generation = trio.CancelScope()
+        self._tasks: trio.Nursery | None = None
+        self._started_at = clock()
+        self.latency_ms: int | None = None
+        self.error: AciError | None = LocalError("the job did not run to its end")
+
+    async def serve(self, stream: Stream, frame: bytes) -> None:
+        """Run the job to its end, or until its consumer is gone."""
+        self._pump = StreamPump(self.tell)
+        async with trio.open_nursery() as streams:
+            streams.start_soon(self._pump.run, nullcontext(stream))
+            async with open_background() as tasks:
+                self._tasks = tasks
+                await self.run(FrameArrived(frame))
+
+    async def _perform(self, effect: Effect) -> None:
+        match effect:
+            case StartGeneration():
+                assert self._tasks is not None  # noqa: S101 - set before the first event
+                self._tasks.start_soon(self._generate, effect)
+            case StopGeneration():
+                self._generation.cancel()
+            case Finished():
+                self.error = None
+            case Failed(error):
+                self.error = error
+            case _:
+                msg = f"a provider's job has no {type(effect).__name__}"
+                raise AssertionError(msg)
+
+    async def _generate(self, run: StartGeneration) -> None:
+        with self._generation:
+            try:
+                await self._stream_answer(run)
+            except PromptTooLong as error:
+                await self.tell(GenerationFailed(AbortCode.PROMPT_TOO_LONG, error.message))
+            except (ModelUnavailable, WeightsMismatch) as error:
+                await self.tell(GenerationFailed(AbortCode.MODEL_UNAVAILABLE, error.message))
+            except LocalError as error:
+                await self.tell(GenerationFailed(AbortCode.INVALID_PROMPT, error.message))
+            except AciError as error:
+                await self.tell(GenerationFailed(AbortCode.EXECUTOR_FAILED, error.message))
+
+    async def _stream_answer(self, run: StartGeneration) -> None:
+        messages = _messages(run.conversation)
+        seed = run.seed if run.temperature_milli else b""
+        request = GenerationRequest(messages, run.max_tokens, Sampling(run.temperature_milli, seed))
+        finish = FinishReason.LENGTH
+        async with self._executor.generate(self._model, request) as chunks:
+            async for chunk in chunks:
+                if self.latency_ms is None:
+                    self.latency_ms = self._clock() - self._started_at
+                if chunk.tokens or chunk.text:
+                    await self.tell(Produced(chunk.tokens, chunk.text))
+                finish = chunk.finish or finish
+        input_tokens = len(await self._executor.encode(self._model, messages))
+        engine = _engine(self._executor.describe(self._model))
+        await self.tell(GenerationEnded(_FINISH[finish], input_tokens, engine))
+
+
+def _messages(conversation: Conversation) -> tuple[Message, ...]:
+    return tuple(Message(turn.role, turn.content) for turn in conversation.turns)
+
+
+def _engine(description: EngineDescription) -> Engine:
+    return Engine(description.engine, description.profile, description.device, description.quantisation)

@@ -1,0 +1,220 @@
+"""What a node keeps on disk: its jobs with their receipts, and which keys it has had. SQLite, durable at each commit.
+
+WAL with synchronous=FULL: a commit that returned survives power loss (NORMAL loses the last ones).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, TypeVar, TypeVarTuple
+
+import trio
+
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.job import JobRecord
+from aci_p2p.protocol.lifecycle import (
+    FINAL_STATES,
+    LIMITS,
+    TRANSITIONS,
+    Party,
+    State,
+    Trigger,
+    advance,
+)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+SCHEMA_VERSION: Final = 1
+"""`PRAGMA user_version`; a database with a higher one is from a later program and is refused."""
+BUSY_TIMEOUT_S: Final = 5.0
+"""Seconds to wait for another process's transaction; ours take milliseconds."""
+
+_SCHEMA: Final = """
+CREATE TABLE jobs (
+    job_id BLOB NOT NULL,
+    role TEXT NOT NULL,
+    node BLOB NOT NULL,
+    state TEXT NOT NULL,
+    updated_at INTEGER NOT NULL,
+    model_root BLOB NOT NULL,
+    peer BLOB,
+    price TEXT NOT NULL,
+    blame TEXT NOT NULL,
+    detail TEXT NOT NULL,
+    proof BLOB NOT NULL,
+    receipt BLOB NOT NULL,
+    PRIMARY KEY (job_id, role)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX jobs_by_state ON jobs (state);
+CREATE TABLE transitions (
+    job_id BLOB NOT NULL,
+    role TEXT NOT NULL,
+    state TEXT NOT NULL,
+    at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX transitions_by_job ON transitions (job_id, role);
+CREATE TABLE keys (
+    node BLOB PRIMARY KEY,
+    first_used_at INTEGER NOT NULL,
+    last_used_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+_COLUMNS: Final = "job_id, role, node, state, updated_at, model_root, peer, price, blame, detail, proof, receipt"
+"""`price` is decimal text: base units go beyond SQLite's 64-bit integers."""
+
+
+class StoreError(LocalError):
+    """The database cannot be opened or written."""
+
+    code = "store"
+
+
+class Store:
+    """The node's database. Made by `open_store`; all calls run in one thread, one after the other."""
+
+    def __init__(self, connection: sqlite3.Connection, node: NodeId) -> None:
+        """`node`: whose jobs these are; several nodes of one home may share the file."""
+        self._connection = connection
+        self._node = node
+        self._lock = trio.Lock()
+
+    async def put_jobs(self, records: Sequence[JobRecord]) -> None:
+        """Insert or replace jobs and note their transitions, in one durable transaction. Raises StoreError."""
+        await self._run(self._put_jobs, records)
+
+    async def get_job(self, job_id: bytes, role: Party) -> JobRecord | None:
+        """One job, if we have it in that role. Raises StoreError."""
+        rows = await self._run(self._select, "job_id = ? AND role = ?", (job_id, role.value))
+        return rows[0] if rows else None
+
+    async def jobs(self) -> list[JobRecord]:
+        """All our jobs, latest first. Raises StoreError."""
+        return await self._run(self._select, "node = ? ORDER BY updated_at DESC", (self._node.public_key,))
+
+    async def history(self, job_id: bytes, role: Party) -> list[tuple[State, int]]:
+        """The job's transitions in order: state and Unix milliseconds. Raises StoreError."""
+
+        def select() -> list[tuple[State, int]]:
+            query = "SELECT state, at FROM transitions WHERE job_id = ? AND role = ? ORDER BY rowid"
+            return [(State(state), at) for state, at in self._connection.execute(query, (job_id, role.value))]
+
+        return await self._run(select)
+
+    async def recover(self, now: int) -> list[JobRecord]:
+        """End the jobs that a stop or crash interrupted, and finalise those whose challenge window is over.
+
+        Returns what changed. Raises StoreError.
+        """
+        changed = [record for job in await self.jobs() if (record := _recovered(job, now)) is not None]
+        await self.put_jobs(changed)
+        return changed
+
+    async def note_key(self, now: int) -> None:
+        """Note that our key is in use. Raises StoreError."""
+
+        def note() -> None:
+            with self._connection:
+                self._connection.execute(
+                    "INSERT INTO keys VALUES (?, ?, ?) ON CONFLICT (node) DO UPDATE SET last_used_at = ?",
+                    (self._node.public_key, now, now, now),
+                )
+
+        await self._run(note)
+
+    def _put_jobs(self, records: Sequence[JobRecord]) -> None:
+        with self._connection:
+            for job in records:
+                peer = job.peer.public_key if job.peer else None
+                row = (
+                    job.job_id, job.role.value, self._node.public_key, job.state.value, job.updated_at,
+                    job.model_root, peer, str(job.price), job.blame.value, job.detail, job.proof, job.receipt,
+                )  # fmt: skip
+                self._connection.execute(f"INSERT OR REPLACE INTO jobs ({_COLUMNS}) VALUES ({','.join('?' * 12)})", row)
+                self._connection.execute(
+                    "INSERT INTO transitions VALUES (?, ?, ?, ?)",
+                    (job.job_id, job.role.value, job.state.value, job.updated_at),
+                )
+
+    def _select(self, where: str, arguments: tuple[Any, ...]) -> list[JobRecord]:
+        query = f"SELECT {_COLUMNS} FROM jobs WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
+        return [_record(row) for row in self._connection.execute(query, arguments)]
+
+    async def _run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        async with self._lock:
+            try:
+                # Not abandoned on cancel: a transaction that began is finished, and the caller learns of it.
+                return await trio.to_thread.run_sync(function, *arguments)
+            except sqlite3.Error as error:
+                msg = f"the node's database fails: {error}"
+                raise StoreError(msg, hint="check the disk, or move the file away and start anew") from error
+
+
+def _record(row: tuple[Any, ...]) -> JobRecord:
+    job_id, role, _, state, updated_at, model_root, peer, price, blame, detail, proof, receipt = row
+    return JobRecord(
+        job_id=job_id, role=Party(role), state=State(state), updated_at=updated_at, model_root=model_root,
+        peer=NodeId(peer) if peer else None, price=int(price), blame=Party(blame), detail=detail, proof=proof,
+        receipt=receipt,
+    )  # fmt: skip
+
+
+def _recovered(job: JobRecord, now: int) -> JobRecord | None:
+    """The job's record after a restart, if it changes: an interrupted one ends, as its table allows."""
+    state, detail, blame = job.state, job.detail, job.blame
+    if state in FINAL_STATES:
+        return None
+    if state is State.RECEIPTED:
+        state = advance(state, Trigger.RECORD)
+    elif state is State.PENDING:
+        if now < job.updated_at + LIMITS[state].timeout_ms:
+            return None
+        state = advance(state, Trigger.TIMEOUT)
+    elif (state, Trigger.CANCEL) in TRANSITIONS:
+        state, detail = advance(state, Trigger.CANCEL), "the node stopped"
+    elif state is State.REVEALED:
+        state, detail, blame = advance(state, Trigger.TIMEOUT), "the node stopped before the receipt", Party.CONSUMER
+    else:
+        return None
+    return replace(job, state=state, updated_at=now, blame=blame, detail=detail)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            elif version != SCHEMA_VERSION:
+                msg = f"{path} is of version {version}, this program knows {SCHEMA_VERSION}"
+                raise StoreError(msg, hint="use the program that wrote it, or another --home")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@asynccontextmanager
+async def open_store(path: Path, node: NodeId) -> AsyncIterator[Store]:
+    """The database at `path`, made if missing, within the block. Raises StoreError."""
+    try:
+        connection = await trio.to_thread.run_sync(_open, path)
+    except (sqlite3.Error, OSError) as error:
+        msg = f"cannot open {path}: {error}"
+        raise StoreError(msg, hint="check the disk and the permissions of the folder") from error
+    try:
+        yield Store(connection, node)
+    finally:
+        connection.close()
