@@ -62,16 +62,18 @@ exports: $(DEV) ## accept the present public names
 	$(BIN)/python tests/packaging/test_exports.py
 
 lock: $(STAMPS)/venv ## bring requirements/*.txt in line with pyproject.toml; UPGRADE=1 takes newer versions
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet uv==$(UV_VERSION)
-	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	@printf '\n==> Compiling requirements/*.txt\n'
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet uv==$(UV_VERSION)
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
 		| $(LOCK) - --output-file requirements/build.txt
-	$(LOCK) pyproject.toml --output-file requirements/base.txt
-	$(LOCK) pyproject.toml --extra dev --constraint requirements/base.txt --output-file requirements/dev.txt
+	@$(LOCK) pyproject.toml --output-file requirements/base.txt
+	@$(LOCK) pyproject.toml --extra dev --constraint requirements/base.txt --output-file requirements/dev.txt \
+		$$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' requirements/build.txt requirements/base.txt)
 
 torch: $(TORCH) ## add torch and transformers
 $(TORCH): $(DEV)
 	@printf '\n==> Installing torch and transformers\n'
-	$(BIN)/python -m pip --disable-pip-version-check install --requirement requirements/torch.txt
+	@$(BIN)/python -m pip --disable-pip-version-check install --requirement requirements/torch.txt
 	@touch $@
 
 test-torch: model $(DEV) $(TORCH) ## run the tests that need torch
@@ -117,17 +119,17 @@ $(STAMPS)/venv:
 
 $(BASE): | $(STAMPS)/venv
 	@printf '\n==> Installing the locked dependencies\n'
-	$(INSTALL) --require-hashes --requirement requirements/build.txt
-	$(INSTALL) --require-hashes --requirement requirements/base.txt
+	@$(INSTALL) --require-hashes --requirement requirements/build.txt
+	@$(INSTALL) --require-hashes --requirement requirements/base.txt
 	@touch $@
 
 $(PACKAGE): $(BASE) | $(LINKS)
 	@printf '\n==> Installing aci-p2p from this folder\n'
-	$(INSTALL) --quiet --editable .
+	@$(INSTALL) --quiet --editable .
 	@touch $@
 
 # One after the other, also under -j: two pips in one environment trip over each other.
 $(DEV): $(BASE) | $(PACKAGE)
 	@printf '\n==> Installing the locked test tools\n'
-	$(INSTALL) --require-hashes --requirement requirements/dev.txt
+	@$(INSTALL) --require-hashes --requirement requirements/dev.txt
 	@touch $@
