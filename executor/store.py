@@ -257,12 +257,8 @@ class ModelStore:
 
     def _unknown(self, name: str) -> ModelUnavailable:
         names = ", ".join(model.name for model in self.list())
-        hint = (
-            f"the store {self.path} has: {names}"
-            if names
-            else "the store is empty: `aci-p2p models pull` fetches the default model"
-        )
-        return ModelUnavailable(f"there is no model {name[:80]!r} in the store", hint=hint)
+        hint = f"it has: {names}" if names else "it is empty; `aci-p2p models pull` fetches the default model"
+        return ModelUnavailable(f"there is no model {name[:80]!r} in the store {self.path}", hint=hint)
 
 
 def _exists(name: str) -> ModelExists:
