@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,11 @@ from aci_p2p.protocol.validation import Decision, Reason, Validation
 
 if TYPE_CHECKING:
     from aci_p2p.protocol.identity import NodeId
+
+
+def message_id(topic: str, data: bytes) -> bytes:
+    """What makes a gossip message the same message: SHA-256 over its topic and payload, 32 bytes."""
+    return hashlib.sha256(topic.encode() + b"\0" + data).digest()
 
 
 class QueuedSubscription(Subscription):
@@ -67,19 +73,17 @@ class SeenCache:
     def __init__(self) -> None:
         self._expiry: OrderedDict[bytes, float] = OrderedDict()
 
-    def __contains__(self, message_id: bytes) -> bool:
-        return self._expiry.get(message_id, 0.0) > trio.current_time()
-
-    def add(self, message_id: bytes) -> bool:
-        """Remember an id; False when it is already known."""
-        if message_id in self:
-            return False
-        now = trio.current_time()
-        self._expiry[message_id] = now + SEEN_SECONDS
-        self._expiry.move_to_end(message_id)
-        while len(self._expiry) > MAX_SEEN or next(iter(self._expiry.values())) <= now:
+    def add(self, message_id: bytes, now: float) -> bool:
+        """Remember an id at time `now`, seconds; False when it is already known."""
+        while self._expiry and (len(self._expiry) > MAX_SEEN or next(iter(self._expiry.values())) <= now):
             self._expiry.popitem(last=False)
+        if message_id in self._expiry:
+            return False
+        self._expiry[message_id] = now + SEEN_SECONDS
         return True
+
+    def __contains__(self, message_id: bytes) -> bool:
+        return message_id in self._expiry
 
 
 class GossipJournal:

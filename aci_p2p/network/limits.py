@@ -21,3 +21,7 @@ MAX_ADDRESSES_PER_PEER = 8
 """Addresses remembered for one peer; the newest are kept."""
 PROVIDER_SECONDS = 24 * 3600.0
 """How long an announcement that somebody provides a key is kept, seconds (Kademlia republishes within it)."""
+MAX_TOPICS_PER_PEER = 128
+"""Topics that one neighbour may subscribe to."""
+MAX_TOPIC_BYTES = 128
+"""Longest topic name, bytes."""

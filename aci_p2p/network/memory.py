@@ -30,8 +30,9 @@ from aci_p2p.network.api import (
     Subscription,
 )
 from aci_p2p.network.checks import check_frame, check_gossip, check_provider_key, check_record
-from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, SeenCache, judge
+from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, SeenCache, judge, message_id
 from aci_p2p.network.limits import MAX_STREAMS, MAX_STREAMS_PER_PEER, PROVIDER_SECONDS
+from aci_p2p.network.scope import background_tasks
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import Decision
@@ -67,7 +68,7 @@ class MemoryHub:
             raise LocalError(msg)
         self._opened += 1
         address = f"/memory/{self._opened}/p2p/{key.node_id}"
-        async with trio.open_nursery() as nursery:
+        async with background_tasks() as nursery:
             network = MemoryNetwork(self, key.node_id, address, nursery, record_validator, record_selector)
             self._endpoints[key.node_id] = network
             nursery.start_soon(network.pump)
@@ -76,7 +77,6 @@ class MemoryHub:
             finally:
                 self._disconnect(network)
                 del self._endpoints[key.node_id]
-                nursery.cancel_scope.cancel()
 
     def cut_off(self, peer: NodeId) -> None:
         """Cut a peer's cable: its connections are lost and it can neither dial nor be dialled."""
@@ -363,10 +363,18 @@ class MemoryNetwork(Network):
         finally:
             del self._subscriptions[topic]
 
+    def topic_peers(self, topic: str) -> Sequence[NodeId]:
+        remotes = ((peer, self._hub.endpoint(peer)) for peer in self._links)
+        return tuple(peer for peer, remote in remotes if remote is not None and remote.has_joined(topic))
+
+    def has_joined(self, topic: str) -> bool:
+        """Whether this endpoint is subscribed to a topic."""
+        return topic in self._subscriptions
+
     async def publish(self, topic: str, data: bytes) -> None:
         check_gossip(data)
         await trio.lowlevel.checkpoint()
-        if self._seen.add(_message_id(topic, data)):
+        if self._seen.add(message_id(topic, data), trio.current_time()):
             self._forward(topic, data, source=self._node_id)
 
     def _forward(self, topic: str, data: bytes, *, source: NodeId) -> None:
@@ -398,7 +406,7 @@ class MemoryNetwork(Network):
 
     def _receive_gossip(self, forwarder: NodeId, topic: str, data: bytes) -> None:
         subscription = self._subscriptions.get(topic)
-        if subscription is None or not self._seen.add(_message_id(topic, data)):
+        if subscription is None or not self._seen.add(message_id(topic, data), trio.current_time()):
             return
         validation = judge(subscription.validator, forwarder, data)
         if validation.decision is not Decision.ACCEPT:
@@ -491,10 +499,6 @@ def _parse_address(address: str) -> NodeId:
         case _:
             msg = f"{address!r} is not an in-memory address"
             raise LocalError(msg, hint="it looks like /memory/1/p2p/12D3KooW...")
-
-
-def _message_id(topic: str, data: bytes) -> bytes:
-    return hashlib.sha256(topic.encode() + b"\0" + data).digest()
 
 
 def _position(key: bytes) -> int:

@@ -1,0 +1,225 @@
+"""Gossip over the host's streams: one stream to each neighbour, one from it, and the router between them.
+
+Every queue is bounded. A neighbour that reads slowly loses messages, never memory of ours; a neighbour whose messages
+have to be rejected too often is disconnected.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import trio
+from google.protobuf.message import DecodeError
+from libp2p.pubsub.pb.rpc_pb2 import RPC
+
+from aci_p2p.network.api import GossipMessage, GossipValidator, PeerUnreachable, Subscription
+from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, judge
+from aci_p2p.network.libp2p.router import HEARTBEAT_SECONDS, Incoming, Router
+from aci_p2p.network.libp2p.varint import prefixed, split_prefixed
+from aci_p2p.network.libp2p.yamux import StreamEnded, StreamReset, YamuxStream
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.validation import Decision, Reason, Validation
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from random import Random
+
+    from aci_p2p.network.libp2p.host import Connection, Host
+    from aci_p2p.protocol.identity import NodeId
+
+PROTOCOL = "/meshsub/1.1.0"
+"""Stream protocol id of gossipsub v1.1."""
+MAX_RPC_BYTES = 256 << 10
+"""Longest RPC that we read, bytes: sixteen of the largest messages."""
+BATCH_BYTES = 64 << 10
+"""RPCs waiting for one neighbour are joined up to this size, bytes."""
+MAX_OUTBOX_BYTES = 2 << 20
+"""Waiting for one neighbour, bytes; beyond it messages to that neighbour are lost."""
+READ_BYTES = 64 << 10
+"""Taken from the muxer at once, bytes."""
+RETRY_SECONDS = 1.0
+"""Time before a gossip stream that broke is opened again, seconds; doubled each time."""
+MAX_RETRY_SECONDS = 60.0
+"""Longest time between two attempts, seconds: the peer may not speak gossipsub at all."""
+
+_MALFORMED = Validation(Decision.REJECT, Reason.MALFORMED)
+
+
+class _Outbox:
+    """What waits for one neighbour."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, RPC]] = deque()
+        self._bytes = 0
+        self._arrived = trio.Event()
+        self.scope = trio.CancelScope()
+
+    def close(self) -> None:
+        """The neighbour is gone: end the task that writes to it."""
+        self.scope.cancel()
+
+    def put(self, rpc: RPC) -> bool:
+        """Queue; False when there is no room."""
+        size = rpc.ByteSize()
+        if self._bytes + size > MAX_OUTBOX_BYTES:
+            return False
+        self._waiting.append((size, rpc))
+        self._bytes += size
+        self._arrived.set()
+        return True
+
+    async def take(self) -> RPC:
+        """Wait for something to send; returns as much as fits in one batch."""
+        while not self._waiting:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        batch, size = RPC(), 0
+        while self._waiting and (not size or size + self._waiting[0][0] <= BATCH_BYTES):
+            part_size, part = self._waiting.popleft()
+            self._bytes -= part_size
+            size += part_size
+            batch.MergeFrom(part)
+        return batch
+
+
+class Gossip:
+    """Publishing and subscribing over a host."""
+
+    def __init__(self, host: Host, nursery: trio.Nursery, random: Random) -> None:
+        """`nursery` holds the tasks that write to neighbours; `random` picks neighbours for the meshes."""
+        self._host = host
+        self._nursery = nursery
+        self._router = Router(self._send, random)
+        self._outboxes: dict[NodeId, _Outbox] = {}
+        self._readers: dict[NodeId, trio.CancelScope] = {}
+        self._subscriptions: dict[str, QueuedSubscription] = {}
+        self.journal = GossipJournal()
+        host.on_connected.append(self._on_connected)
+        host.on_disconnected.append(self._on_disconnected)
+
+    def mesh(self, topic: str) -> frozenset[NodeId]:
+        """Neighbours in the topic's mesh."""
+        return self._router.mesh(topic)
+
+    def topic_peers(self, topic: str) -> tuple[NodeId, ...]:
+        """Neighbours subscribed to a topic."""
+        return tuple(self._router.subscribers(topic))
+
+    async def run(self) -> None:
+        """The heartbeat, until cancelled."""
+        while True:
+            await trio.sleep(HEARTBEAT_SECONDS)
+            self._router.heartbeat(trio.current_time())
+
+    def _on_connected(self, connection: Connection) -> None:
+        self._outboxes[connection.peer] = _Outbox()
+        self._nursery.start_soon(self._write_to, connection.peer, self._outboxes[connection.peer])
+
+    def _on_disconnected(self, peer: NodeId) -> None:
+        self._outboxes.pop(peer).close()
+        self._router.remove_peer(peer)
+
+    def _send(self, peer: NodeId, rpc: RPC) -> None:
+        outbox = self._outboxes.get(peer)
+        if outbox is not None and not outbox.put(rpc):
+            self.journal.dropped += len(rpc.publish)
+
+    async def _write_to(self, peer: NodeId, outbox: _Outbox) -> None:
+        """Keep a gossip stream to a neighbour for as long as it is connected."""
+        with outbox.scope:
+            pause = RETRY_SECONDS
+            while True:
+                await self._write_stream(peer, outbox)
+                await trio.sleep(pause)
+                pause = min(2 * pause, MAX_RETRY_SECONDS)
+
+    async def _write_stream(self, peer: NodeId, outbox: _Outbox) -> None:
+        try:
+            stream = await self._host.open_stream(peer, PROTOCOL)
+        except PeerUnreachable:
+            return
+        self._router.add_peer(peer)
+        try:
+            while True:
+                rpc = await outbox.take()
+                await stream.write(prefixed(rpc.SerializeToString()))
+        except StreamReset:
+            return
+        finally:
+            stream.reset()
+
+    async def serve(self, peer: NodeId, stream: YamuxStream) -> None:
+        """Read a neighbour's gossip stream; a newer one of the same neighbour replaces it."""
+        with trio.CancelScope() as scope:
+            if (older := self._readers.get(peer)) is not None:
+                older.cancel()
+            self._readers[peer] = scope
+            try:
+                await self._read_stream(peer, stream)
+            finally:
+                if self._readers.get(peer) is scope:
+                    del self._readers[peer]
+
+    async def _read_stream(self, peer: NodeId, stream: YamuxStream) -> None:
+        buffer = bytearray()
+        while True:
+            try:
+                while (encoded := split_prefixed(buffer, MAX_RPC_BYTES)) is None:
+                    buffer += await stream.read(READ_BYTES)
+                rpc = RPC.FromString(encoded)
+            except (StreamEnded, StreamReset):
+                return
+            except (DecodeError, ValueError):
+                await self._refuse(peer, _MALFORMED)
+                stream.reset()
+                return
+            if peer not in self._outboxes:
+                return
+            for incoming in self._router.receive(peer, rpc, trio.current_time()):
+                await self._judge(peer, incoming)
+
+    async def _judge(self, peer: NodeId, incoming: Incoming) -> None:
+        # Signatures are checked here: let other tasks run between two messages of a batch.
+        await trio.lowlevel.checkpoint()
+        subscription = self._subscriptions.get(incoming.topic)
+        if subscription is None:
+            return
+        if incoming.policy_breach:
+            validation = _MALFORMED
+        else:
+            validation = judge(subscription.validator, peer, incoming.data)
+        if validation.decision is not Decision.ACCEPT:
+            await self._refuse(peer, validation)
+            return
+        self.journal.accepted += 1
+        if not subscription.deliver(GossipMessage(peer, incoming.data)):
+            self.journal.dropped += 1
+        self._router.forward(incoming, peer)
+
+    async def _refuse(self, peer: NodeId, validation: Validation) -> None:
+        if self.journal.refuse(peer, validation):
+            await self._host.disconnect(peer)
+
+    @asynccontextmanager
+    async def subscribe(
+        self, topic: str, validator: GossipValidator, *, capacity: int
+    ) -> AsyncIterator[Subscription]:
+        """See `Network.subscribe`."""
+        await trio.lowlevel.checkpoint()
+        if topic in self._subscriptions:
+            msg = f"{topic} is already subscribed"
+            raise LocalError(msg)
+        subscription = QueuedSubscription(validator, capacity)
+        self._subscriptions[topic] = subscription
+        self._router.join(topic, trio.current_time())
+        try:
+            yield subscription
+        finally:
+            del self._subscriptions[topic]
+            self._router.leave(topic, trio.current_time())
+
+    def publish(self, topic: str, data: bytes) -> None:
+        """See `Network.publish`."""
+        self._router.publish(topic, data, trio.current_time())

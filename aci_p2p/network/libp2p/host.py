@@ -1,0 +1,400 @@
+"""Connections: listening, dialling, upgrading, and the streams on them.
+
+Takes the place of py-libp2p's `Swarm` and `BasicHost`, in which an exception in any stream handler ends the host,
+an inbound slot is never given back, a dial waits 250 ms for nothing, only one address of a peer is tried, a port can
+be shared by accident (SO_REUSEPORT), and silent connections hold every slot for half a minute.
+
+Each connection is one task of the host's nursery, each inbound stream another; all of them end with the host, and
+nothing that a peer does raises out of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+
+from aci_p2p.network.api import AddressInUse, PeerUnreachable
+from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified
+from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound, select_outbound
+from aci_p2p.network.libp2p.secure import Security, TcpChannel
+from aci_p2p.network.libp2p.yamux import PROTOCOL as YAMUX
+from aci_p2p.network.libp2p.yamux import StreamEnded, StreamReset, Yamux, YamuxStream
+from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER
+from aci_p2p.protocol.errors import LocalError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+    from aci_p2p.protocol.identity import KeyPair, NodeId
+
+MAX_CONNECTIONS = 512
+"""Connections kept; further inbound ones are refused. Each costs a socket, four tasks and up to 5 MiB of buffers."""
+MAX_CONNECTIONS_PER_ADDRESS = 32
+"""Inbound connections kept from one IP address, loopback excepted (a NAT may hide several nodes)."""
+MAX_HANDSHAKES = 64
+"""Inbound handshakes under way; one more ends the oldest, so that silent connections cannot lock honest ones out."""
+MAX_HANDSHAKES_PER_ADDRESS = 16
+"""Inbound handshakes under way from one IP address; one more ends its oldest."""
+HANDSHAKE_SECONDS = 10.0
+"""Time from a TCP connection to a multiplexed one, seconds: five round trips and two signatures."""
+DIAL_SECONDS = 5.0
+"""Time for one address to take our TCP connection, seconds."""
+NEGOTIATION_SECONDS = 10.0
+"""Time to agree on a stream's protocol, seconds."""
+BACKLOG = 256
+"""TCP connections that the kernel holds for us before we accept them."""
+
+
+@dataclass(eq=False, slots=True)
+class Connection:
+    """One multiplexed, authenticated connection."""
+
+    peer: NodeId
+    """Who is on the other side."""
+    muxer: Yamux
+    """Its streams."""
+    outbound: bool
+    """Whether we dialled it."""
+    address: str
+    """IP address of the other side."""
+
+
+@dataclass(slots=True)
+class _Protocol:
+    serve: Callable[[NodeId, YamuxStream], Awaitable[None]]
+    scopes: set[trio.CancelScope] = field(default_factory=set[trio.CancelScope])
+
+
+class Host:
+    """Our end of every connection."""
+
+    def __init__(self, key: KeyPair, nursery: trio.Nursery) -> None:
+        """`nursery` holds all tasks of the host."""
+        self.node_id = key.node_id
+        self._security = Security(key)
+        self._nursery = nursery
+        self._connections: dict[NodeId, list[Connection]] = {}
+        self._known: OrderedDict[NodeId, tuple[TcpAddress, ...]] = OrderedDict()
+        self._dials: dict[NodeId, trio.Event] = {}
+        self._protocols: dict[str, _Protocol] = {}
+        self._handshakes: OrderedDict[trio.CancelScope, str] = OrderedDict()
+        self._inbound_streams: dict[NodeId, int] = {}
+        self._bound: list[TcpAddress] = []
+        self.handler_failures = 0
+        self.on_connected: list[Callable[[Connection], None]] = []
+        self.on_disconnected: list[Callable[[NodeId], None]] = []
+
+    @property
+    def peers(self) -> tuple[NodeId, ...]:
+        """Connected peers."""
+        return tuple(self._connections)
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Protocols that we serve."""
+        return tuple(self._protocols)
+
+    @property
+    def addresses(self) -> list[TcpAddress]:
+        """Where we can be dialled."""
+        return [
+            address for bound in self._bound for address in expand_unspecified(bound.protocol, bound.host, bound.port)
+        ]
+
+    async def listen(self, address: TcpAddress) -> None:
+        """Accept connections at an address. Raises AddressInUse, LocalError."""
+        if not address.protocol.startswith("ip"):
+            msg = f"cannot listen on {address}: give an IP address"
+            raise LocalError(msg)
+        try:
+            listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=BACKLOG)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                msg = f"{address} is in use by another program"
+                raise AddressInUse(msg, hint="choose another port, or 0 for any free one") from error
+            msg = f"cannot listen on {address}: {error.strerror or error}"
+            raise LocalError(msg) from error
+        for listener in listeners:
+            host, port = listener.socket.getsockname()[:2]
+            self._bound.append(TcpAddress(address.protocol, host, port, None))
+            self._nursery.start_soon(self._accept, listener)
+
+    async def _accept(self, listener: trio.SocketListener) -> None:
+        async with listener:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except OSError:
+                    # Out of file descriptors, most likely: drop the handshake that has waited longest, and try again.
+                    self._end_oldest_handshake(None)
+                    await trio.sleep(0.1)
+                    continue
+                self._nursery.start_soon(self._handle_inbound, stream)
+
+    def _end_oldest_handshake(self, address: str | None) -> None:
+        for scope, other in self._handshakes.items():
+            if address is None or other == address:
+                scope.cancel()
+                del self._handshakes[scope]
+                return
+
+    @contextmanager
+    def _handshaking(self, address: str) -> Iterator[None]:
+        """Bound inbound handshakes in time and number."""
+        if sum(other == address for other in self._handshakes.values()) >= MAX_HANDSHAKES_PER_ADDRESS:
+            self._end_oldest_handshake(address)
+        elif len(self._handshakes) >= MAX_HANDSHAKES:
+            self._end_oldest_handshake(None)
+        with trio.move_on_after(HANDSHAKE_SECONDS) as scope:
+            self._handshakes[scope] = address
+            try:
+                yield
+            finally:
+                self._handshakes.pop(scope, None)
+
+    async def _handle_inbound(self, stream: trio.SocketStream) -> None:
+        try:
+            address = str(stream.socket.getpeername()[0])
+        except OSError:
+            await stream.aclose()
+            return
+        channel = TcpChannel(stream, is_initiator=False)
+        connection: Connection | None = None
+        try:
+            with self._handshaking(address):
+                if self._has_room_for(address):
+                    secure = await self._security.secure_inbound(channel)
+                    await select_inbound(secure, (YAMUX,))
+                    connection = Connection(secure.peer, Yamux(secure, is_initiator=False), False, address)  # noqa: FBT003
+            if connection is not None and connection.peer != self.node_id:
+                await self._serve_connection(connection)
+        except Exception:  # noqa: BLE001, S110 - whatever a stranger sends ends its own connection and nothing else
+            pass
+        finally:
+            await stream.aclose()
+
+    def _has_room_for(self, address: str) -> bool:
+        connections = [connection for several in self._connections.values() for connection in several]
+        if len(connections) >= MAX_CONNECTIONS:
+            return False
+        if _is_loopback(address):
+            return True
+        return sum(connection.address == address for connection in connections) < MAX_CONNECTIONS_PER_ADDRESS
+
+    async def _serve_connection(
+        self, connection: Connection, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Hold a connection until it ends."""
+        self._add(connection)
+        task_status.started()
+        try:
+            await connection.muxer.run(lambda stream: self._accept_stream(connection.peer, stream))
+        except Exception:  # noqa: BLE001, S110 - a broken connection is a disconnected peer
+            pass
+        finally:
+            self._remove(connection)
+
+    def _add(self, connection: Connection) -> None:
+        several = self._connections.setdefault(connection.peer, [])
+        for other in several:
+            # A second connection in the same direction: the peer lost the first one and has come back.
+            if other.outbound == connection.outbound:
+                self._nursery.start_soon(other.muxer.close)
+        several.append(connection)
+        if len(several) == 1:
+            for notify in self.on_connected:
+                notify(connection)
+
+    def _remove(self, connection: Connection) -> None:
+        several = self._connections[connection.peer]
+        several.remove(connection)
+        if not several:
+            del self._connections[connection.peer]
+            for notify in self.on_disconnected:
+                notify(connection.peer)
+
+    def connection(self, peer: NodeId) -> Connection | None:
+        """The connection to use for a peer.
+
+        When both sides have dialled each other at once, both use the one that the smaller identity dialled.
+        """
+        usable = [one for one in self._connections.get(peer, []) if not one.muxer.is_closed]
+        return max(usable, key=lambda one: one.outbound == (self.node_id < peer), default=None)
+
+    def learn(self, peer: NodeId, addresses: Sequence[TcpAddress], *, hearsay: bool = False) -> None:
+        """Remember where a peer may be dialled: at most MAX_ADDRESSES_PER_PEER, what the peer itself says first.
+
+        `hearsay` (from another peer) never displaces an address that is known already.
+        """
+        usable = [address for address in addresses if address.port and address.peer in {None, peer}]
+        if peer == self.node_id or not usable:
+            return
+        known = self._known.get(peer, ())
+        merged = dict.fromkeys([*known, *usable] if hearsay else [*usable, *known])
+        self._known[peer] = tuple(merged)[:MAX_ADDRESSES_PER_PEER]
+        self._known.move_to_end(peer)
+        if len(self._known) > MAX_KNOWN_PEERS:
+            self._known.popitem(last=False)
+
+    def known(self, peer: NodeId) -> tuple[TcpAddress, ...]:
+        """Where a peer may be dialled."""
+        return self._known.get(peer, ())
+
+    def usable_by(self, peer: NodeId, addresses: Sequence[TcpAddress]) -> list[TcpAddress]:
+        """Those of the addresses that make sense to a peer: loopback only when it is on this machine itself."""
+        connection = self.connection(peer)
+        is_local = connection is not None and _is_loopback(connection.address)
+        return [address for address in addresses if is_local or not address.is_loopback]
+
+    async def dial(self, peer: NodeId, addresses: Sequence[TcpAddress] = ()) -> Connection:
+        """The connection to a peer, made when there is none. Raises PeerUnreachable."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            if (connection := self.connection(peer)) is not None:
+                return connection
+            if (dial := self._dials.get(peer)) is None:
+                break
+            await dial.wait()
+        if peer == self.node_id:
+            msg = "cannot connect to ourselves"
+            raise LocalError(msg)
+        self._dials[peer] = trio.Event()
+        try:
+            return await self._dial_each(peer, addresses or self.known(peer))
+        finally:
+            self._dials.pop(peer).set()
+
+    async def _dial_each(self, peer: NodeId, addresses: Sequence[TcpAddress]) -> Connection:
+        failures: list[str] = []
+        for address in addresses:
+            try:
+                return await self._dial_address(peer, address)
+            except PeerUnreachable as error:
+                failures.append(error.message)
+        msg = f"{peer.short} cannot be reached: {'; '.join(failures) or 'no address is known'}"
+        raise PeerUnreachable(msg)
+
+    async def _dial_address(self, peer: NodeId, address: TcpAddress) -> Connection:
+        place = address.transport
+        try:
+            with trio.fail_after(DIAL_SECONDS):
+                stream = await trio.open_tcp_stream(address.host, address.port)
+        except trio.TooSlowError:
+            msg = f"{place} does not answer"
+            raise PeerUnreachable(msg) from None
+        except OSError as error:
+            msg = f"{place} refuses the connection"
+            raise PeerUnreachable(msg) from error
+        try:
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                secure = await self._security.secure_outbound(TcpChannel(stream, is_initiator=True), peer)
+                await select_outbound(secure, YAMUX)
+        except Exception as error:
+            await stream.aclose()
+            msg = f"{place} is not {peer.short} speaking libp2p"
+            raise PeerUnreachable(msg) from error
+        except BaseException:
+            await stream.aclose()
+            raise
+        connection = Connection(peer, Yamux(secure, is_initiator=True), True, address.host)  # noqa: FBT003
+        await self._nursery.start(self._serve_connection, connection)
+        return connection
+
+    async def disconnect(self, peer: NodeId) -> None:
+        """Close all connections to a peer."""
+        for connection in tuple(self._connections.get(peer, ())):
+            await connection.muxer.close()
+
+    async def open_stream(self, peer: NodeId, protocol: str) -> YamuxStream:
+        """Open a stream to a peer, dialling it if needed. Raises PeerUnreachable."""
+        connection = await self.dial(peer)
+        try:
+            stream = connection.muxer.open_stream()
+        except StreamReset as error:
+            msg = f"{peer.short} takes no more streams from us"
+            raise PeerUnreachable(msg) from error
+        try:
+            with trio.fail_after(NEGOTIATION_SECONDS):
+                await select_outbound(stream, protocol)
+        except (NegotiationError, StreamEnded, StreamReset, trio.TooSlowError) as error:
+            stream.reset()
+            msg = f"{peer.short} does not serve {protocol}"
+            raise PeerUnreachable(msg) from error
+        except BaseException:
+            stream.reset()
+            raise
+        return stream
+
+    @contextmanager
+    def serve(self, protocol: str, serve: Callable[[NodeId, YamuxStream], Awaitable[None]]) -> Iterator[None]:
+        """Serve a protocol within the block; what is being served then is cancelled. Raises LocalError when taken."""
+        if protocol in self._protocols:
+            msg = f"{protocol} is already served"
+            raise LocalError(msg)
+        served = self._protocols[protocol] = _Protocol(serve)
+        try:
+            yield
+        finally:
+            del self._protocols[protocol]
+            for scope in tuple(served.scopes):
+                scope.cancel()
+
+    def _accept_stream(self, peer: NodeId, stream: YamuxStream) -> bool:
+        count = self._inbound_streams.get(peer, 0)
+        if count >= MAX_STREAMS_PER_PEER or sum(self._inbound_streams.values()) >= MAX_STREAMS:
+            return False
+        self._inbound_streams[peer] = count + 1
+        self._nursery.start_soon(self._serve_stream, peer, stream)
+        return True
+
+    async def _serve_stream(self, peer: NodeId, stream: YamuxStream) -> None:
+        try:
+            with trio.fail_after(NEGOTIATION_SECONDS):
+                served = self._protocols.get(await select_inbound(stream, self._protocols))
+        except Exception:  # noqa: BLE001 - a stream without a protocol is nobody's but the peer's
+            served = None
+        try:
+            if served is None:
+                stream.reset()
+            else:
+                await self._run_server(served, peer, stream)
+        finally:
+            self._inbound_streams[peer] -= 1
+            if not self._inbound_streams[peer]:
+                del self._inbound_streams[peer]
+
+    async def _run_server(self, protocol: _Protocol, peer: NodeId, stream: YamuxStream) -> None:
+        try:
+            with trio.CancelScope() as scope:
+                protocol.scopes.add(scope)
+                await protocol.serve(peer, stream)
+        except (StreamEnded, StreamReset):
+            pass
+        except Exception:  # noqa: BLE001 - a server never raises into the host's task tree
+            self.handler_failures += 1
+            stream.reset()
+        finally:
+            protocol.scopes.discard(scope)
+            if scope.cancelled_caught:
+                stream.reset()
+            stream.close()
+
+    async def close(self) -> None:
+        """Say good-bye on all connections."""
+        async with trio.open_nursery() as nursery:
+            for several in self._connections.values():
+                for connection in several:
+                    nursery.start_soon(connection.muxer.close)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

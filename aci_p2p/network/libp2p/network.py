@@ -1,0 +1,196 @@
+"""The seam over libp2p: host, gossip and DHT put together."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from random import SystemRandom
+from typing import TYPE_CHECKING
+
+import trio
+
+from aci_p2p.network.api import Network, NetworkStatistics, StreamClosed
+from aci_p2p.network.checks import check_gossip
+from aci_p2p.network.libp2p import gossip as gossip_module
+from aci_p2p.network.libp2p import identify as identify_module
+from aci_p2p.network.libp2p import kademlia as kademlia_module
+from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.gossip import Gossip
+from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.identify import request_identify, serve_identify
+from aci_p2p.network.libp2p.kademlia import Kademlia
+from aci_p2p.network.libp2p.streams import FramedStream
+from aci_p2p.network.scope import background_tasks
+from aci_p2p.protocol.errors import LocalError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+
+    from aci_p2p.network.api import (
+        GossipValidator,
+        RecordSelector,
+        RecordValidator,
+        Stream,
+        StreamHandler,
+        Subscription,
+    )
+    from aci_p2p.network.libp2p.host import Connection
+    from aci_p2p.network.libp2p.yamux import YamuxStream
+    from aci_p2p.protocol.identity import KeyPair, NodeId
+
+IDENTIFY_SECONDS = 10.0
+"""Time for a new peer to say what it serves, seconds."""
+CLOSE_SECONDS = 0.5
+"""How long leaving waits for queued frames to reach the peers, seconds."""
+
+
+class Libp2pNetwork(Network):
+    """A running libp2p endpoint. Made only by `open_libp2p_network`."""
+
+    def __init__(self, host: Host, gossip: Gossip, kademlia: Kademlia, nursery: trio.Nursery) -> None:
+        self._host = host
+        self._gossip = gossip
+        self._kademlia = kademlia
+        self._nursery = nursery
+        self._streams = 0
+        host.on_connected.append(lambda connection: nursery.start_soon(self._identify, connection))
+
+    @property
+    def node_id(self) -> NodeId:
+        return self._host.node_id
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        return tuple(address.owned_by(self.node_id) for address in self._host.addresses)
+
+    @property
+    def peers(self) -> Sequence[NodeId]:
+        return self._host.peers
+
+    async def _identify(self, connection: Connection) -> None:
+        """Ask a new peer what it serves, for the address book and the routing table."""
+        try:
+            with trio.fail_after(IDENTIFY_SECONDS):
+                identity = await request_identify(self._host, connection.peer)
+        except Exception:  # noqa: BLE001 - a peer that does not say stays out of the routing table
+            return
+        self._host.learn(connection.peer, identity.addresses)
+        if kademlia_module.PROTOCOL in identity.protocols:
+            self._kademlia.add_peer(connection.peer)
+
+    async def connect(self, address: str) -> NodeId:
+        target = TcpAddress.parse(address)
+        if target.peer is None or not target.port:
+            msg = f"{address} does not say whom to expect there"
+            raise LocalError(msg, hint="end it with /p2p/ and the peer id")
+        await self._host.dial(target.peer, (target,))
+        self._host.learn(target.peer, (target,))
+        return target.peer
+
+    def learn_addresses(self, peer: NodeId, addresses: Sequence[str]) -> None:
+        parsed: list[TcpAddress] = []
+        for address in addresses:
+            try:
+                parsed.append(TcpAddress.parse(address))
+            except LocalError:
+                continue
+        self._host.learn(peer, parsed)
+
+    @asynccontextmanager
+    async def open_stream(self, peer: NodeId, protocol: str) -> AsyncIterator[Stream]:
+        raw = await self._host.open_stream(peer, protocol)
+        self._streams += 1
+        try:
+            yield FramedStream(peer, raw)
+        except BaseException:
+            raw.reset()
+            raise
+        else:
+            raw.close()
+        finally:
+            self._streams -= 1
+
+    def serve(self, protocol: str, handler: StreamHandler) -> AbstractContextManager[None]:
+        return self._host.serve(protocol, partial(self._serve_stream, handler))
+
+    async def _serve_stream(self, handler: StreamHandler, peer: NodeId, raw: YamuxStream) -> None:
+        self._streams += 1
+        try:
+            await handler(FramedStream(peer, raw))
+        except StreamClosed:
+            # The peer left: for the handler the ordinary end, and nothing is left to close.
+            raw.reset()
+        finally:
+            self._streams -= 1
+
+    def subscribe(
+        self, topic: str, validator: GossipValidator, *, capacity: int
+    ) -> AbstractAsyncContextManager[Subscription]:
+        return self._gossip.subscribe(topic, validator, capacity=capacity)
+
+    def topic_peers(self, topic: str) -> Sequence[NodeId]:
+        return self._gossip.topic_peers(topic)
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        check_gossip(data)
+        await trio.lowlevel.checkpoint()
+        self._gossip.publish(topic, data)
+
+    async def put_record(self, key: str, value: bytes) -> None:
+        await self._kademlia.put_record(key, value)
+
+    async def get_record(self, key: str) -> bytes | None:
+        return await self._kademlia.get_record(key)
+
+    async def provide(self, key: bytes) -> None:
+        await self._kademlia.provide(key)
+
+    async def find_providers(self, key: bytes, limit: int) -> Sequence[NodeId]:
+        return await self._kademlia.find_providers(key, limit)
+
+    def statistics(self) -> NetworkStatistics:
+        journal = self._gossip.journal
+        return NetworkStatistics(
+            peers=len(self._host.peers),
+            streams=self._streams,
+            gossip_accepted=journal.accepted,
+            gossip_refused=dict(journal.refused),
+            gossip_dropped=journal.dropped,
+            handler_failures=self._host.handler_failures,
+        )
+
+
+@asynccontextmanager
+async def open_libp2p_network(
+    key: KeyPair,
+    *,
+    listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
+    record_validator: RecordValidator,
+    record_selector: RecordSelector,
+) -> AsyncIterator[Network]:
+    """A libp2p endpoint for the block, listening at the multiaddrs in `listen` (none: dial only).
+
+    Raises AddressInUse or LocalError for a listen address that cannot be bound. Leaving the block, also by
+    cancellation, closes all streams and connections within CLOSE_SECONDS.
+    """
+    bind_to = [TcpAddress.parse(address) for address in listen]
+    random = SystemRandom()
+    async with background_tasks() as nursery:
+        host = Host(key, nursery)
+        gossip = Gossip(host, nursery, random)
+        kademlia = Kademlia(host, record_validator, record_selector, random)
+        with ExitStack() as stack:
+            stack.enter_context(host.serve(identify_module.PROTOCOL, partial(serve_identify, host)))
+            stack.enter_context(host.serve(gossip_module.PROTOCOL, gossip.serve))
+            stack.enter_context(host.serve(kademlia_module.PROTOCOL, kademlia.serve))
+            network = Libp2pNetwork(host, gossip, kademlia, nursery)
+            for address in bind_to:
+                await host.listen(address)
+            nursery.start_soon(gossip.run)
+            nursery.start_soon(kademlia.run)
+            try:
+                yield network
+            finally:
+                with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                    await host.close()

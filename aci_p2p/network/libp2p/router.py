@@ -1,0 +1,347 @@
+"""The gossipsub v1.1 router: who gets which message. Pure: no I/O, time and randomness are passed in.
+
+Takes the place of py-libp2p's `GossipSub`, which keys its message cache by author and sequence number whatever the
+message id function says (so unsigned messages collide), refuses IHAVE to pruned peers for a minute, mixes up the
+control messages of a heartbeat, and dies of a malformed one.
+
+Messages follow the StrictNoSign policy: no author, sequence number or signature of libp2p's, since ACI's own envelope
+inside `data` is signed by its author. The message id is SHA-256(topic, 0, data). A go- or js-libp2p node takes part
+when it is configured with StrictNoSign and the same message id function; one with the default StrictSign drops our
+messages and has its own rejected here.
+
+Peer scores, peer exchange and IDONTWANT are left out: forwarders of invalid messages are disconnected instead.
+
+Sources: https://github.com/libp2p/specs/tree/master/pubsub/gossipsub (v1.0, v1.1; names follow it)
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from libp2p.pubsub.pb.rpc_pb2 import (
+    RPC,
+    ControlGraft,
+    ControlIHave,
+    ControlIWant,
+    ControlMessage,
+    ControlPrune,
+    Message,
+)
+
+from aci_p2p.network.delivery import SeenCache, message_id
+from aci_p2p.network.limits import MAX_TOPIC_BYTES, MAX_TOPICS_PER_PEER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from random import Random
+
+    from aci_p2p.protocol.identity import NodeId
+
+DEGREE = 6
+"""Neighbours in a topic's mesh that the router aims for (D)."""
+DEGREE_LOW = 4
+"""Fewer neighbours than this are filled up (D_low)."""
+DEGREE_HIGH = 12
+"""More neighbours than this are pruned (D_high)."""
+DEGREE_LAZY = 6
+"""Neighbours outside the mesh that hear of new messages in a heartbeat (D_lazy)."""
+GOSSIP_FACTOR = 0.25
+"""Share of the neighbours outside the mesh that hear of new messages, when that is more than D_lazy."""
+HEARTBEAT_SECONDS = 1.0
+"""Time between heartbeats, seconds."""
+HISTORY_LENGTH = 5
+"""Heartbeats for which a message can be asked for (mcache_len)."""
+HISTORY_GOSSIP = 3
+"""Heartbeats for which a message is announced (mcache_gossip)."""
+FANOUT_SECONDS = 60.0
+"""How long neighbours of a topic that we only publish to are kept, seconds."""
+PRUNE_BACKOFF_SECONDS = 60
+"""How long two neighbours that parted do not graft again, seconds."""
+UNSUBSCRIBE_BACKOFF_SECONDS = 10
+"""The same after leaving a topic, seconds."""
+MAX_BACKOFF_SECONDS = 600
+"""Longest back-off that a peer can ask for, seconds."""
+MAX_IHAVE_IDS = 512
+"""Message ids that one neighbour may announce, and that we ask of it, in a heartbeat."""
+MAX_IHAVES = 16
+"""IHAVE messages that one neighbour may send in a heartbeat."""
+MAX_RETRANSMISSIONS = 3
+"""How often one neighbour gets the same message on request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message that nobody has judged yet."""
+
+    message_id: bytes
+    """SHA-256 of topic and data."""
+    topic: str
+    """Its topic; we are subscribed."""
+    data: bytes
+    """Its payload, of any size."""
+    policy_breach: bool
+    """Whether it carries libp2p's author, sequence number or signature, which StrictNoSign forbids."""
+
+
+@dataclass(slots=True)
+class _Neighbour:
+    topics: set[str] = field(default_factory=set[str])
+    ihaves: int = 0
+    wanted: int = 0
+
+
+@dataclass(slots=True)
+class _Cached:
+    topic: str
+    data: bytes
+    requests: Counter[NodeId] = field(default_factory=Counter["NodeId"])
+
+
+class _MessageCache:
+    """Messages of the last HISTORY_LENGTH heartbeats, for neighbours that ask."""
+
+    def __init__(self) -> None:
+        self._messages: dict[bytes, _Cached] = {}
+        self._windows: deque[list[bytes]] = deque([[] for _ in range(HISTORY_LENGTH)])
+
+    def put(self, identifier: bytes, topic: str, data: bytes) -> None:
+        if identifier not in self._messages:
+            self._messages[identifier] = _Cached(topic, data)
+            self._windows[0].append(identifier)
+
+    def get(self, identifier: bytes) -> _Cached | None:
+        return self._messages.get(identifier)
+
+    def recent(self, topic: str) -> list[bytes]:
+        windows = list(self._windows)[:HISTORY_GOSSIP]
+        return [identifier for window in windows for identifier in window if self._messages[identifier].topic == topic]
+
+    def shift(self) -> None:
+        for identifier in self._windows.pop():
+            del self._messages[identifier]
+        self._windows.appendleft([])
+
+
+class Router:
+    """Meshes, subscriptions and recent messages of one node."""
+
+    def __init__(self, send: Callable[[NodeId, RPC], None], random: Random) -> None:
+        """`send` queues a message for a neighbour and does not block."""
+        self._send = send
+        self._random = random
+        self._neighbours: dict[NodeId, _Neighbour] = {}
+        self._mesh: dict[str, set[NodeId]] = {}
+        self._fanout: dict[str, tuple[set[NodeId], float]] = {}
+        self._backoff: dict[tuple[str, NodeId], float] = {}
+        self._seen = SeenCache()
+        self._cache = _MessageCache()
+
+    def mesh(self, topic: str) -> frozenset[NodeId]:
+        """Neighbours in the topic's mesh."""
+        return frozenset(self._mesh.get(topic, ()))
+
+    def add_peer(self, peer: NodeId) -> None:
+        """A stream to a neighbour is open: tell it our subscriptions, and of which meshes we count it a part."""
+        self._neighbours.setdefault(peer, _Neighbour())
+        if self._mesh:
+            grafts = [ControlGraft(topicID=topic) for topic, mesh in self._mesh.items() if peer in mesh]
+            hello = _control(graft=grafts)
+            hello.subscriptions.extend(_subscription(topic, subscribe=True) for topic in self._mesh)
+            self._send(peer, hello)
+
+    def remove_peer(self, peer: NodeId) -> None:
+        """A neighbour is gone."""
+        self._neighbours.pop(peer, None)
+        for mesh in self._mesh.values():
+            mesh.discard(peer)
+        for fanout, _ in self._fanout.values():
+            fanout.discard(peer)
+
+    def join(self, topic: str, now: float) -> None:
+        """We subscribe to a topic."""
+        self._mesh[topic] = set()
+        self._fanout.pop(topic, None)
+        for peer in self._neighbours:
+            self._send(peer, RPC(subscriptions=[_subscription(topic, subscribe=True)]))
+        self._fill_mesh(topic, now)
+
+    def leave(self, topic: str, now: float) -> None:
+        """We unsubscribe from a topic."""
+        for peer in self._mesh.pop(topic):
+            self._prune(topic, peer, UNSUBSCRIBE_BACKOFF_SECONDS, now)
+        for peer in self._neighbours:
+            self._send(peer, RPC(subscriptions=[_subscription(topic, subscribe=False)]))
+
+    def publish(self, topic: str, data: bytes, now: float) -> None:
+        """Our own message goes to every neighbour subscribed to its topic (flood publishing), once."""
+        identifier = message_id(topic, data)
+        if not self._seen.add(identifier, now):
+            return
+        self._cache.put(identifier, topic, data)
+        rpc = RPC(publish=[Message(data=data, topicIDs=[topic])])
+        for peer in self.subscribers(topic):
+            self._send(peer, rpc)
+        if topic not in self._mesh:
+            self._fanout[topic] = (self._fanout_peers(topic), now)
+
+    def receive(self, peer: NodeId, rpc: RPC, now: float) -> list[Incoming]:
+        """Handle what a neighbour sent; returns its messages that are new, for us to judge."""
+        neighbour = self._neighbours.setdefault(peer, _Neighbour())
+        for option in rpc.subscriptions:
+            self._subscribe(peer, neighbour, option.topicid, subscribe=option.subscribe, now=now)
+        incoming: list[Incoming] = []
+        for message in rpc.publish:
+            if len(message.topicIDs) != 1 or message.topicIDs[0] not in self._mesh:
+                continue
+            topic = message.topicIDs[0]
+            identifier = message_id(topic, message.data)
+            if self._seen.add(identifier, now):
+                breach = bool(message.from_id or message.seqno or message.signature or message.key)
+                incoming.append(Incoming(identifier, topic, message.data, breach))
+        self._handle_control(peer, neighbour, rpc.control, now)
+        return incoming
+
+    def forward(self, incoming: Incoming, forwarder: NodeId) -> None:
+        """An accepted message goes on to the mesh, except where it came from."""
+        self._cache.put(incoming.message_id, incoming.topic, incoming.data)
+        rpc = RPC(publish=[Message(data=incoming.data, topicIDs=[incoming.topic])])
+        for peer in self._mesh.get(incoming.topic, ()):
+            if peer != forwarder:
+                self._send(peer, rpc)
+
+    def heartbeat(self, now: float) -> None:
+        """Repair the meshes and announce recent messages outside them; to be called every HEARTBEAT_SECONDS."""
+        for neighbour in self._neighbours.values():
+            neighbour.ihaves = neighbour.wanted = 0
+        self._backoff = {key: until for key, until in self._backoff.items() if until > now}
+        for topic in self._mesh:
+            self._fill_mesh(topic, now)
+            self._thin_mesh(topic, now)
+        for topic, (_, published) in tuple(self._fanout.items()):
+            if now - published > FANOUT_SECONDS:
+                del self._fanout[topic]
+            else:
+                self._fanout[topic] = (self._fanout_peers(topic), published)
+        for topic, mesh in [*self._mesh.items(), *((topic, peers) for topic, (peers, _) in self._fanout.items())]:
+            self._announce(topic, mesh)
+        self._cache.shift()
+
+    def subscribers(self, topic: str) -> list[NodeId]:
+        """Neighbours subscribed to a topic."""
+        return [peer for peer, neighbour in self._neighbours.items() if topic in neighbour.topics]
+
+    def _fanout_peers(self, topic: str) -> set[NodeId]:
+        subscribers = self.subscribers(topic)
+        kept = {peer for peer in self._fanout.get(topic, (set[object](), 0.0))[0] if peer in subscribers}
+        others = [peer for peer in subscribers if peer not in kept]
+        return kept | set(self._sample(others, DEGREE - len(kept)))
+
+    def _sample(self, peers: list[NodeId], count: int) -> list[NodeId]:
+        return self._random.sample(peers, min(max(count, 0), len(peers)))
+
+    def _fill_mesh(self, topic: str, now: float) -> None:
+        mesh = self._mesh[topic]
+        mesh.intersection_update(self.subscribers(topic))
+        if len(mesh) >= DEGREE_LOW:
+            return
+        eligible = [
+            peer
+            for peer in self.subscribers(topic)
+            if peer not in mesh and self._backoff.get((topic, peer), 0.0) <= now
+        ]
+        for peer in self._sample(eligible, DEGREE - len(mesh)):
+            mesh.add(peer)
+            self._send(peer, _control(graft=[ControlGraft(topicID=topic)]))
+
+    def _thin_mesh(self, topic: str, now: float) -> None:
+        mesh = self._mesh[topic]
+        if len(mesh) > DEGREE_HIGH:
+            for peer in self._sample(sorted(mesh), len(mesh) - DEGREE):
+                mesh.discard(peer)
+                self._prune(topic, peer, PRUNE_BACKOFF_SECONDS, now)
+
+    def _prune(self, topic: str, peer: NodeId, backoff: int, now: float) -> None:
+        self._backoff[topic, peer] = now + backoff
+        self._send(peer, _control(prune=[ControlPrune(topicID=topic, backoff=backoff)]))
+
+    def _announce(self, topic: str, mesh: Iterable[NodeId]) -> None:
+        identifiers = self._cache.recent(topic)
+        if not identifiers:
+            return
+        outside = [peer for peer in self.subscribers(topic) if peer not in mesh]
+        for peer in self._sample(outside, max(DEGREE_LAZY, int(GOSSIP_FACTOR * len(outside)))):
+            announced = self._random.sample(identifiers, min(MAX_IHAVE_IDS, len(identifiers)))
+            self._send(peer, _control(ihave=[ControlIHave(topicID=topic, messageIDs=announced)]))
+
+    def _subscribe(self, peer: NodeId, neighbour: _Neighbour, topic: str, *, subscribe: bool, now: float) -> None:
+        if not subscribe:
+            neighbour.topics.discard(topic)
+            self._mesh.get(topic, set()).discard(peer)
+        elif len(topic.encode()) <= MAX_TOPIC_BYTES and len(neighbour.topics) < MAX_TOPICS_PER_PEER:
+            known = topic in neighbour.topics
+            neighbour.topics.add(topic)
+            if topic in self._mesh:
+                self._fill_mesh(topic, now)
+            if not known:
+                # What was published while the subscription was on its way.
+                self._retransmit(peer, neighbour, self._cache.recent(topic))
+
+    def _handle_control(self, peer: NodeId, neighbour: _Neighbour, control: ControlMessage, now: float) -> None:
+        for ihave in control.ihave:
+            self._handle_ihave(peer, neighbour, ihave)
+        for iwant in control.iwant:
+            self._handle_iwant(peer, neighbour, iwant)
+        for graft in control.graft:
+            self._handle_graft(peer, neighbour, graft.topicID, now)
+        for prune in control.prune:
+            mesh = self._mesh.get(prune.topicID)
+            if mesh is not None:
+                mesh.discard(peer)
+                backoff = min(prune.backoff or PRUNE_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
+                self._backoff[prune.topicID, peer] = now + backoff
+
+    def _handle_ihave(self, peer: NodeId, neighbour: _Neighbour, ihave: ControlIHave) -> None:
+        neighbour.ihaves += 1
+        if ihave.topicID not in self._mesh or neighbour.ihaves > MAX_IHAVES:
+            return
+        unseen = [identifier for identifier in ihave.messageIDs if identifier not in self._seen]
+        wanted = unseen[: MAX_IHAVE_IDS - neighbour.wanted]
+        if wanted:
+            neighbour.wanted += len(wanted)
+            self._send(peer, _control(iwant=[ControlIWant(messageIDs=wanted)]))
+
+    def _handle_iwant(self, peer: NodeId, neighbour: _Neighbour, iwant: ControlIWant) -> None:
+        self._retransmit(peer, neighbour, iwant.messageIDs[:MAX_IHAVE_IDS])
+
+    def _retransmit(self, peer: NodeId, neighbour: _Neighbour, identifiers: Iterable[bytes]) -> None:
+        for identifier in identifiers:
+            cached = self._cache.get(identifier)
+            if cached is not None and cached.requests[peer] < MAX_RETRANSMISSIONS and cached.topic in neighbour.topics:
+                cached.requests[peer] += 1
+                self._send(peer, RPC(publish=[Message(data=cached.data, topicIDs=[cached.topic])]))
+
+    def _handle_graft(self, peer: NodeId, neighbour: _Neighbour, topic: str, now: float) -> None:
+        mesh = self._mesh.get(topic)
+        if mesh is None or peer in mesh:
+            return
+        backing_off = self._backoff.get((topic, peer), 0.0) > now
+        if backing_off or len(mesh) >= DEGREE_HIGH or topic not in neighbour.topics:
+            self._prune(topic, peer, PRUNE_BACKOFF_SECONDS, now)
+        else:
+            mesh.add(peer)
+
+
+def _subscription(topic: str, *, subscribe: bool) -> RPC.SubOpts:
+    return RPC.SubOpts(subscribe=subscribe, topicid=topic)
+
+
+def _control(
+    *,
+    ihave: Iterable[ControlIHave] = (),
+    iwant: Iterable[ControlIWant] = (),
+    graft: Iterable[ControlGraft] = (),
+    prune: Iterable[ControlPrune] = (),
+) -> RPC:
+    return RPC(control=ControlMessage(ihave=ihave, iwant=iwant, graft=graft, prune=prune))
