@@ -287,7 +287,7 @@ def _place(header: _Header, found: list[GgufTensor], alignment: int, file_size: 
         tensors[tensor.name] = GgufTensor(tensor.name, tensor.shape, tensor.type, start + tensor.offset)
         end = position + tensor.size
         position = _align(end, alignment)
-    if not start + end <= file_size <= start + position:
+    if found and not start + end <= file_size <= start + position:
         raise malformed(header.path, "does not end where its tensors end")
     return tensors
 
