@@ -80,6 +80,8 @@ class NodeConfig:
     """Multiaddrs of nodes to join through, each with `/p2p/<peer id>`."""
     provider: ProviderConfig | None = None
     """What to serve; None: consume only."""
+    models: Path | None = None
+    """Directory of the model store; None: below `home`."""
 
     @property
     def keys_path(self) -> Path:
@@ -89,7 +91,7 @@ class NodeConfig:
     @property
     def models_path(self) -> Path:
         """Directory of the model store."""
-        return self.home / "models"
+        return self.models or self.home / "models"
 
     @property
     def database_path(self) -> Path:

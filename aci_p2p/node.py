@@ -49,6 +49,8 @@ class NodeParts:
     """n random bytes."""
     rule: SelectionRule = PriceThenLatency()
     """How bids are chosen."""
+    threads: bool = True
+    """Write the database in a thread; False under virtual time."""
 
 
 class Node:
@@ -123,7 +125,7 @@ async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None
     with _key(config) as key:
         sealer = Sealer(key, config.network)
         async with (
-            open_store(config.database_path, key.node_id) as store,
+            open_store(config.database_path, key.node_id, threads=parts.threads) as store,
             open_network(key, config.listen, rules) as network,
             open_market(network, config.network, parts.clock) as market,
             open_discovery(network, sealer, rules, parts.clock) as discovery,

@@ -1,0 +1,97 @@
+"""The `aci-p2p` command: its sub-commands, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Final
+
+import click
+
+from aci_p2p.protocol.errors import AciError
+from aci_p2p.version import VERSION
+
+EXIT_INTERRUPTED: Final = 130
+"""128 + SIGINT, as shells report it."""
+EXIT_INTERNAL: Final = 70
+"""EX_SOFTWARE of sysexits.h: a bug of ours."""
+
+_COMMANDS: Final = ("demo", "infer", "join", "keys", "models", "verify")
+
+_EPILOG: Final = """\b
+Examples:
+  aci-p2p demo                                 a whole market on this machine
+  aci-p2p join                                 serve a model
+  aci-p2p infer --bootstrap ADDRESS "Hello!"   ask it
+  aci-p2p verify answer.aciproof               check an answer offline
+"""
+
+
+class _LazyGroup(click.Group):
+    """Imports a sub-command when it is used: `verify` then needs neither numpy nor libp2p."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
+        if cmd_name not in _COMMANDS:
+            return None
+        command = import_module(f"aci_p2p.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)  # noqa: S101 - each module defines one
+        return command
+
+
+@click.group(cls=_LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="aci-p2p")
+def app() -> None:
+    """Peer-to-peer, verifiable AI inference: ask models of the network, serve yours, check every answer."""
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    try:
+        code = app.main(standalone_mode=False)
+        sys.stdout.flush()
+    except BaseException as error:  # noqa: BLE001 - the edge: everything becomes a line and a code
+        code = _report(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: BaseException) -> int:
+    """Print the line of an error; its exit code."""
+    causes = list(_leaves(error))
+    for cause in causes:
+        if isinstance(cause, SystemExit):
+            return cause.code if isinstance(cause.code, int) else 1
+        if isinstance(cause, KeyboardInterrupt | click.Abort):
+            _say("interrupted")
+            return EXIT_INTERRUPTED
+        if isinstance(cause, click.ClickException):
+            cause.show()
+            return cause.exit_code
+        if isinstance(cause, AciError):
+            _say(cause.message + (f"; {cause.hint}" if cause.hint else ""))
+            return cause.exit_code
+        if isinstance(cause, BrokenPipeError):
+            # The reader closed our output early; Python's own flush at exit must not complain again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+    if os.environ.get("ACI_DEBUG"):
+        raise error
+    cause = causes[0]
+    _say(f"internal error: {type(cause).__name__}: {cause}; please report it, with the output of ACI_DEBUG=1")
+    return EXIT_INTERNAL
+
+
+def _say(message: str) -> None:
+    click.echo("aci-p2p: " + " ".join(message.split()), err=True)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            yield from _leaves(part)
+    else:
+        yield error

@@ -1,0 +1,120 @@
+"""`aci-p2p infer`: ask a model of the network."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from aci_p2p.cli.answering import Show, speed_line, summary
+from aci_p2p.cli.common import AmountType, Stop, home_option, json_option, network_option, print_json, run
+from aci_p2p.client import ACI, DEFAULT_BID_WINDOW_MS, DEFAULT_MAX_TOKENS, Answer, Requirements
+from aci_p2p.config import NodeConfig
+from aci_p2p.files import write_atomically
+from aci_p2p.protocol.catalogue import DEFAULT_MODEL
+from aci_p2p.protocol.messages import MAX_INPUT_BYTES, MAX_LATENCY_MS, MAX_TEMPERATURE_MILLI, MAX_TOKENS
+from aci_p2p.protocol.pricing import ACI as ONE_ACI
+from aci_p2p.protocol.pricing import format_amount
+from aci_p2p.protocol.proof import encode_proof
+
+_EPILOG = """\b
+Examples:
+  aci-p2p infer --bootstrap /ip4/192.0.2.1/tcp/9400/p2p/12D3KooW... "What is the capital of France?"
+  echo "Tell me a story" | aci-p2p infer --bootstrap ADDRESS --temperature 0.8 -
+  aci-p2p infer --bootstrap ADDRESS --max-price 0.001 --proof a.aciproof "Hello!"
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What the command line asked for."""
+
+    prompt: str
+    model: str
+    max_tokens: int
+    temperature: float
+    requirements: Requirements
+    proof: Path | None
+    as_json: bool
+
+
+@click.command("infer", short_help="Ask a model of the network.", epilog=_EPILOG)
+@click.argument("prompt")
+@click.option("--bootstrap", "-b", multiple=True, required=True, help="Multiaddr of a node to join through.")
+@click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, help="Name, or weights root in hex.")
+@click.option("--max-tokens", type=click.IntRange(1, MAX_TOKENS), default=DEFAULT_MAX_TOKENS, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, MAX_TEMPERATURE_MILLI / 1_000),
+    default=0.0,
+    show_default=True,
+    help="0 is greedy.",
+)
+@click.option("--max-price", type=AmountType(), default=ONE_ACI, show_default="1", help="For the whole job.")
+@click.option(
+    "--max-latency", type=click.IntRange(1, MAX_LATENCY_MS), default=MAX_LATENCY_MS, help="To the first token, ms."
+)
+@click.option(
+    "--bid-window",
+    type=click.IntRange(1, 10_000),
+    default=DEFAULT_BID_WINDOW_MS,
+    show_default=True,
+    help="Longest wait for bids, ms.",
+)
+@click.option("--proof", type=click.Path(path_type=Path, dir_okay=False), help="Where to save the proof.")
+@home_option
+@network_option
+@json_option
+def command(  # noqa: D417 - the options describe themselves
+    prompt: str,
+    bootstrap: tuple[str, ...],
+    model: str,
+    max_tokens: int,
+    temperature: float,
+    max_price: int,
+    max_latency: int,
+    bid_window: int,
+    proof: Path | None,
+    home: Path,
+    network: str,
+    as_json: bool,  # noqa: FBT001 - click passes flags so
+) -> None:
+    """Ask a model of the network PROMPT ('-' reads it from standard input), stream the answer, save its proof."""
+    text = sys.stdin.read(MAX_INPUT_BYTES + 1) if prompt == "-" else prompt
+    requirements = Requirements(max_price, max_latency, bid_window)
+    request = _Request(text, model, max_tokens, temperature, requirements, proof, as_json)
+    config = NodeConfig(home=home, network=network, bootstrap=bootstrap)
+
+    async def work(stop: Stop) -> None:
+        await _infer(config, request, stop)
+
+    run(work)
+
+
+async def _infer(config: NodeConfig, request: _Request, stop: Stop) -> None:
+    status = Console(stderr=True, quiet=request.as_json)
+    show = Show(status, None if request.as_json else Console(), steps=False)
+    async with ACI(config) as aci:
+        answer: Answer | None = None
+        with stop.block():
+            async with aci.stream(
+                prompt=request.prompt,
+                model=request.model,
+                max_tokens=request.max_tokens,
+                temperature=request.temperature,
+                requirements=request.requirements,
+            ) as stream:
+                answer = await show.run(stream)
+    if answer is None:
+        return
+    path = request.proof or config.home / "proofs" / f"{answer.receipt.body.job_id.hex()[:16]}.aciproof"
+    write_atomically(path, encode_proof(answer.proof))
+    if request.as_json:
+        print_json({**summary(answer, show), "proof_file": str(path)})
+        return
+    price = format_amount(answer.receipt.body.price)
+    status.print(f"{speed_line(show.timing)}; {price}", style="dim", highlight=False)
+    status.print(f"proof: {path}  (check it with: aci-p2p verify {path})", style="dim", highlight=False, soft_wrap=True)

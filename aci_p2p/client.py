@@ -1,0 +1,245 @@
+"""The consumer API: ask a model of the network, get text, tokens, proof and receipt."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+import trio
+
+from aci_p2p.config import NodeConfig
+from aci_p2p.consumer import JobResult, RunningJob
+from aci_p2p.executor import ModelStore
+from aci_p2p.node import Node, NodeParts, open_node
+from aci_p2p.protocol.catalogue import CATALOGUE, DEFAULT_MODEL
+from aci_p2p.protocol.consumer import JobRequest
+from aci_p2p.protocol.envelope import Envelope
+from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
+from aci_p2p.protocol.hashing import DIGEST_BYTES
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.job import Deliver
+from aci_p2p.protocol.messages import MAX_LATENCY_MS, MAX_TOKENS, CapabilityRecord, Conversation, Receipt, Turn
+from aci_p2p.protocol.pricing import ACI
+from aci_p2p.protocol.proof import ProofFile, VerifiedProof, encode_proof, verify_proof
+
+DEFAULT_MAX_TOKENS: Final = 256
+"""Output tokens; a long paragraph."""
+DEFAULT_BID_WINDOW_MS: Final = 1_000
+"""Milliseconds to wait for bids when not all of them are known to come: five gossip hops between continents."""
+MILLI: Final = 1_000
+
+
+class UnknownModel(LocalError):
+    """No model of that name is known here."""
+
+    code = "unknown_model"
+
+    def __init__(self, model: str, known: Sequence[str]) -> None:
+        super().__init__(
+            f"unknown model {model!r}", hint=f"known: {', '.join(known)}; or give a weights root of 64 hex digits"
+        )
+        self.model = model
+
+
+class NotConnected(ResourceError):
+    """The node is connected to nobody, so nobody can hear its offer."""
+
+    code = "not_connected"
+
+
+@dataclass(frozen=True, slots=True)
+class Requirements:
+    """What a consumer asks of its provider."""
+
+    max_price: int = ACI
+    """Most to pay for the whole job, base units (10^-18 ACI)."""
+    max_latency_ms: int = MAX_LATENCY_MS
+    """Longest promised time to the first token, milliseconds."""
+    bid_window_ms: int = DEFAULT_BID_WINDOW_MS
+    """How long to wait for bids, milliseconds; less when all known providers have bid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished inference."""
+
+    text: str
+    """The answer."""
+    tokens: tuple[int, ...]
+    """Its token ids."""
+    proof: ProofFile
+    """What the provider signed, with all openings; `encode_proof` gives the file."""
+    receipt: Envelope[Receipt]
+    """What we signed: price, and how the provider was chosen."""
+    provider: NodeId
+    """Who answered."""
+
+
+class AnswerStream:
+    """An inference in progress: iterate over it for text, or over `updates` for everything that happens."""
+
+    def __init__(self, job: RunningJob, providers: Sequence[Envelope[CapabilityRecord]]) -> None:
+        """Made by `ACI.stream`."""
+        self._job = job
+        self.providers = providers
+        """Providers of the model that were known before the offer."""
+
+    @property
+    def job_id(self) -> bytes:
+        """32 bytes."""
+        return self._job.job_id
+
+    @property
+    def updates(self) -> RunningJob:
+        """Offer, bids, choice and text as they come; raises the AciError that ends the job."""
+        return self._job
+
+    @property
+    def answer(self) -> Answer:
+        """The finished inference. Raises the AciError that ended it otherwise."""
+        return _answer(self._job.result)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        """The next part of the text. Raises the AciError that ends the job."""
+        async for update in self._job:
+            if isinstance(update, Deliver) and update.text:
+                return update.text
+        raise StopAsyncIteration
+
+
+class ACI:
+    """A client of the network: `async with ACI(config) as aci`, or over a node that runs already.
+
+    Example:
+        async with ACI(NodeConfig(bootstrap=("/ip4/192.0.2.1/tcp/9400/p2p/12D3KooW...",))) as aci:
+            answer = await aci.inference(prompt="What is the capital of France?")
+            print(answer.text)
+    """
+
+    def __init__(self, node: Node | NodeConfig | None = None, *, parts: NodeParts | None = None) -> None:
+        """`node`: a running node, or the configuration of one to run; `parts` replaces its parts, for tests."""
+        self._given = node
+        self._parts = parts
+        self._stack = AsyncExitStack()
+        self._node: Node | None = None
+
+    async def __aenter__(self) -> Self:
+        if isinstance(self._given, Node):
+            self._node = self._given
+        else:
+            self._node = await self._stack.enter_async_context(open_node(self._given, parts=self._parts))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    @property
+    def node(self) -> Node:
+        """The node underneath; only within the block."""
+        if self._node is None:
+            msg = "ACI is used outside its `async with` block"
+            raise LocalError(msg)
+        return self._node
+
+    async def inference(
+        self,
+        *,
+        prompt: str | Sequence[Turn],
+        model: str = DEFAULT_MODEL,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        temperature: float = 0.0,
+        requirements: Requirements | None = None,
+    ) -> Answer:
+        """Run one inference to its end.
+
+        `prompt` is a question or a whole conversation; `model` a name or a weights root in hex; `temperature` 0 is
+        greedy. Raises UnknownModel, NotConnected, NoBids, PromptRefused, ProviderFault.
+        """
+        async with self.stream(
+            prompt=prompt, model=model, max_tokens=max_tokens, temperature=temperature, requirements=requirements
+        ) as stream:
+            async for _ in stream:
+                pass
+            return stream.answer
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        *,
+        prompt: str | Sequence[Turn],
+        model: str = DEFAULT_MODEL,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        temperature: float = 0.0,
+        requirements: Requirements | None = None,
+    ) -> AsyncIterator[AnswerStream]:
+        """Run one inference within the block, streaming; leaving it early cancels the job. As `inference`."""
+        wanted = requirements or Requirements()
+        root = resolve_model(model, self.node.config)
+        conversation = _conversation(prompt)
+        if not 1 <= max_tokens <= MAX_TOKENS:
+            msg = f"max_tokens is between 1 and {MAX_TOKENS}"
+            raise LocalError(msg)
+        providers = await self.node.find_providers(root)
+        connected = [record for record in providers if record.sender in self.node.network.peers]
+        if not self.node.network.peers:
+            msg = "this node is connected to nobody"
+            raise NotConnected(msg, hint="give the address of a running node with --bootstrap")
+        request = JobRequest(
+            model_root=root,
+            conversation=conversation,
+            max_tokens=max_tokens,
+            temperature_milli=round(temperature * MILLI),
+            max_price=wanted.max_price,
+            max_latency_ms=wanted.max_latency_ms,
+            bid_window_ms=wanted.bid_window_ms,
+            expected_bids=len(connected),
+        )
+        async with self.node.open_job(request) as job:
+            yield AnswerStream(job, providers)
+
+    async def verify_proof(self, proof: ProofFile | bytes) -> VerifiedProof:
+        """Check a proof offline; nobody is asked. Raises ProofInvalid."""
+        data = proof if isinstance(proof, bytes) else encode_proof(proof)
+        return await trio.to_thread.run_sync(verify_proof, data)
+
+
+def resolve_model(model: str, config: NodeConfig) -> bytes:
+    """The weights root that a name stands for: a root in hex, a model of our store, or one of the catalogue.
+
+    Raises UnknownModel.
+    """
+    try:
+        root = bytes.fromhex(model)
+    except ValueError:
+        root = b""
+    if len(root) == DIGEST_BYTES:
+        return root
+    if model in CATALOGUE:
+        return CATALOGUE[model].root
+    try:
+        return ModelStore(config.models_path).open(model).root
+    except AciError:
+        stored = [entry.name for entry in ModelStore(config.models_path).list()]
+        raise UnknownModel(model, sorted({*CATALOGUE, *stored})) from None
+
+
+def _conversation(prompt: str | Sequence[Turn]) -> Conversation:
+    turns = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+    if not any(turn.content.strip() for turn in turns):
+        msg = "the prompt is empty"
+        raise LocalError(msg)
+    return Conversation(turns)
+
+
+def _answer(result: JobResult) -> Answer:
+    return Answer(result.file.text, result.file.tokens, result.file, result.receipt, result.provider)
+
+
