@@ -11,7 +11,6 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -119,9 +118,8 @@ def test_installed_versions_agree() -> None:
     assert "fastecdsa==2.3.2" in done.stdout, "libp2p's fastecdsa pin is gone: drop the override (spec/decisions/0002)"
 
 
-@pytest.mark.parametrize("field", ["dependencies", "optional-dependencies"])
-def test_requirements_are_sorted(pyproject: dict[str, Any], field: str) -> None:
-    value: Any = pyproject["project"][field]
-    for requirements in value.values() if isinstance(value, dict) else [value]:
+def test_requirements_are_sorted(pyproject: dict[str, Any]) -> None:
+    project = pyproject["project"]
+    for requirements in (project["dependencies"], *project["optional-dependencies"].values()):
         names = [Requirement(text).name for text in requirements]
         assert names == sorted(names)
