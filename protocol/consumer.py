@@ -38,6 +38,7 @@ from aci_p2p.protocol.job import (
     TimerFired,
 )
 from aci_p2p.protocol.lifecycle import Party, State, Trigger
+from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import (
     MAX_BIDS,
     SECOND,
@@ -126,6 +127,15 @@ class JobRequest:
     expected_bids: int
     """Bids after which to choose without waiting longer; 0: wait out the window."""
 
+    def __post_init__(self) -> None:
+        """Raise LocalError on what no node would forward."""
+        if not self.conversation.turns or self.max_tokens < 1:
+            msg = "a job needs a prompt and at least one token to answer it"
+            raise LocalError(msg)
+        if not 0 < self.bid_window_ms <= MAX_BID_WINDOW_MS:
+            msg = f"bids are awaited for 1 to {MAX_BID_WINDOW_MS} ms, not {self.bid_window_ms}"
+            raise LocalError(msg)
+
 
 @dataclass(frozen=True, slots=True)
 class JobSecrets:
@@ -192,37 +202,42 @@ class ConsumerJob(Job):
     @property
     def offer(self) -> Envelope[Offer]:
         """The signed offer; only after `Start`."""
-        assert self._offer is not None  # noqa: S101 - callers come after Start, as the table enforces
+        assert self._offer is not None  # callers come after Start
         return self._offer
 
-    def handle(self, event: ConsumerEvent, now: int) -> list[Effect]:
-        """React to an event at `now` (Unix milliseconds). Events after the end have no effect."""
+    def handle(self, event: ConsumerEvent, now: int) -> list[Effect]:  # noqa: PLR0911 - one for each event
+        """React to an event at `now` (Unix milliseconds). Events after the end, or out of place, have no effect.
+
+        Raises LocalError on `Start` when the request is out of bounds.
+        """
         if self.over:
             return []
         match event:
-            case Start():
+            case Start() if self._state is State.DRAFT:
                 return self._start(now)
-            case BidArrived(bid):
+            case BidArrived(bid) if self._state is State.OFFERED:
                 return self._on_bid(bid, now)
-            case FrameArrived(data):
+            case FrameArrived(data) if self._state in _ALLOWED:
                 return self._on_frame(data, now)
-            case StreamEnded(detail):
+            case StreamEnded(detail) if self._state in _ALLOWED:
                 return self._on_stream_end(detail, now)
-            case TimerFired():
+            case TimerFired() if self._state is not State.DRAFT:
                 return self._on_timer(now)
             case Cancel():
                 return self._cancel(now)
+            case _:
+                return []
 
     @property
     def proof(self) -> Envelope[Proof]:
         """The provider's signed statement; only when finished."""
-        assert self._proof is not None  # noqa: S101 - callers come after Finished
+        assert self._proof is not None  # callers come after Finished
         return self._proof
 
     @property
     def receipt(self) -> Envelope[Receipt]:
         """Our signed receipt; only when finished."""
-        assert self._receipt is not None  # noqa: S101 - callers come after Finished
+        assert self._receipt is not None  # callers come after Finished
         return self._receipt
 
     def proof_file(self) -> ProofFile:
@@ -244,7 +259,7 @@ class ConsumerJob(Job):
 
     @property
     def _provider(self) -> BidSummary:
-        assert self._ranking is not None  # noqa: S101 - set with the first attempt
+        assert self._ranking is not None  # set before the first attempt
         return self._ranking.ranked[self._attempt - 1]
 
     def _start(self, now: int) -> list[Effect]:
@@ -272,9 +287,7 @@ class ConsumerJob(Job):
     def _on_bid(self, bid: Envelope[Bid], now: int) -> list[Effect]:
         known = any(summary.provider == bid.sender for summary in self._summaries)
         if (
-            self._state is not State.OFFERED
-            or self._attempt
-            or known
+            known
             or len(self._bids) >= MAX_BIDS
             or bid.body.job_id != self._job_id
             or bid.body.offer_digest != self.offer.digest
@@ -295,20 +308,24 @@ class ConsumerJob(Job):
         return effects
 
     def _choose(self, now: int) -> list[Effect]:
-        """Rank once, then award the best bid that has not declined."""
+        """Rank once, then award the best bid that is still firm and has not declined."""
         if self._ranking is None:
             self._ranking = self._rule.rank(self.offer.body, self.offer.digest, self._summaries)
-        if self._attempt >= len(self._ranking.ranked):
-            return self._no_bid(self._ranking, now)
-        self._attempt += 1
-        summary = self._provider
-        bid = self._bids[summary.bid_digest]
-        award = self._sealer.seal(Award(self._job_id, summary.bid_digest), now)
+        while self._attempt < len(self._ranking.ranked):
+            self._attempt += 1
+            bid = self._bids[self._provider.bid_digest]
+            if now < bid.header.expires_at:
+                return self._award(bid, self._ranking, now)
+            self._last_decline = f"{bid.sender.short}: its bid has expired"
+        return self._no_bid(self._ranking, now)
+
+    def _award(self, bid: Envelope[Bid], ranking: Ranking, now: int) -> list[Effect]:
+        award = self._sealer.seal(Award(self._job_id, bid.digest), now)
         self._award_digest = award.digest
         return [
-            Chosen(summary.provider, self._ranking),
+            Chosen(bid.sender, ranking),
             *self._advance(Trigger.AWARD, now),
-            OpenStream(summary.provider, bid.body.addresses),
+            OpenStream(bid.sender, bid.body.addresses),
             Send(award.data),
         ]
 
@@ -328,30 +345,30 @@ class ConsumerJob(Job):
     def _on_timer(self, now: int) -> list[Effect]:
         if self._state is State.OFFERED:
             return self._choose(now)
+        farewell: list[Effect] = [self._abort(AbortCode.TIMEOUT, "the provider did not act in time", now)]
         if self._state is State.AWARDED:
-            return self._decline("it did not answer the award in time", now, Trigger.TIMEOUT)
-        return self._provider_fails("it went silent", now, Trigger.TIMEOUT)
+            return self._decline("it did not answer the award in time", now, Trigger.TIMEOUT, farewell)
+        return self._provider_fails("it went silent", now, Trigger.TIMEOUT, farewell)
 
     def _on_stream_end(self, detail: str, now: int) -> list[Effect]:
         if self._state is State.AWARDED:
             return self._decline(detail, now)
         return self._provider_fails(detail, now)
 
-    def _decline(self, detail: str, now: int, trigger: Trigger = Trigger.DECLINE) -> list[Effect]:
+    def _decline(
+        self, detail: str, now: int, trigger: Trigger = Trigger.DECLINE, farewell: list[Effect] | None = None
+    ) -> list[Effect]:
         self._last_decline = f"{self._provider.provider.short}: {detail}"
-        return [*self._advance(trigger, now), CloseStream(), *self._choose(now)]
+        return [*self._advance(trigger, now), *(farewell or []), CloseStream(), *self._choose(now)]
 
     def _cancel(self, now: int) -> list[Effect]:
         self._detail = "cancelled"
         farewell: list[Effect] = []
-        if self._attempt and self._state is not State.OFFERED:
+        if self._state in _ALLOWED:
             farewell.append(self._abort(AbortCode.CANCELLED, "the consumer cancelled", now))
-        trigger = Trigger.CONSUMER_FAILS if self._state is State.REVEALED else Trigger.CANCEL
-        return self._end(trigger, JobCancelled("the job was cancelled"), now, farewell)
+        return self._end(Trigger.CANCEL, JobCancelled("the job was cancelled"), now, farewell)
 
-    def _end(
-        self, trigger: Trigger, error: AciError, now: int, farewell: list[Effect] | None = None
-    ) -> list[Effect]:
+    def _end(self, trigger: Trigger, error: AciError, now: int, farewell: list[Effect] | None = None) -> list[Effect]:
         return [*self._advance(trigger, now), *(farewell or []), CloseStream(), Failed(error)]
 
     def _provider_fails(
@@ -363,14 +380,13 @@ class ConsumerJob(Job):
         return self._end(trigger, error, now, farewell)
 
     def _on_frame(self, data: bytes, now: int) -> list[Effect]:
-        allowed: tuple[Kind, ...] = _ALLOWED.get(self._state, ())
         try:
-            frame = self._read_frame(data, self._provider.provider, allowed, now)
+            frame = self._read_frame(data, self._provider.provider, _ALLOWED[self._state], now)
             return self._on_message(frame.body, now)
         except (MessageRefused, ProofInvalid) as error:
             farewell: list[Effect] = [self._abort(AbortCode.PROTOCOL, error.message, now)]
             if self._state is State.AWARDED:
-                return [*farewell, *self._decline(error.message, now)]
+                return self._decline(error.message, now, farewell=farewell)
             return self._provider_fails(error.message, now, farewell=farewell)
 
     def _on_message(self, body: Any, now: int) -> list[Effect]:  # noqa: ANN401 - any message class
@@ -462,11 +478,12 @@ class ConsumerJob(Job):
 
     def _on_abort(self, abort: Abort, now: int) -> list[Effect]:
         detail = printable(abort.detail) or abort.abort.name.lower().replace("_", " ")
-        if abort.abort in _PROMPT_FAULTS:
+        if self._state is State.AWARDED:
+            # It has not seen the prompt, so whatever ails it is no word on the job.
+            return self._decline(detail, now)
+        if abort.abort in _PROMPT_FAULTS and self._state is State.STREAMING and not self._tokens:
             self._detail = detail
             return self._end(Trigger.CANCEL, PromptRefused(detail, hint="shorten the prompt or max_tokens"), now)
-        if self._state is State.AWARDED:
-            return self._decline(detail, now)
         return self._provider_fails(detail, now)
 
 
@@ -475,4 +492,4 @@ _ALLOWED: Final[dict[State, tuple[Kind, ...]]] = {
     State.STREAMING: (Kind.TOKENS, Kind.COMMIT, Kind.ABORT),
     State.COMMITTED: (Kind.REVEAL, Kind.ABORT),
 }
-"""What a provider may send in each state."""
+"""What a provider may send in each state in which the consumer waits for it on the stream."""

@@ -7,7 +7,7 @@ another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Final, Generic, TypeVar
 
 from aci_p2p.protocol import cbor, wire
@@ -81,13 +81,13 @@ def envelope_digest(data: bytes) -> bytes:
 
 def _signed_bytes(header: Header) -> bytes:
     value = wire.to_value(header)
-    assert isinstance(value, dict)  # noqa: S101 - to_value makes a map of every message; tells the type checker
+    assert isinstance(value, dict)  # every message is a map
     del value[9]
     return digest(f"sign/{header.kind.name}", header.network.encode(), cbor.encode(value))
 
 
 class Sealer:
-    """Signs messages as one node in one network, with a sequence that only grows."""
+    """Signs messages as one node in one network, with a sequence that only grows. Two of one key would repeat it."""
 
     def __init__(self, key: KeyPair, network: str) -> None:
         """`network`: id of at most 32 bytes, such as `aci-main`."""
@@ -112,6 +112,11 @@ class Sealer:
         when a field is out of bounds.
         """
         kind = KIND_OF[type(body)]
+        rules = KINDS[kind]
+        lifetime = rules.lifetime_ms if lifetime_ms is None else lifetime_ms
+        if not 0 < lifetime <= rules.lifetime_ms:
+            msg = f"the {kind.name.lower()} lives {rules.lifetime_ms} ms at most, not {lifetime}"
+            raise LocalError(msg)
         self._sequence = max(self._sequence + 1, now << 10)
         unsigned = Header(
             version=VERSION,
@@ -120,17 +125,14 @@ class Sealer:
             sender=self._key.node_id,
             sequence=self._sequence,
             issued_at=now,
-            expires_at=now + (KINDS[kind].lifetime_ms if lifetime_ms is None else lifetime_ms),
+            expires_at=now + lifetime,
             body=cbor.encode(wire.to_value(body)),
             signature=bytes(SIGNATURE_BYTES),
         )
-        header = Header(
-            **{name: getattr(unsigned, name) for name, _ in wire.fields_of(Header) if name != "signature"},
-            signature=self._key.sign(_signed_bytes(unsigned)),
-        )
+        header = replace(unsigned, signature=self._key.sign(_signed_bytes(unsigned)))
         data = cbor.encode(wire.to_value(header))
-        if len(data) > KINDS[kind].max_bytes:
-            msg = f"the {kind.name.lower()} takes {len(data)} bytes, {KINDS[kind].max_bytes} at most"
+        if len(data) > rules.max_bytes:
+            msg = f"the {kind.name.lower()} takes {len(data)} bytes, {rules.max_bytes} at most"
             raise LocalError(msg)
         return Envelope(header, body, data)
 
@@ -157,15 +159,13 @@ def open_envelope(data: bytes, body_type: type[B], *, network: str, now: int | N
     except BadSignature:
         # Signed by its sender.
         raise MessageRefused(Decision.REJECT, Reason.BAD_SIGNATURE) from None
-    return Envelope(header, _read(body_type, header.body), data)
+    return Envelope(header, _parse(body_type, _decode(header.body)), data)
 
 
 def _read_header(data: bytes, kind: Kind) -> Header:
     # No larger than any honest message of its kind.
     require(len(data) <= KINDS[kind].max_bytes, Decision.REJECT, Reason.TOO_LARGE)
-    header = _read(Header, data)
-    # A later version is no fault of its sender.
-    require(header.version == VERSION, Decision.IGNORE, Reason.UNKNOWN_VERSION)
+    header = _parse_header(data)
     # The kind that belongs here.
     require(header.kind == kind, Decision.REJECT, Reason.WRONG_KIND)
     return header
@@ -173,15 +173,26 @@ def _read_header(data: bytes, kind: Kind) -> Header:
 
 def kind_of(data: bytes) -> Kind:
     """Which kind an envelope claims, unchecked otherwise. Raises MessageRefused when it is no envelope."""
-    return _read(Header, data).kind
+    return _parse_header(data).kind
 
 
-def _read(cls: type[B], data: bytes) -> B:
+def _parse_header(data: bytes) -> Header:
+    value = _decode(data)
+    version = value.get(1) if isinstance(value, dict) else None
+    # A later version is no fault of its sender, whatever else it carries.
+    require(not isinstance(version, int) or version == VERSION, Decision.IGNORE, Reason.UNKNOWN_VERSION)
+    return _parse(Header, value)
+
+
+def _decode(data: bytes) -> cbor.Value:
     try:
-        value = cbor.decode(data)
+        return cbor.decode(data)
     except cbor.CborError as error:
         # Deterministic CBOR, so that one message has one encoding.
         raise MessageRefused(Decision.REJECT, Reason.NOT_CANONICAL, error.problem) from None
+
+
+def _parse(cls: type[B], value: cbor.Value) -> B:
     try:
         return wire.from_value(cls, value)
     except wire.Malformed as error:

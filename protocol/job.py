@@ -45,13 +45,13 @@ class JobRecord:
     peer: NodeId | None
     """The other side, once there is one."""
     price: int
-    """What the job costs, base units; 0 until it is receipted."""
+    """What the job costs, base units; 0 until the answer is complete."""
     blame: Party
     """Who failed, if anybody did."""
     detail: str
     """Why it ended, in words, or empty."""
     proof: bytes
-    """The proof: a proof file at the consumer, the signed statement at the provider; empty until revealed."""
+    """The proof: a proof file at the consumer, the signed statement at the provider; empty until it exists."""
     receipt: bytes
     """The consumer's signed receipt; empty until receipted."""
 
@@ -95,7 +95,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class CloseStream:
-    """Close the job's stream, if it is open; its end is not reported."""
+    """Close the job's stream, if it is open. Nothing of it is reported any more, what already waits included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +167,19 @@ class Failed:
 
 
 Effect: TypeAlias = (
-    Persist | Broadcast | OpenStream | Send | CloseStream | SetTimer | BidSeen | Chosen | Deliver | StartGeneration
-    | StopGeneration | Finished | Failed
+    Persist
+    | Broadcast
+    | OpenStream
+    | Send
+    | CloseStream
+    | SetTimer
+    | BidSeen
+    | Chosen
+    | Deliver
+    | StartGeneration
+    | StopGeneration
+    | Finished
+    | Failed
 )
 """What a job asks of its shell."""
 

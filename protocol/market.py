@@ -59,7 +59,7 @@ class MarketView:
         require(body.bid_deadline <= offer.header.expires_at, Decision.REJECT, Reason.BAD_DEADLINE)
         # One offer for a job: a second would let the consumer change its terms under the bids.
         require(body.job_id not in self._known, Decision.IGNORE, Reason.REPLAYED)
-        self._replay.remember(offer.header, now)
+        self._replay.remember(offer.header)
         self._forget_expired(now)
         self._known[body.job_id] = _Known(offer)
         return offer
@@ -84,7 +84,7 @@ class MarketView:
             in_time = bid.header.issued_at <= known.offer.body.bid_deadline + MAX_SKEW_MS
             require(in_time, Decision.IGNORE, Reason.EXPIRED)
             known.bidders.add(bid.sender)
-        self._replay.remember(bid.header, now)
+        self._replay.remember(bid.header)
         return bid
 
     def _forget_expired(self, now: int) -> None:

@@ -48,6 +48,8 @@ NAME: Final = Text(MAX_NAME_BYTES)
 NONCE: Final = Bytes(NONCE_BYTES)
 ADDRESSES: Final = ListOf(Text(MAX_ADDRESS_BYTES), MAX_ADDRESSES)
 TEMPERATURE: Final = Uint(MAX_TEMPERATURE_MILLI)
+TOKEN_PRICE: Final = Amount(12)
+"""Below 2^96 base units a token, 79 billion ACI: the dearest bid for the largest job is still an amount."""
 
 
 class Kind(IntEnum):
@@ -134,9 +136,9 @@ class Bid:
     """The offer's job."""
     offer_digest: Annotated[bytes, Wire(2, DIGEST)]
     """Digest of the offer's envelope: the bid answers these terms and no others."""
-    input_token_price: Annotated[int, Wire(3, Amount())]
+    input_token_price: Annotated[int, Wire(3, TOKEN_PRICE)]
     """Base units for each prompt token."""
-    output_token_price: Annotated[int, Wire(4, Amount())]
+    output_token_price: Annotated[int, Wire(4, TOKEN_PRICE)]
     """Base units for each output token."""
     latency_ms: Annotated[int, Wire(5, Uint(MAX_LATENCY_MS))]
     """Expected time from award to first token, milliseconds."""
@@ -358,9 +360,9 @@ class CapabilityRecord:
     """Longest sequence, tokens."""
     engine: Annotated[Engine, Wire(4, Struct(Engine))]
     """What runs it."""
-    input_token_price: Annotated[int, Wire(5, Amount())]
+    input_token_price: Annotated[int, Wire(5, TOKEN_PRICE)]
     """Base units for each prompt token; indicative, a bid is firm."""
-    output_token_price: Annotated[int, Wire(6, Amount())]
+    output_token_price: Annotated[int, Wire(6, TOKEN_PRICE)]
     """Base units for each output token; indicative, a bid is firm."""
     slots: Annotated[int, Wire(7, Uint(1 << 16))]
     """Jobs it runs at once."""
@@ -369,7 +371,18 @@ class CapabilityRecord:
 
 
 Body: TypeAlias = (
-    Offer | Bid | Award | Accept | Input | Tokens | Commit | Reveal | Receipt | Abort | Proof | NodeRecord
+    Offer
+    | Bid
+    | Award
+    | Accept
+    | Input
+    | Tokens
+    | Commit
+    | Reveal
+    | Receipt
+    | Abort
+    | Proof
+    | NodeRecord
     | CapabilityRecord
 )
 """Every message that travels in an envelope."""
@@ -410,4 +423,3 @@ KINDS: Final[dict[Kind, KindRules]] = {
 
 KIND_OF: Final[dict[type[Any], Kind]] = {rules.body: kind for kind, rules in KINDS.items()}
 """The kind of each message class."""
-

@@ -6,6 +6,7 @@ from typing import Final
 
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.messages import Bid, Offer
+from aci_p2p.protocol.wire import AMOUNT_BYTES_MAX
 
 ACI: Final = 10**18
 """Base units in one ACI."""
@@ -15,6 +16,8 @@ TURN_TOKENS: Final = 16
 """Tokens that a chat template adds to each turn; ChatML adds 5, Llama 3 adds 5."""
 
 _DECIMALS: Final = 18
+_WHOLE_DIGITS: Final = 21
+"""Digits of the largest amount before the point."""
 
 
 def max_input_tokens(offer: Offer) -> int:
@@ -44,7 +47,11 @@ def parse_amount(text: str) -> int:
     number = text.strip().removesuffix("ACI").strip()
     whole, _, fraction = number.partition(".")
     digits = whole + fraction
-    if not (digits.isascii() and digits.isdigit()) or len(fraction) > _DECIMALS or len(whole) > _DECIMALS:
+    if not (digits.isascii() and digits.isdigit()) or len(fraction) > _DECIMALS or len(whole) > _WHOLE_DIGITS:
         msg = f"{text!r} is not an amount"
         raise LocalError(msg, hint="write it as 0.00045 or '0.00045 ACI'")
-    return int(whole or "0") * ACI + int(fraction.ljust(_DECIMALS, "0"))
+    amount = int(whole or "0") * ACI + int(fraction.ljust(_DECIMALS, "0"))
+    if amount >= 1 << (8 * AMOUNT_BYTES_MAX):
+        msg = f"{text!r} is more than an amount can be"
+        raise LocalError(msg)
+    return amount

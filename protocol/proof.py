@@ -99,12 +99,14 @@ class VerifiedProof:
             f"consumer {self.offer.sender} asked for it: the prompt in the file is the one its offer committed to",
             f"the provider states that it ran the model with weights root {body.model_root.hex()}",
             f"the provider states that it ran it on {engine.name} ({engine.profile}, {engine.device}), {how}",
-            "neither side could choose the sampling seed: both nonces match commitments made beforehand",
+            "the sampling seed follows from both sides' nonces; the consumer's was fixed in its offer",
         )
 
 
 LIMITATIONS: Final = (
     "that the model was really run: nothing here was re-executed, the signature makes the provider liable for it",
+    "that the text spells the tokens, or that the prompt has as many as stated: both take the model's tokenizer",
+    "that the provider fixed its nonce before it saw the consumer's: only the consumer could watch that",
     "that the hardware is what the provider says: it is self-declared, not attested",
     "that anything was paid",
 )

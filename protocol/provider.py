@@ -31,7 +31,7 @@ from aci_p2p.protocol.job import (
     StreamEnded,
     TimerFired,
 )
-from aci_p2p.protocol.lifecycle import LIMITS, Party, State, Trigger
+from aci_p2p.protocol.lifecycle import LIMITS, Party, State, Trigger, advance
 from aci_p2p.protocol.messages import (
     Abort,
     AbortCode,
@@ -139,25 +139,27 @@ class ProviderJob(Job):
         """32 bytes, from the offer."""
         return self._offer.body.job_id
 
-    def handle(self, event: ProviderEvent, now: int) -> list[Effect]:
-        """React to an event at `now` (Unix milliseconds). Events after the end have no effect."""
+    def handle(self, event: ProviderEvent, now: int) -> list[Effect]:  # noqa: PLR0911 - one for each event
+        """React to an event at `now` (Unix milliseconds). Events after the end, or out of place, have no effect."""
         if self.over:
             return []
         match event:
             case FrameArrived(data):
                 return self._on_frame(data, now)
-            case Produced(tokens, text):
+            case Produced(tokens, text) if self._state is State.STREAMING and (tokens or text):
                 return self._on_produced(tokens, text, now)
-            case GenerationEnded(finish, input_tokens, engine):
+            case GenerationEnded(finish, input_tokens, engine) if self._state is State.STREAMING:
                 return self._on_end(finish, input_tokens, engine, now)
-            case GenerationFailed(code, detail):
+            case GenerationFailed(code, detail) if self._state is not State.REVEALED:
                 return self._on_failure(code, detail, now)
             case StreamEnded(detail):
                 return self._consumer_fails(detail, now)
-            case TimerFired():
+            case TimerFired() if self._state is not State.OFFERED:
                 return self._on_timer(now)
             case Cancel():
                 return self._on_failure(AbortCode.CANCELLED, "the provider is shutting down", now)
+            case _:
+                return []
 
     def _identity(self) -> tuple[bytes, NodeId | None]:
         return self._offer.body.model_root, self._offer.sender
@@ -170,8 +172,7 @@ class ProviderJob(Job):
         except MessageRefused as error:
             farewell: list[Effect] = [self._abort(AbortCode.PROTOCOL, error.message, now)]
             if self._state is State.OFFERED:
-                # Nobody was awarded anything: there is no job to blame anyone for.
-                return [*farewell, CloseStream(), Failed(error)]
+                return self._leave(error, farewell)
             return self._consumer_fails(error.message, now, farewell=farewell)
 
     def _on_message(self, frame: Envelope[Any], now: int) -> list[Effect]:
@@ -209,8 +210,6 @@ class ProviderJob(Job):
         return [*self._advance(Trigger.INPUT, now), run]
 
     def _on_produced(self, tokens: tuple[int, ...], text: str, now: int) -> list[Effect]:
-        if self._state is not State.STREAMING:
-            return []
         part = Tokens(self.job_id, len(self._tokens), tokens, text)
         self._tokens += tokens
         self._text.append(text)
@@ -219,8 +218,6 @@ class ProviderJob(Job):
         return [timer, self._send(part, now)]
 
     def _on_end(self, finish: Finish, input_tokens: int, engine: Engine, now: int) -> list[Effect]:
-        if self._state is not State.STREAMING:
-            return []
         offer = self._offer.body
         tokens_hash = tokens_digest(self.job_id, self._tokens)
         text_hash = text_digest(self.job_id, "".join(self._text))
@@ -255,7 +252,7 @@ class ProviderJob(Job):
 
     def _on_receipt(self, receipt: Envelope[Receipt], now: int) -> list[Effect]:
         body, proof = receipt.body, self._proof
-        assert proof is not None  # noqa: S101 - a receipt is allowed only once we have revealed
+        assert proof is not None  # a receipt is allowed only once we have revealed
         # Signs for our proof, under this offer, and owes what our bid says.
         holds = (
             body.provider == self._sealer.node_id
@@ -271,13 +268,13 @@ class ProviderJob(Job):
         return [*receipted, *self._advance(Trigger.RECORD, now), CloseStream(), Finished()]
 
     def _on_failure(self, code: AbortCode, detail: str, now: int) -> list[Effect]:
-        farewell: list[Effect] = [self._abort(code, detail, now)]
-        if self._state is State.OFFERED:
-            return [*farewell, CloseStream(), Failed(JobAborted(detail))]
-        self._detail = detail
         if self._state is State.REVEALED:
             # The answer is out; without a receipt the job counts against the consumer, whoever closes first.
             return self._consumer_fails("no receipt before the end", now)
+        farewell: list[Effect] = [self._abort(code, detail, now)]
+        if self._state is State.OFFERED:
+            return self._leave(JobAborted(detail), farewell)
+        self._detail = detail
         trigger = Trigger.CANCEL
         if code in (AbortCode.EXECUTOR_FAILED, AbortCode.MODEL_UNAVAILABLE):
             trigger = Trigger.PROVIDER_FAILS
@@ -286,7 +283,9 @@ class ProviderJob(Job):
 
     def _on_abort(self, abort: Abort, now: int) -> list[Effect]:
         detail = printable(abort.detail) or abort.abort.name.lower().replace("_", " ")
-        if abort.abort is AbortCode.CANCELLED and self._state is not State.REVEALED:
+        # It may tire of waiting; whether we were too slow is not ours to say. Once the answer is out it owes a receipt.
+        blameless = abort.abort in (AbortCode.CANCELLED, AbortCode.TIMEOUT) and self._state is not State.REVEALED
+        if blameless:
             self._detail = detail
             return self._end(Trigger.CANCEL, JobAborted(detail), now)
         return self._consumer_fails(detail, now)
@@ -294,10 +293,11 @@ class ProviderJob(Job):
     def _on_timer(self, now: int) -> list[Effect]:
         limit = LIMITS[self._state]
         if limit.blame is Party.CONSUMER:
-            return self._consumer_fails("it went silent", now, Trigger.TIMEOUT)
+            silent: list[Effect] = [self._abort(AbortCode.TIMEOUT, "the consumer did not act in time", now)]
+            return self._consumer_fails("it went silent", now, Trigger.TIMEOUT, silent)
         self._blame = Party.PROVIDER
         self._detail = "the model made no progress in time"
-        farewell: list[Effect] = [self._abort(AbortCode.TIMEOUT, self._detail, now)]
+        farewell: list[Effect] = [self._abort(AbortCode.EXECUTOR_FAILED, self._detail, now)]
         return self._end(Trigger.TIMEOUT, JobAborted(self._detail), now, farewell)
 
     def _consumer_fails(
@@ -305,14 +305,17 @@ class ProviderJob(Job):
     ) -> list[Effect]:
         error = ConsumerFault(self._offer.sender, problem)
         if self._state is State.OFFERED:
-            return [CloseStream(), Failed(error)]
+            return self._leave(error, [])
         self._detail = problem
         self._blame = Party.CONSUMER
         return self._end(trigger, error, now, farewell)
 
-    def _end(
-        self, trigger: Trigger, error: AciError, now: int, farewell: list[Effect] | None = None
-    ) -> list[Effect]:
+    def _leave(self, error: AciError, farewell: list[Effect]) -> list[Effect]:
+        """End before anything was awarded: there is no job to store, and nobody to blame."""
+        self._state = advance(self._state, Trigger.CANCEL)
+        return [*farewell, CloseStream(), Failed(error)]
+
+    def _end(self, trigger: Trigger, error: AciError, now: int, farewell: list[Effect] | None = None) -> list[Effect]:
         return [*self._advance(trigger, now), StopGeneration(), *(farewell or []), CloseStream(), Failed(error)]
 
 

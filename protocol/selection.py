@@ -47,7 +47,10 @@ class SelectionRule(Protocol):
 
 
 class PriceThenLatency:
-    """The cheapest bid wins; then the fastest; then a hash that spreads equal winners over jobs."""
+    """The cheapest bid wins; then the fastest; then a hash that spreads equal winners over jobs.
+
+    The hash is of offer and provider, not of the bid, of which a provider could sign variants until one comes first.
+    """
 
     name = "price-latency/1"
 
@@ -64,7 +67,9 @@ class PriceThenLatency:
                 refused.append(Refused(bid, f"slower than the maximum latency by {over_ms} ms"))
             else:
                 good.append(bid)
-        good.sort(key=lambda bid: (bid.worst_price, bid.latency_ms, digest("tie", offer_digest, bid.bid_digest)))
+        good.sort(
+            key=lambda bid: (bid.worst_price, bid.latency_ms, digest("tie", offer_digest, bid.provider.public_key))
+        )
         return Ranking(tuple(good), tuple(refused), _explain(good, refused))
 
 

@@ -134,22 +134,25 @@ class Text(Codec[str]):
 
 @dataclass(frozen=True, slots=True)
 class Amount(Codec[int]):
-    """Base units (10^-18 ACI) below 2^128: big-endian bytes without leading zeros."""
+    """Base units (10^-18 ACI): big-endian bytes without leading zeros."""
+
+    size: int = AMOUNT_BYTES_MAX
+    """Largest length, bytes."""
 
     def encode(self, value: int) -> Value:
-        if not 0 <= value < 1 << (8 * AMOUNT_BYTES_MAX):
+        if not 0 <= value < 1 << (8 * self.size):
             msg = f"{value} is not an amount"
             raise LocalError(msg)
         return value.to_bytes((value.bit_length() + 7) // 8, "big")
 
     def decode(self, value: Value) -> int:
-        if not isinstance(value, bytes) or len(value) > AMOUNT_BYTES_MAX or value.startswith(b"\0"):
+        if not isinstance(value, bytes) or len(value) > self.size or value.startswith(b"\0"):
             msg = "expected an amount"
             raise Malformed(msg)
         return int.from_bytes(value, "big")
 
     def cddl(self) -> str:
-        return "amount"
+        return "amount" if self.size == AMOUNT_BYTES_MAX else f"bstr .size (0..{self.size})"
 
 
 @dataclass(frozen=True, slots=True)
