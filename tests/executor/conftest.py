@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,7 +76,7 @@ def llama() -> tuple[dict[str, object], dict[str, Tensor]]:
     shapes = {"token_embd.weight": (6, 32), "output_norm.weight": (32,)}
     shapes |= {f"blk.{layer}.{name}.weight": shape for layer in range(2) for name, shape in LAYER_SHAPES.items()}
     tensors = {name: (shape, 0, random.standard_normal(shape, np.float32).tobytes()) for name, shape in shapes.items()}
-    return dict(LLAMA), tensors
+    return copy.deepcopy(dict(LLAMA)), tensors
 
 
 @pytest.fixture
