@@ -7,7 +7,7 @@ would re-encode differently. Size, depth and item counts are capped before anyth
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, cast
 
 from aci_p2p.protocol.errors import LocalError, RemoteError
 
@@ -112,7 +112,7 @@ def _write_map(out: bytearray, value: object, depth: int) -> None:
         msg = f"a {type(value).__name__} has no place in our CBOR"
         raise NotEncodable(msg)
     entries: list[tuple[bytes, Value]] = []
-    for key, item in value.items():
+    for key, item in cast("dict[object, Value]", value).items():
         if not isinstance(key, int) or isinstance(key, bool):
             msg = "map keys are integers"
             raise NotEncodable(msg)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from aci_p2p.protocol.commitments import (
     derive_seed,
@@ -59,7 +59,6 @@ from aci_p2p.protocol.messages import (
     Tokens,
     Turn,
 )
-from aci_p2p.protocol.pricing import price
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
 from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
 
@@ -108,6 +107,11 @@ STORED_BEFORE: Final = {
 """The state that must be on disk before a message is sent: one of these must be the last that was stored."""
 
 
+def alter(message: T, **changes: object) -> T:
+    """`dataclasses.replace` for fields named at run time."""
+    return cast("T", replace(cast("Any", message), **changes))
+
+
 def of(effects: Sequence[Effect], kind: type[T]) -> list[T]:
     """The effects of one kind."""
     return [effect for effect in effects if isinstance(effect, kind)]
@@ -137,16 +141,16 @@ def make_offer(sealer: Sealer | None = None, request: JobRequest = REQUEST) -> E
 
 
 def make_bid(
-    offer: Envelope[Offer], key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, **terms: Any
+    offer: Envelope[Offer], key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, **terms: object
 ) -> Envelope[Bid]:
     """A bid for an offer."""
     bid = Bid(
         job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=300, addresses=("/ip4/192.0.2.1",)
     )  # fmt: skip
-    return Sealer(key, NETWORK).seal(replace(bid, **terms), NOW, lifetime_ms=lifetime_ms)
+    return Sealer(key, NETWORK).seal(alter(bid, **terms), NOW, lifetime_ms=lifetime_ms)
 
 
-def make_proof(offer: Envelope[Offer], bid: Envelope[Bid], **changes: Any) -> Proof:
+def make_proof(offer: Envelope[Offer], bid: Envelope[Bid], **changes: object) -> Proof:
     """What an honest provider would state, with changes."""
     job_id = offer.body.job_id
     proof = Proof(
@@ -166,7 +170,7 @@ def make_proof(offer: Envelope[Offer], bid: Envelope[Bid], **changes: Any) -> Pr
         provider_nonce=PROVIDER_SECRETS.nonce,
         engine=ENGINE,
     )
-    return replace(proof, **changes)
+    return alter(proof, **changes)
 
 
 class Bench:
@@ -182,7 +186,7 @@ class Bench:
         self.timer: int | None = None
         self.connected = job.role is Party.PROVIDER
 
-    def feed(self, event: Any) -> list[Effect]:
+    def feed(self, event: object) -> list[Effect]:
         """One step. Checks what holds of every step:
 
         every move is in the table, stored, and stored before its message is sent; there is one stream at a time, and
@@ -190,8 +194,7 @@ class Bench:
         effect.
         """
         before, was_over = self.job.state, self.job.over
-        handle: Callable[[Any, int], list[Effect]] = self.job.handle
-        effects = handle(event, self.now)
+        effects = cast("Callable[[object, int], list[Effect]]", self.job.handle)(event, self.now)
         if was_over:
             assert not effects
             assert self.job.state is before
@@ -252,10 +255,9 @@ class Bench:
         """Why the job failed."""
         return one(self.effects, Failed).error
 
-    def receive(self, body: Any, *, sealer: Sealer | None = None, **options: Any) -> list[Effect]:
-        """A frame with `body` comes, signed by the other side unless `sealer` says otherwise."""
-        envelope: Envelope[Any] = (sealer or self.peer).seal(body, self.now, **options)
-        return self.feed(FrameArrived(envelope.data))
+    def receive(self, body: object) -> list[Effect]:
+        """A frame with `body` comes, signed by the other side."""
+        return self.feed(FrameArrived(self.peer.seal(body, self.now).data))
 
     def time_out(self) -> list[Effect]:
         """The timer fires, when it is due."""
@@ -273,9 +275,9 @@ class ConsumerBench(Bench):
         sealer = Sealer(CONSUMER, NETWORK)
         super().__init__(ConsumerJob(sealer, request, SECRETS, rule or PriceThenLatency()), PROVIDER)
 
-    def bid(self, key: KeyPair = PROVIDER, **terms: Any) -> Envelope[Bid]:
+    def bid(self, key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, **terms: object) -> Envelope[Bid]:
         """A bid arrives; returned."""
-        bid = make_bid(self.job.offer, key, **terms)
+        bid = make_bid(self.job.offer, key, lifetime_ms=lifetime_ms, **terms)
         self.feed(BidArrived(bid))
         return bid
 
@@ -302,12 +304,12 @@ class ConsumerBench(Bench):
         self.other = self.bid(RIVAL, output_token_price=6 * 10**12)
         self.time_out()
 
-    def accept(self, **changes: Any) -> list[Effect]:
+    def accept(self, **changes: object) -> list[Effect]:
         """The provider accepts."""
         award = next(effect.data for effect in reversed(self.effects) if isinstance(effect, Send))
         digest = open_envelope(award, Award, network=NETWORK, now=None).digest
         accept = Accept(self.job.job_id, digest, PROVIDER_SECRETS.nonce)
-        return self.receive(replace(accept, **changes))
+        return self.receive(alter(accept, **changes))
 
     def part(self, index: int, tokens: tuple[int, ...], text: str) -> list[Effect]:
         """A part of the answer comes."""
@@ -327,7 +329,9 @@ class ConsumerBench(Bench):
         root = output_root(tokens_digest(job_id, TOKENS), text_digest(job_id, TEXT))
         return output_commitment(job_id, PROVIDER.node_id, root, PROVIDER_SECRETS.salt)
 
-    def reveal(self, *, key: KeyPair = PROVIDER, salt: bytes = PROVIDER_SECRETS.salt, **changes: Any) -> list[Effect]:
+    def reveal(
+        self, *, key: KeyPair = PROVIDER, salt: bytes = PROVIDER_SECRETS.salt, **changes: object
+    ) -> list[Effect]:
         """The provider reveals its proof, with changes."""
         proof = Sealer(key, NETWORK).seal(make_proof(self.job.offer, self.chosen, **changes), self.now)
         return self.receive(Reveal(self.job.job_id, salt, proof.data))
@@ -355,14 +359,14 @@ class ProviderBench(Bench):
             steps.pop(self.job.state)()
         return self
 
-    def award(self, **changes: Any) -> list[Effect]:
+    def award(self, **changes: object) -> list[Effect]:
         """The consumer's award comes."""
-        return self.receive(replace(Award(self.job.job_id, self.bid.digest), **changes))
+        return self.receive(alter(Award(self.job.job_id, self.bid.digest), **changes))
 
-    def input(self, **changes: Any) -> list[Effect]:
+    def input(self, **changes: object) -> list[Effect]:
         """The prompt comes."""
         opening = Input(self.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce)
-        return self.receive(replace(opening, **changes))
+        return self.receive(alter(opening, **changes))
 
     def generate(self) -> list[Effect]:
         """The model runs to its end."""
@@ -370,7 +374,7 @@ class ProviderBench(Bench):
             self.feed(Produced(tokens, text))
         return self.feed(GenerationEnded(Finish.STOP, INPUT_TOKENS, ENGINE))
 
-    def receipt(self, **changes: Any) -> list[Effect]:
+    def receipt(self, **changes: object) -> list[Effect]:
         """The consumer's receipt comes."""
         reveal = next(effect.data for effect in reversed(self.effects) if isinstance(effect, Send))
         proof = open_envelope(opened(reveal, Reveal).proof, Proof, network=NETWORK, now=None)
@@ -385,7 +389,7 @@ class ProviderBench(Bench):
             rule="price-latency/1",
             bids=(),
         )
-        return self.receive(replace(receipt, **changes))
+        return self.receive(alter(receipt, **changes))
 
 
 @dataclass(slots=True)
@@ -460,7 +464,7 @@ class Market:
         self._feed(due, TimerFired())
         return True
 
-    def _feed(self, bench: Bench, event: Any) -> None:
+    def _feed(self, bench: Bench, event: object) -> None:
         bench.now = self.now
         for effect in bench.feed(event):
             match effect:
@@ -487,7 +491,7 @@ class Market:
         self.providers.append(provider)
         self._stream = (self.consumer, None if seller.dead else provider)
 
-    def _pass_on(self, bench: Bench, event: Any) -> None:
+    def _pass_on(self, bench: Bench, event: object) -> None:
         if self._stream is None or bench not in self._stream:
             return
         other = self._stream[1] if bench is self.consumer else self._stream[0]

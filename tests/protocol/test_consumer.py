@@ -22,7 +22,6 @@ from aci_p2p.protocol.consumer import (
     BidArrived,
     ConsumerJob,
     JobCancelled,
-    JobRequest,
     NoBids,
     PromptRefused,
     ProviderFault,
@@ -318,7 +317,7 @@ def test_reveal_is_answered_with_a_receipt(bench: ConsumerBench) -> None:
 def test_an_empty_answer_is_an_answer(bench: ConsumerBench) -> None:
     bench.reach(State.STREAMING)
     job_id = bench.job.job_id
-    empty = {"tokens_hash": tokens_digest(job_id, ()), "text_hash": text_digest(job_id, "")}
+    empty: dict[str, Any] = {"tokens_hash": tokens_digest(job_id, ()), "text_hash": text_digest(job_id, "")}
     root = output_root(empty["tokens_hash"], empty["text_hash"])
     bench.receive(Commit(job_id, output_commitment(job_id, PROVIDER.node_id, root, PROVIDER_SECRETS.salt)))
     bench.reveal(output_tokens=0, **empty)
@@ -664,14 +663,14 @@ def test_bad_frames(bench: ConsumerBench, state: State, make: Callable[[Consumer
         assert_fault(bench, reason, tokens=0 if state is State.STREAMING else 3)
 
 
-BODIES = {
+BODIES: dict[Kind, Callable[[bytes], object]] = {
     Kind.ACCEPT: lambda job_id: Accept(job_id, bytes(32), bytes(32)),
     Kind.INPUT: lambda job_id: Input(job_id, CONVERSATION, bytes(32), bytes(32)),
     Kind.TOKENS: lambda job_id: Tokens(job_id, 0, (1,), ""),
     Kind.COMMIT: lambda job_id: Commit(job_id, bytes(32)),
     Kind.REVEAL: lambda job_id: Reveal(job_id, bytes(32), b"\x00"),
     Kind.AWARD: lambda job_id: Award(job_id, bytes(32)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BODIES)
@@ -741,7 +740,7 @@ def test_no_more_text_than_a_proof_holds(bench: ConsumerBench) -> None:
     assert_fault(bench, "too large", tokens=0)
 
 
-def changed(value: Any) -> Any:
+def changed(value: object) -> object:
     """Another value of the same type."""
     if isinstance(value, bytes):
         return bytes([value[0] ^ 1]) + value[1:]
@@ -762,7 +761,8 @@ FREE = {"input_tokens", "finish", "engine"}
 def test_a_proof_with_one_field_changed(bench: ConsumerBench, field: str) -> None:
     bench.reach(State.COMMITTED)
     honest = make_proof(bench.job.offer, bench.chosen)
-    effects = bench.reveal(**{field: changed(getattr(honest, field))})
+    changes: dict[str, Any] = {field: changed(getattr(honest, field))}
+    effects = bench.reveal(**changes)
     if field in FREE:
         assert bench.job.state is State.PENDING
         return
@@ -789,7 +789,7 @@ def test_a_proof_with_one_field_changed(bench: ConsumerBench, field: str) -> Non
         ({"output_tokens": 2}, "bad commitment"),
     ],
 )
-def test_a_proof_with_counts_that_cannot_be(bench: ConsumerBench, changes: dict[str, int], problem: str) -> None:
+def test_a_proof_with_counts_that_cannot_be(bench: ConsumerBench, changes: dict[str, Any], problem: str) -> None:
     bench.reach(State.COMMITTED)
     bench.reveal(**changes)
     assert_fault(bench, problem, tokens=3)
@@ -840,7 +840,7 @@ def test_another_answer_than_was_streamed(bench: ConsumerBench, tokens: tuple[in
     for index, (part, words) in zip((0, 2, 3), PARTS, strict=True):
         bench.part(index, part, words)
     job_id = bench.job.job_id
-    hashes = {"tokens_hash": tokens_digest(job_id, tokens), "text_hash": text_digest(job_id, text)}
+    hashes: dict[str, Any] = {"tokens_hash": tokens_digest(job_id, tokens), "text_hash": text_digest(job_id, text)}
     root = output_root(hashes["tokens_hash"], hashes["text_hash"])
     bench.receive(Commit(job_id, output_commitment(job_id, PROVIDER.node_id, root, PROVIDER_SECRETS.salt)))
     bench.reveal(output_tokens=len(tokens), **hashes)
@@ -866,7 +866,3 @@ def test_farewells_fit_whatever_they_say(bench: ConsumerBench) -> None:
     detail = opened(send.data, Abort).detail
     assert detail == "é" * (MAX_DETAIL_BYTES // 2)
     assert opened(bench.job._abort(AbortCode.BUSY, "aé" * MAX_DETAIL_BYTES, NOW).data, Abort).detail == "aé" * 170 + "a"
-
-
-def test_request_is_a_plain_value() -> None:
-    assert JobRequest(**{name: getattr(REQUEST, name) for name in JobRequest.__dataclass_fields__}) == REQUEST
