@@ -26,8 +26,8 @@ def packages_on_disk(root: Path, folders: dict[str, str]) -> Iterator[str]:
 
 
 def our_modules(root: Path) -> Iterator[Path]:
-    """Every Python file of the project."""
-    for folder in ("aci_p2p", *ROOMS, "tests"):
+    """Every Python file of our packages."""
+    for folder in ("aci_p2p", *ROOMS):
         for path in sorted((root / folder).rglob("*.py")):
             if not (path.relative_to(root).parts[0] == "aci_p2p" and path.relative_to(root).parts[1] in ROOMS):
                 yield path
@@ -39,9 +39,7 @@ def test_every_package_is_listed(root: Path, pyproject: dict[str, Any]) -> None:
 
 
 def test_every_module_lies_in_a_package(root: Path) -> None:
-    stray = [
-        path for path in our_modules(root) if "tests" not in path.parts and not (path.parent / "__init__.py").is_file()
-    ]
+    stray = [path for path in our_modules(root) if not (path.parent / "__init__.py").is_file()]
     assert not stray, stray
 
 
@@ -59,12 +57,8 @@ def test_wheel_holds_aci_p2p_only(wheel: Path, pyproject: dict[str, Any]) -> Non
 def test_wheel_holds_every_module(wheel: Path, root: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if name.endswith(".py")}
-    expected = set[str]()
-    for path in our_modules(root):
-        relative = path.relative_to(root)
-        if relative.parts[0] != "tests":
-            expected.add(str(relative if relative.parts[0] == "aci_p2p" else "aci_p2p" / relative))
-    assert shipped == expected
+    modules = (path.relative_to(root) for path in our_modules(root))
+    assert shipped == {str(path if path.parts[0] == "aci_p2p" else "aci_p2p" / path) for path in modules}
 
 
 def test_sdist_holds_what_a_builder_needs(sdist: Path) -> None:
