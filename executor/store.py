@@ -124,11 +124,10 @@ class ModelStore:
 
     def list(self) -> list[StoredModel]:
         """All models that `open` would give, by name; what it would refuse is left out."""
-        names = sorted(entry.name for entry in self._entries() if is_model_name(entry.name))
         models: list[StoredModel] = []
-        for name in names:
+        for name in sorted(entry.name for entry in self._entries() if is_model_name(entry.name)):
             with contextlib.suppress(ModelUnavailable):
-                models.append(self.open(name))
+                models.append(self._read(name))
         return models
 
     def open(self, name: str) -> StoredModel:
@@ -136,20 +135,9 @@ class ModelStore:
 
         Raises ModelUnavailable when there is none, or when its manifest, directory or config.json is damaged.
         """
-        entry = self.path / name
-        if not is_model_name(name) or not entry.is_dir():
+        if not self._has(name):
             raise self._unknown(name)
-        manifest = Manifest.read(entry / MANIFEST_FILE)
-        if manifest.name != name:
-            raise malformed(entry / MANIFEST_FILE, f"belongs to {manifest.name}", hint=ADD_AGAIN)
-        try:
-            directory = (entry / FILES).resolve(strict=True)
-        except (OSError, RuntimeError):  # Python 3.11 and 3.12 raise RuntimeError on a loop of links
-            msg = f"the directory of model {name} is gone"
-            hint = "put it back, or remove the model from the store"
-            raise ModelUnavailable(msg, hint=hint) from None
-        context = _read_context(directory / CONFIG_FILE)
-        return StoredModel(name, directory, manifest.root, manifest.licence, context, manifest.files, entry)
+        return self._read(name)
 
     def add_directory(
         self, path: Path, name: str | None = None, *, licence: str = "unknown", report: Report = silent
@@ -202,7 +190,7 @@ class ModelStore:
 
         Raises ModelUnavailable when there is none of that name, StoreFailed.
         """
-        if not is_model_name(name) or not (self.path / name).is_dir():
+        if not self._has(name):
             raise self._unknown(name)
         with self._changing(report), temporary_directory(self.path, STAGING_PREFIX) as staging:
             with contextlib.suppress(FileNotFoundError):
@@ -226,14 +214,14 @@ class ModelStore:
         _remember(staging, root, states, started)
         staging.rename(self.path / name)
         sync(self.path)
-        return self.open(name)
+        return self._read(name)
 
     def _existing(self, name: str) -> StoredModel | None:
         if not is_model_name(name):
             msg = f"{name[:80]!r} cannot name a model"
             hint = "1 to 64 of a-z, 0-9, '.', '_' and '-', with a letter or digit at both ends"
             raise BadModelName(msg, hint=hint)
-        return self.open(name) if (self.path / name).exists() else None
+        return self._read(name) if (self.path / name).exists() else None
 
     @contextlib.contextmanager
     def _changing(self, report: Report) -> Generator[None]:
@@ -254,6 +242,23 @@ class ModelStore:
             return tuple(self.path.iterdir())
         except FileNotFoundError:
             return ()
+
+    def _has(self, name: str) -> bool:
+        return is_model_name(name) and (self.path / name).is_dir()
+
+    def _read(self, name: str) -> StoredModel:
+        entry = self.path / name
+        manifest = Manifest.read(entry / MANIFEST_FILE)
+        if manifest.name != name:
+            raise malformed(entry / MANIFEST_FILE, f"belongs to {manifest.name}", hint=ADD_AGAIN)
+        try:
+            directory = (entry / FILES).resolve(strict=True)
+        except (OSError, RuntimeError):  # Python 3.11 and 3.12 raise RuntimeError on a loop of links
+            msg = f"the directory of model {name} is gone"
+            hint = "put it back, or remove the model from the store"
+            raise ModelUnavailable(msg, hint=hint) from None
+        context = _read_context(directory / CONFIG_FILE)
+        return StoredModel(name, directory, manifest.root, manifest.licence, context, manifest.files, entry)
 
     def _unknown(self, name: str) -> ModelUnavailable:
         names = ", ".join(model.name for model in self.list())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Protocol, cast
 import numpy as np
 import pytest
 
+from aci_p2p.executor import store as store_module
 from aci_p2p.executor.convert import convert_gguf
+from aci_p2p.executor.store import ModelStore, StoredModel
 
 GGUF_TYPES: Mapping[type, tuple[int, str]] = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}
 """Metadata type and struct code by Python type."""
@@ -72,11 +75,7 @@ def write_gguf() -> WriteGguf:
 @pytest.fixture
 def llama() -> tuple[dict[str, object], dict[str, Tensor]]:
     """Metadata and tensors of the tiny Llama, to be changed and written; all fp32, q and k in llama.cpp's order."""
-    random = np.random.default_rng(1)
-    shapes = {"token_embd.weight": (6, 32), "output_norm.weight": (32,)}
-    shapes |= {f"blk.{layer}.{name}.weight": shape for layer in range(2) for name, shape in LAYER_SHAPES.items()}
-    tensors = {name: (shape, 0, random.standard_normal(shape, np.float32).tobytes()) for name, shape in shapes.items()}
-    return copy.deepcopy(dict(LLAMA)), tensors
+    return copy.deepcopy(dict(LLAMA)), _tensors()
 
 
 @pytest.fixture
@@ -87,15 +86,44 @@ def gguf(tmp_path: Path, llama: tuple[dict[str, object], dict[str, Tensor]]) -> 
     return path
 
 
-@pytest.fixture
-def make_model(gguf: Path) -> Callable[[Path], Path]:
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
     """Makes the tiny Llama as a Hugging Face directory at a path, and returns the path."""
+    source = tmp_path_factory.mktemp("model")
+    (source / "gguf").write_bytes(_write_gguf(LLAMA, _tensors()))
+    convert_gguf(source / "gguf", source / "hf")
 
     def make(path: Path) -> Path:
-        convert_gguf(gguf, path)
+        shutil.copytree(source / "hf", path)
         return path
 
     return make
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelStore:
+    """An empty store that remembers checks however fresh the files are."""
+    monkeypatch.setattr(store_module, "CLOCK_TICK", -(10**9))
+    return ModelStore(tmp_path / "store")
+
+
+@pytest.fixture
+def directory(tmp_path: Path, make_model: Callable[[Path], Path]) -> Path:
+    """A tiny model's directory."""
+    return make_model(tmp_path / "Tiny Model")
+
+
+@pytest.fixture
+def model(store: ModelStore, directory: Path) -> StoredModel:
+    """The tiny model in the store, registered where it is."""
+    return store.add_directory(directory, "tiny", licence="Apache-2.0")
+
+
+def _tensors() -> dict[str, Tensor]:
+    random = np.random.default_rng(1)
+    shapes = {"token_embd.weight": (6, 32), "output_norm.weight": (32,)}
+    shapes |= {f"blk.{layer}.{name}.weight": shape for layer in range(2) for name, shape in LAYER_SHAPES.items()}
+    return {name: (shape, 0, random.standard_normal(shape, np.float32).tobytes()) for name, shape in shapes.items()}
 
 
 def _write_gguf(metadata: Mapping[str, object], tensors: Mapping[str, Tensor], *, version: int = 3) -> bytes:
