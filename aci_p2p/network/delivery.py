@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict, deque
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -16,10 +15,8 @@ from aci_p2p.network.limits import (
     REJECT_WINDOW_SECONDS,
     SEEN_SECONDS,
 )
+from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import Decision, Reason, Validation
-
-if TYPE_CHECKING:
-    from aci_p2p.protocol.identity import NodeId
 
 
 def message_id(topic: str, data: bytes) -> bytes:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import trio
 
@@ -32,13 +33,10 @@ from aci_p2p.network.api import (
 from aci_p2p.network.checks import check_frame, check_gossip, check_provider_key, check_record
 from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, SeenCache, judge, message_id
 from aci_p2p.network.limits import MAX_STREAMS, MAX_STREAMS_PER_PEER, PROVIDER_SECONDS
-from aci_p2p.network.scope import background_tasks
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import Decision
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+from aci_p2p.tasks import open_background
 
 WINDOW_BYTES = 256 << 10
 """Bytes in flight in one direction of a stream before `send` waits, as in yamux."""
@@ -46,6 +44,15 @@ INBOX_MESSAGES = 4096
 """Gossip messages on their way to one endpoint; more are lost."""
 REPLICAS = 20
 """Endpoints that keep a DHT record (Kademlia's k)."""
+
+
+class RecordRules(NamedTuple):
+    """How an endpoint judges DHT values."""
+
+    validate: RecordValidator
+    """Refuses bad values."""
+    select: RecordSelector
+    """Picks the best of several."""
 
 
 class MemoryHub:
@@ -61,15 +68,15 @@ class MemoryHub:
     @asynccontextmanager
     async def open_network(
         self, key: KeyPair, *, record_validator: RecordValidator, record_selector: RecordSelector
-    ) -> AsyncIterator[Network]:
+    ) -> AsyncGenerator[Network]:
         """An endpoint for the block. Raises LocalError when the key already has one here."""
         if key.node_id in self._endpoints:
             msg = f"{key.node_id.short} is already on this hub"
             raise LocalError(msg)
         self._opened += 1
         address = f"/memory/{self._opened}/p2p/{key.node_id}"
-        async with background_tasks() as nursery:
-            network = MemoryNetwork(self, key.node_id, address, nursery, record_validator, record_selector)
+        async with open_background() as nursery:
+            network = MemoryNetwork(self, address, nursery, RecordRules(record_validator, record_selector))
             self._endpoints[key.node_id] = network
             nursery.start_soon(network.pump)
             try:
@@ -194,21 +201,12 @@ class _MemoryStream(Stream):
 class MemoryNetwork(Network):
     """One endpoint of a hub. Made only by `MemoryHub.open_network`."""
 
-    def __init__(
-        self,
-        hub: MemoryHub,
-        node_id: NodeId,
-        address: str,
-        nursery: trio.Nursery,
-        record_validator: RecordValidator,
-        record_selector: RecordSelector,
-    ) -> None:
+    def __init__(self, hub: MemoryHub, address: str, nursery: trio.Nursery, rules: RecordRules) -> None:
         self._hub = hub
-        self._node_id = node_id
+        self._node_id = _parse_address(address)
         self._address = address
         self._nursery = nursery
-        self._validate_record = record_validator
-        self._select_record = record_selector
+        self._validate_record, self._select_record = rules
         self._known: dict[NodeId, tuple[str, ...]] = {}
         self._links: dict[NodeId, set[_MemoryStream]] = {}
         self._handlers: dict[str, tuple[StreamHandler, set[trio.CancelScope]]] = {}
@@ -277,7 +275,7 @@ class MemoryNetwork(Network):
             stream.reset()
 
     @asynccontextmanager
-    async def open_stream(self, peer: NodeId, protocol: str) -> AsyncIterator[Stream]:
+    async def open_stream(self, peer: NodeId, protocol: str) -> AsyncGenerator[Stream]:
         remote = await self._dial(peer, self._known.get(peer, ()))
         incoming, outgoing = _Pipe(self._hub.latency), _Pipe(self._hub.latency)
         accept = remote.accept_stream(self._node_id, protocol, incoming=outgoing, outgoing=incoming)
@@ -289,7 +287,7 @@ class MemoryNetwork(Network):
             yield stream
 
     @contextmanager
-    def _holding(self, stream: _MemoryStream) -> Iterator[None]:
+    def _holding(self, stream: _MemoryStream) -> Generator[None]:
         """Count a stream, and close it at the end of the block, or reset it when that fails or is cancelled."""
         self._streams += 1
         self._links[stream.peer].add(stream)
@@ -335,7 +333,7 @@ class MemoryNetwork(Network):
                 del self._inbound[stream.peer]
 
     @contextmanager
-    def serve(self, protocol: str, handler: StreamHandler) -> Iterator[None]:
+    def serve(self, protocol: str, handler: StreamHandler) -> Generator[None]:
         if protocol in self._handlers:
             msg = f"{protocol} is already served"
             raise LocalError(msg)
@@ -349,9 +347,7 @@ class MemoryNetwork(Network):
                 scope.cancel()
 
     @asynccontextmanager
-    async def subscribe(
-        self, topic: str, validator: GossipValidator, *, capacity: int
-    ) -> AsyncIterator[Subscription]:
+    async def subscribe(self, topic: str, validator: GossipValidator, *, capacity: int) -> AsyncGenerator[Subscription]:
         await trio.lowlevel.checkpoint()
         if topic in self._subscriptions:
             msg = f"{topic} is already subscribed"
@@ -471,7 +467,7 @@ class MemoryNetwork(Network):
     def _closest(self, key: bytes) -> list[MemoryNetwork]:
         """The reachable endpoints (ourselves among them) whose identities are closest to the key by XOR."""
         reached: dict[NodeId, MemoryNetwork] = {self._node_id: self}
-        waiting = [self]
+        waiting: list[MemoryNetwork] = [self]
         while waiting:
             for peer in waiting.pop().peers:
                 remote = self._hub.endpoint(peer)

@@ -1,24 +1,39 @@
-"""Multiaddrs of TCP endpoints: parsing, and what of ours is worth telling others."""
+"""Multiaddrs of TCP endpoints, as text and as bytes.
+
+Only the forms that this node can dial or listen at are understood: an IP address or host name, a TCP port, and
+optionally whom to expect there.
+
+Source: https://github.com/multiformats/multiaddr and its protocol table
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self, cast
 
 from libp2p.utils.address_validation import get_available_interfaces
-from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 
+from aci_p2p.network.libp2p.varint import encode_varint, split_varint
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 MAX_ADDRESS_TEXT = 512
 """Characters of a multiaddr that we are willing to parse."""
-_HOST_PROTOCOLS = {"ip4", "ip6", "dns", "dns4", "dns6"}
+MAX_HOST_TEXT = 253
+"""Characters of a host name (RFC 1035)."""
+
+_IP_CODES = {"ip4": 4, "ip6": 41}
+_NAME_CODES = {"dns": 53, "dns4": 54, "dns6": 55}
+_PROTOCOLS = {code: protocol for protocol, code in {**_IP_CODES, **_NAME_CODES}.items()}
+_IP_BYTES = {"ip4": 4, "ip6": 16}
+_TCP_CODE = 6
+_P2P_CODE = 421
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
+_PORT = re.compile(r"0|[1-9][0-9]{0,4}")
+_MAX_PORT = 65_535
 _HINT = "it looks like /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW..."
 
 
@@ -29,10 +44,10 @@ class TcpAddress:
     protocol: str
     """`ip4`, `ip6`, `dns`, `dns4` or `dns6`."""
     host: str
-    """IP address or host name."""
+    """IP address in its canonical form, or host name."""
     port: int
     """TCP port; 0 only for listening."""
-    peer: NodeId | None
+    peer: NodeId | None = None
     """Whose it is, when the address says."""
 
     @classmethod
@@ -41,33 +56,57 @@ class TcpAddress:
         if len(text) > MAX_ADDRESS_TEXT:
             msg = "the address is too long"
             raise LocalError(msg)
-        try:
-            canonical = str(Multiaddr(text))
-        except (MultiaddrError, ValueError, TypeError) as error:
-            msg = f"{text!r} is not a multiaddr"
-            raise LocalError(msg, hint=_HINT) from error
-        match canonical.split("/"):
-            case ["", protocol, host, "tcp", port] if protocol in _HOST_PROTOCOLS:
-                return cls(protocol, host, int(port), None)
-            case ["", protocol, host, "tcp", port, "p2p", peer] if protocol in _HOST_PROTOCOLS:
-                return cls(protocol, host, int(port), NodeId.parse(peer))
+        match text.split("/"):
+            case ["", protocol, host, "tcp", port] if _PORT.fullmatch(port):
+                return cls(protocol, _canonical_host(protocol, host, text), _checked_port(port, text))
+            case ["", protocol, host, "tcp", port, "p2p", peer] if _PORT.fullmatch(port):
+                host = _canonical_host(protocol, host, text)
+                return cls(protocol, host, _checked_port(port, text), NodeId.parse(peer))
             case _:
-                msg = f"{text!r} is not a TCP address"
+                msg = f"{text!r} is not the multiaddr of a TCP endpoint"
                 raise LocalError(msg, hint=_HINT)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
-        """Read the binary form that libp2p messages carry; raises LocalError when it is malformed."""
+        """Read the binary form that libp2p messages carry; raises LocalError when it is anything else."""
         try:
-            text = str(Multiaddr(raw))
-        except (MultiaddrError, ValueError, TypeError) as error:
-            msg = "not a binary multiaddr"
+            return cls._decode(raw)
+        except (ValueError, IndexError) as error:
+            msg = "not the binary multiaddr of a TCP endpoint"
             raise LocalError(msg) from error
-        return cls.parse(text)
+
+    @classmethod
+    def _decode(cls, raw: bytes) -> Self:
+        code, rest = split_varint(raw)
+        protocol = _PROTOCOLS.get(code, "")
+        if protocol in _IP_BYTES:
+            host, rest = str(ipaddress.ip_address(rest[: _IP_BYTES[protocol]])), rest[_IP_BYTES[protocol] :]
+        else:
+            length, rest = split_varint(rest)
+            host, rest = rest[:length].decode("ascii"), rest[length:]
+        code, rest = split_varint(rest)
+        port, rest = int.from_bytes(rest[:2]), rest[2:]
+        if code != _TCP_CODE:
+            msg = "not TCP"
+            raise ValueError(msg)
+        suffix = ""
+        if rest:
+            code, rest = split_varint(rest)
+            length, rest = split_varint(rest)
+            if code != _P2P_CODE or length != len(rest):
+                msg = "more than a TCP endpoint"
+                raise ValueError(msg)
+            suffix = f"/p2p/{NodeId.from_peer_id(rest)}"
+        return cls.parse(f"/{protocol}/{host}/tcp/{port}{suffix}")
 
     def to_bytes(self) -> bytes:
         """The binary form, without the peer."""
-        return Multiaddr(self.transport).to_bytes()
+        if self.protocol in _IP_CODES:
+            host = encode_varint(_IP_CODES[self.protocol]) + ipaddress.ip_address(self.host).packed
+        else:
+            name = self.host.encode("ascii")
+            host = encode_varint(_NAME_CODES[self.protocol]) + encode_varint(len(name)) + name
+        return host + encode_varint(_TCP_CODE) + self.port.to_bytes(2)
 
     @property
     def transport(self) -> str:
@@ -77,7 +116,7 @@ class TcpAddress:
     @property
     def is_loopback(self) -> bool:
         """Whether only programs on the same machine can dial it."""
-        return self.protocol in {"ip4", "ip6"} and ipaddress.ip_address(self.host).is_loopback
+        return self.protocol in _IP_CODES and ipaddress.ip_address(self.host).is_loopback
 
     def owned_by(self, peer: NodeId) -> str:
         """The full address with `/p2p/`."""
@@ -87,12 +126,33 @@ class TcpAddress:
         return self.transport if self.peer is None else self.owned_by(self.peer)
 
 
+def _canonical_host(protocol: str, host: str, text: str) -> str:
+    if protocol in _IP_CODES:
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            address = None
+        if address is not None and f"ip{address.version}" == protocol and "%" not in host:
+            return str(address)
+    elif protocol in _NAME_CODES and len(host) <= MAX_HOST_TEXT and _HOST_NAME.fullmatch(host):
+        return host.lower()
+    msg = f"{text!r} is not the multiaddr of a TCP endpoint"
+    raise LocalError(msg, hint=_HINT)
+
+
+def _checked_port(port: str, text: str) -> int:
+    if int(port) > _MAX_PORT:
+        msg = f"{text!r} has no such port"
+        raise LocalError(msg, hint=f"ports go up to {_MAX_PORT}")
+    return int(port)
+
+
 def expand_unspecified(protocol: str, host: str, port: int) -> list[TcpAddress]:
     """A bound address as others can dial it: `0.0.0.0` and `::` stand for every interface of the machine."""
     if not ipaddress.ip_address(host).is_unspecified:
-        return [TcpAddress(protocol, host, port, None)]
-    interfaces = (TcpAddress.parse(str(address)) for address in get_available_interfaces(port))
-    return [address for address in interfaces if address.protocol == protocol]
+        return [TcpAddress(protocol, host, port)]
+    interfaces = [str(address) for address in cast("list[object]", get_available_interfaces(port))]
+    return [TcpAddress.parse(address) for address in interfaces if address.startswith(f"/{protocol}/")]
 
 
 def parse_all(raw_addresses: Iterable[bytes], limit: int) -> list[TcpAddress]:

@@ -7,8 +7,9 @@ have to be rejected too often is disconnected.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from random import Random
 
 import trio
 from google.protobuf.message import DecodeError
@@ -16,18 +17,13 @@ from libp2p.pubsub.pb.rpc_pb2 import RPC
 
 from aci_p2p.network.api import GossipMessage, GossipValidator, PeerUnreachable, Subscription
 from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, judge
+from aci_p2p.network.libp2p.host import Connection, Host
 from aci_p2p.network.libp2p.router import HEARTBEAT_SECONDS, Incoming, Router
 from aci_p2p.network.libp2p.varint import prefixed, split_prefixed
 from aci_p2p.network.libp2p.yamux import StreamEnded, StreamReset, YamuxStream
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import Decision, Reason, Validation
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from random import Random
-
-    from aci_p2p.network.libp2p.host import Connection, Host
-    from aci_p2p.protocol.identity import NodeId
 
 PROTOCOL = "/meshsub/1.1.0"
 """Stream protocol id of gossipsub v1.1."""
@@ -186,10 +182,7 @@ class Gossip:
         subscription = self._subscriptions.get(incoming.topic)
         if subscription is None:
             return
-        if incoming.policy_breach:
-            validation = _MALFORMED
-        else:
-            validation = judge(subscription.validator, peer, incoming.data)
+        validation = _MALFORMED if incoming.policy_breach else judge(subscription.validator, peer, incoming.data)
         if validation.decision is not Decision.ACCEPT:
             await self._refuse(peer, validation)
             return
@@ -203,9 +196,7 @@ class Gossip:
             await self._host.disconnect(peer)
 
     @asynccontextmanager
-    async def subscribe(
-        self, topic: str, validator: GossipValidator, *, capacity: int
-    ) -> AsyncIterator[Subscription]:
+    async def subscribe(self, topic: str, validator: GossipValidator, *, capacity: int) -> AsyncGenerator[Subscription]:
         """See `Network.subscribe`."""
         await trio.lowlevel.checkpoint()
         if topic in self._subscriptions:

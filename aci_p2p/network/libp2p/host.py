@@ -13,9 +13,9 @@ from __future__ import annotations
 import errno
 import ipaddress
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -27,11 +27,7 @@ from aci_p2p.network.libp2p.yamux import PROTOCOL as YAMUX
 from aci_p2p.network.libp2p.yamux import StreamEnded, StreamReset, Yamux, YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
-
-    from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.protocol.identity import KeyPair, NodeId
 
 MAX_CONNECTIONS = 512
 """Connections kept; further inbound ones are refused. Each costs a socket, four tasks and up to 5 MiB of buffers."""
@@ -145,7 +141,7 @@ class Host:
                 return
 
     @contextmanager
-    def _handshaking(self, address: str) -> Iterator[None]:
+    def _handshaking(self, address: str) -> Generator[None]:
         """Bound inbound handshakes in time and number."""
         if sum(other == address for other in self._handshakes.values()) >= MAX_HANDSHAKES_PER_ADDRESS:
             self._end_oldest_handshake(address)
@@ -173,6 +169,7 @@ class Host:
                     await select_inbound(secure, (YAMUX,))
                     connection = Connection(secure.peer, Yamux(secure, is_initiator=False), False, address)  # noqa: FBT003
             if connection is not None and connection.peer != self.node_id:
+                self._add(connection)
                 await self._serve_connection(connection)
         except Exception:  # noqa: BLE001, S110 - whatever a stranger sends ends its own connection and nothing else
             pass
@@ -187,12 +184,8 @@ class Host:
             return True
         return sum(connection.address == address for connection in connections) < MAX_CONNECTIONS_PER_ADDRESS
 
-    async def _serve_connection(
-        self, connection: Connection, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def _serve_connection(self, connection: Connection) -> None:
         """Hold a connection until it ends."""
-        self._add(connection)
-        task_status.started()
         try:
             await connection.muxer.run(lambda stream: self._accept_stream(connection.peer, stream))
         except Exception:  # noqa: BLE001, S110 - a broken connection is a disconnected peer
@@ -303,7 +296,8 @@ class Host:
             await stream.aclose()
             raise
         connection = Connection(peer, Yamux(secure, is_initiator=True), True, address.host)  # noqa: FBT003
-        await self._nursery.start(self._serve_connection, connection)
+        self._add(connection)
+        self._nursery.start_soon(self._serve_connection, connection)
         return connection
 
     async def disconnect(self, peer: NodeId) -> None:
@@ -332,7 +326,7 @@ class Host:
         return stream
 
     @contextmanager
-    def serve(self, protocol: str, serve: Callable[[NodeId, YamuxStream], Awaitable[None]]) -> Iterator[None]:
+    def serve(self, protocol: str, serve: Callable[[NodeId, YamuxStream], Awaitable[None]]) -> Generator[None]:
         """Serve a protocol within the block; what is being served then is cancelled. Raises LocalError when taken."""
         if protocol in self._protocols:
             msg = f"{protocol} is already served"
@@ -370,9 +364,10 @@ class Host:
                 del self._inbound_streams[peer]
 
     async def _run_server(self, protocol: _Protocol, peer: NodeId, stream: YamuxStream) -> None:
+        scope = trio.CancelScope()
+        protocol.scopes.add(scope)
         try:
-            with trio.CancelScope() as scope:
-                protocol.scopes.add(scope)
+            with scope:
                 await protocol.serve(peer, stream)
         except (StreamEnded, StreamReset):
             pass

@@ -6,19 +6,16 @@ Source: https://github.com/libp2p/specs/tree/master/identify
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 
 from aci_p2p.network.libp2p.addresses import TcpAddress, parse_all
+from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.varint import prefixed, read_prefixed
+from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER
-
-if TYPE_CHECKING:
-    from aci_p2p.network.libp2p.host import Host
-    from aci_p2p.network.libp2p.yamux import YamuxStream
-    from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.identity import NodeId
 
 PROTOCOL = "/ipfs/id/1.0.0"
 """Stream protocol id."""

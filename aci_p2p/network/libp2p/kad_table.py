@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, OrderedDict
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from aci_p2p.network.limits import PROVIDER_SECONDS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.identity import NodeId
 
 BUCKET_SIZE = 20
 """Peers in a bucket, and that keep a record (Kademlia's k)."""

@@ -12,14 +12,16 @@ Source: https://github.com/libp2p/specs/tree/master/kad-dht
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
 
 import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 
-from aci_p2p.network.api import MAX_RECORD_BYTES, PeerUnreachable
+from aci_p2p.network.api import MAX_RECORD_BYTES, RecordSelector, RecordValidator
 from aci_p2p.network.checks import check_provider_key, check_record
 from aci_p2p.network.libp2p.addresses import parse_all
+from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.kad_table import (
     BUCKET_SIZE,
     ProviderStore,
@@ -29,17 +31,10 @@ from aci_p2p.network.libp2p.kad_table import (
     position,
 )
 from aci_p2p.network.libp2p.varint import prefixed, read_prefixed
+from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import NodeId
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from random import Random
-
-    from aci_p2p.network.api import RecordSelector, RecordValidator
-    from aci_p2p.network.libp2p.host import Host
-    from aci_p2p.network.libp2p.yamux import YamuxStream
 
 PROTOCOL = "/aci/kad/1.0.0"
 """Stream protocol id: ACI's own DHT, apart from the public IPFS one."""
@@ -166,14 +161,12 @@ class Kademlia:
                 for peer in peers:
                     nursery.start_soon(self._ask, peer, message)
 
-    async def _lookup(
-        self, key: bytes, kind: Message.MessageType, collect: Callable[[Message], bool]
-    ) -> list[NodeId]:
+    async def _lookup(self, key: bytes, kind: Message.MessageType, collect: Callable[[Message], bool]) -> list[NodeId]:
         """Ask ever closer peers about a key until the closest have all answered or `collect` says it is enough.
 
         Returns the peers that answered, closest first, at most BUCKET_SIZE.
         """
-        lookup = _Lookup(position(key), self._table.closest(position(key), BUCKET_SIZE) + [*self._host.peers])
+        lookup = _Lookup(position(key), [*self._table.closest(position(key), BUCKET_SIZE), *self._host.peers])
         message = Message(type=kind, key=key)
 
         async def work() -> None:

@@ -8,12 +8,10 @@ Source: https://github.com/multiformats/multistream-select
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Container
+from typing import Protocol
 
 from aci_p2p.network.libp2p.varint import encode_varint, read_varint
-
-if TYPE_CHECKING:
-    from collections.abc import Container
 
 HEADER = "/multistream/1.0.0"
 """First message of both sides."""

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
 from random import SystemRandom
-from typing import TYPE_CHECKING
 
 import trio
 
-from aci_p2p.network.api import Network, NetworkStatistics, StreamClosed
+from aci_p2p.network.api import (
+    GossipValidator,
+    Network,
+    NetworkStatistics,
+    RecordSelector,
+    RecordValidator,
+    Stream,
+    StreamClosed,
+    StreamHandler,
+    Subscription,
+)
 from aci_p2p.network.checks import check_gossip
 from aci_p2p.network.libp2p import gossip as gossip_module
 from aci_p2p.network.libp2p import identify as identify_module
 from aci_p2p.network.libp2p import kademlia as kademlia_module
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.gossip import Gossip
-from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.host import Connection, Host
 from aci_p2p.network.libp2p.identify import request_identify, serve_identify
 from aci_p2p.network.libp2p.kademlia import Kademlia
 from aci_p2p.network.libp2p.streams import FramedStream
-from aci_p2p.network.scope import background_tasks
+from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.errors import LocalError
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
-    from contextlib import AbstractAsyncContextManager, AbstractContextManager
-
-    from aci_p2p.network.api import (
-        GossipValidator,
-        RecordSelector,
-        RecordValidator,
-        Stream,
-        StreamHandler,
-        Subscription,
-    )
-    from aci_p2p.network.libp2p.host import Connection
-    from aci_p2p.network.libp2p.yamux import YamuxStream
-    from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.tasks import open_background
 
 IDENTIFY_SECONDS = 10.0
 """Time for a new peer to say what it serves, seconds."""
@@ -98,7 +94,7 @@ class Libp2pNetwork(Network):
         self._host.learn(peer, parsed)
 
     @asynccontextmanager
-    async def open_stream(self, peer: NodeId, protocol: str) -> AsyncIterator[Stream]:
+    async def open_stream(self, peer: NodeId, protocol: str) -> AsyncGenerator[Stream]:
         raw = await self._host.open_stream(peer, protocol)
         self._streams += 1
         try:
@@ -168,7 +164,7 @@ async def open_libp2p_network(
     listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
     record_validator: RecordValidator,
     record_selector: RecordSelector,
-) -> AsyncIterator[Network]:
+) -> AsyncGenerator[Network]:
     """A libp2p endpoint for the block, listening at the multiaddrs in `listen` (none: dial only).
 
     Raises AddressInUse or LocalError for a listen address that cannot be bound. Leaving the block, also by
@@ -176,7 +172,7 @@ async def open_libp2p_network(
     """
     bind_to = [TcpAddress.parse(address) for address in listen]
     random = SystemRandom()
-    async with background_tasks() as nursery:
+    async with open_background() as nursery:
         host = Host(key, nursery)
         gossip = Gossip(host, nursery, random)
         kademlia = Kademlia(host, record_validator, record_selector, random)
@@ -192,5 +188,5 @@ async def open_libp2p_network(
             try:
                 yield network
             finally:
-                with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_SECONDS):
                     await host.close()

@@ -17,8 +17,9 @@ Sources: https://github.com/libp2p/specs/tree/master/pubsub/gossipsub (v1.0, v1.
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from random import Random
 
 from libp2p.pubsub.pb.rpc_pb2 import (
     RPC,
@@ -32,12 +33,7 @@ from libp2p.pubsub.pb.rpc_pb2 import (
 
 from aci_p2p.network.delivery import SeenCache, message_id
 from aci_p2p.network.limits import MAX_TOPIC_BYTES, MAX_TOPICS_PER_PEER
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from random import Random
-
-    from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.identity import NodeId
 
 DEGREE = 6
 """Neighbours in a topic's mesh that the router aims for (D)."""
@@ -234,7 +230,8 @@ class Router:
 
     def _fanout_peers(self, topic: str) -> set[NodeId]:
         subscribers = self.subscribers(topic)
-        kept = {peer for peer in self._fanout.get(topic, (set[object](), 0.0))[0] if peer in subscribers}
+        known, _ = self._fanout.get(topic, (set[NodeId](), 0.0))
+        kept = known.intersection(subscribers)
         others = [peer for peer in subscribers if peer not in kept]
         return kept | set(self._sample(others, DEGREE - len(kept)))
 

@@ -6,29 +6,25 @@ proves must be an Ed25519 key; whoever has another kind of key is refused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 import trio
-from libp2p.abc import IRawConnection
+from libp2p.abc import IRawConnection, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
-from libp2p.peer.id import ID
+from libp2p.peer.id import ID  # pyright: ignore[reportMissingTypeStubs] - py.typed, but it says otherwise
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 
 from aci_p2p.network.libp2p.negotiation import select_inbound, select_outbound
 from aci_p2p.protocol.identity import KeyPair, NodeId
 
-if TYPE_CHECKING:
-    from libp2p.abc import ISecureConn
-    from multiaddr import Multiaddr
-
 RECEIVE_BYTES = 64 << 10
 """Read from the socket at once, bytes: about one Noise message of the largest size."""
 
 
-class ConnectionLost(Exception):  # noqa: N818 - the event, caught by whoever owns the connection
+class ConnectionLost(Exception):
     """The TCP connection ended or broke."""
 
 
@@ -74,7 +70,7 @@ class TcpChannel(IRawConnection):
     def get_remote_address(self) -> tuple[str, int] | None:
         return None
 
-    def get_transport_addresses(self) -> list[Multiaddr]:
+    def get_transport_addresses(self) -> list[Any]:
         return []
 
     def get_connection_type(self) -> ConnectionType:
@@ -122,4 +118,4 @@ class Security:
         """Encrypt a connection that a peer dialled; raises LocalError when its key is not Ed25519."""
         await select_inbound(channel, (str(NOISE),))
         connection = await self._noise.secure_inbound(channel)
-        return SecureChannel(connection, NodeId.from_peer_id(cast("bytes", connection.get_remote_peer().to_bytes())))
+        return SecureChannel(connection, NodeId.from_peer_id(connection.get_remote_peer().to_bytes()))

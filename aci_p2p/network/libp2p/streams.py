@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from aci_p2p.network.api import MAX_FRAME_BYTES, Stream, StreamClosed
 from aci_p2p.network.checks import check_frame
 from aci_p2p.network.libp2p.varint import VarintError, prefixed, split_prefixed
 from aci_p2p.network.libp2p.yamux import StreamEnded, StreamReset, YamuxStream
-
-if TYPE_CHECKING:
-    from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.identity import NodeId
 
 READ_BYTES = 64 << 10
 """Taken from the muxer at once, bytes."""

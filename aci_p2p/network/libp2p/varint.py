@@ -60,27 +60,32 @@ def prefixed(message: bytes) -> bytes:
     return encode_varint(len(message)) + message
 
 
+def split_varint(data: bytes) -> tuple[int, bytes]:
+    """The number at the start of `data` and what follows it; raises VarintError when it is malformed or cut off."""
+    value = 0
+    for index, byte in enumerate(data[:MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << (7 * index)
+        if not byte & 0x80:
+            return value, data[index + 1 :]
+    msg = "a varint is cut off or longer than nine bytes"
+    raise VarintError(msg)
+
+
 def split_prefixed(buffer: bytearray, limit: int) -> bytes | None:
     """Take the first length-prefixed message off a buffer; None when it has not arrived in full.
 
     Raises VarintError when its length is malformed or over `limit`.
     """
-    value = 0
-    for index, byte in enumerate(buffer[:MAX_VARINT_BYTES]):
-        value |= (byte & 0x7F) << (7 * index)
-        if not byte & 0x80:
-            break
-    else:
-        if len(buffer) < MAX_VARINT_BYTES:
-            return None
-        msg = "a varint is longer than nine bytes"
-        raise VarintError(msg)
-    if value > limit:
-        msg = f"a length of {value} is over the limit of {limit}"
-        raise VarintError(msg)
-    start = index + 1
-    if len(buffer) < start + value:
+    head = bytes(buffer[:MAX_VARINT_BYTES])
+    if len(head) < MAX_VARINT_BYTES and all(byte & 0x80 for byte in head):
         return None
-    message = bytes(buffer[start : start + value])
-    del buffer[: start + value]
+    length, rest = split_varint(head)
+    if length > limit:
+        msg = f"a length of {length} is over the limit of {limit}"
+        raise VarintError(msg)
+    start = len(head) - len(rest)
+    if len(buffer) < start + length:
+        return None
+    message = bytes(buffer[start : start + length])
+    del buffer[: start + length]
     return message

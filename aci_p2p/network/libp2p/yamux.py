@@ -1,7 +1,7 @@
 """yamux: many streams over one encrypted connection.
 
-Replaces py-libp2p's muxer, which does not enforce its receive window, gives up a write after a reader has paused for
-five seconds, polls while it waits, and cannot be exchanged (`muxer_multistream` hard-codes it).
+Takes the place of py-libp2p's muxer, which does not enforce its receive window, gives up a write after a reader has
+paused for five seconds, polls while it waits, and cannot be exchanged (`muxer_multistream` hard-codes it).
 
 Every buffer here is bounded: a stream holds at most one window, a connection at most MAX_BUFFERED_BYTES, and a peer
 that makes us queue answers faster than it reads them is disconnected.
@@ -11,15 +11,12 @@ Source: https://github.com/hashicorp/yamux/blob/master/spec.md
 
 from __future__ import annotations
 
-import math
 import struct
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import trio
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 PROTOCOL = "/yamux/1.0.0"
 """Protocol id negotiated for the connection."""
@@ -46,6 +43,7 @@ CLOSE_SECONDS = 0.3
 """How long closing waits for queued frames to leave, seconds."""
 
 _HEADER = struct.Struct(">BBHII")
+_VERSION = 0
 _DATA, _WINDOW_UPDATE, _PING, _GO_AWAY = range(4)
 _SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
 _GO_AWAY_NORMAL = 0
@@ -56,11 +54,11 @@ class YamuxError(Exception):
     """The peer broke the yamux protocol or is gone."""
 
 
-class StreamReset(Exception):  # noqa: N818 - an event, not a mistake
+class StreamReset(Exception):
     """The stream was reset, or its connection was lost."""
 
 
-class StreamEnded(Exception):  # noqa: N818 - an event, not a mistake
+class StreamEnded(Exception):
     """The peer ended the stream; everything it sent has been read."""
 
 
@@ -80,85 +78,103 @@ class Connection(Protocol):
         ...
 
 
+class _Header(NamedTuple):
+    version: int
+    kind: int
+    flags: int
+    stream_id: int
+    length: int
+
+
+class _State:
+    """What the muxer keeps of a stream; its two sides are `Yamux` (the wire) and `YamuxStream` (the user)."""
+
+    def __init__(self, stream_id: int) -> None:
+        self.stream_id = stream_id
+        self.received = bytearray()
+        self.receive_window = WINDOW_BYTES
+        self.send_window = WINDOW_BYTES
+        self.ended_by_peer = False
+        self.ended_by_us = False
+        self.reset = False
+        self.changed = trio.Event()
+
+    def notify(self) -> None:
+        """Wake whoever waits for data, for window or for the end."""
+        self.changed.set()
+        self.changed = trio.Event()
+
+    def break_off(self) -> None:
+        """The stream is lost in both directions."""
+        self.reset = True
+        self.notify()
+
+
 class YamuxStream:
     """A bidirectional byte stream with flow control."""
 
-    def __init__(self, muxer: Yamux, stream_id: int) -> None:
+    def __init__(self, muxer: Yamux, state: _State) -> None:
         self._muxer = muxer
-        self._id = stream_id
-        self._received = bytearray()
-        self._receive_window = WINDOW_BYTES
-        self._send_window = WINDOW_BYTES
-        self._ended_by_peer = False
-        self._ended_by_us = False
-        self._reset = False
-        self._changed = trio.Event()
+        self._state = state
 
     async def read(self, limit: int) -> bytes:
-        """Receive 1 to `limit` bytes. Raises StreamEnded or StreamReset."""
+        """Receive 1 to `limit` bytes. Raises StreamEnded or StreamReset. Loses nothing when cancelled."""
         await trio.lowlevel.checkpoint()
-        while not self._received:
-            if self._reset:
+        state = self._state
+        while not state.received:
+            if state.reset:
                 msg = "the stream was reset"
                 raise StreamReset(msg)
-            if self._ended_by_peer:
+            if state.ended_by_peer:
                 msg = "the peer ended the stream"
                 raise StreamEnded(msg)
-            await self._changed.wait()
-        data = bytes(self._received[:limit])
-        del self._received[:limit]
-        self._muxer._release(self, len(data))  # noqa: SLF001 - two halves of one protocol
+            await state.changed.wait()
+        data = bytes(state.received[:limit])
+        del state.received[:limit]
+        self._muxer.release(state, len(data))
         return data
 
     async def read_exactly(self, count: int) -> bytes:
         """Receive exactly `count` bytes. Raises StreamEnded or StreamReset."""
-        data = await self.read(count) if count else b""
-        if len(data) == count:
-            return data
-        chunks = bytearray(data)
-        while len(chunks) < count:
-            chunks += await self.read(count - len(chunks))
-        return bytes(chunks)
+        data = bytearray()
+        while len(data) < count:
+            data += await self.read(count - len(data))
+        return bytes(data)
 
     async def write(self, data: bytes) -> None:
         """Send bytes, waiting for the peer's window as long as it takes. Raises StreamReset."""
         await trio.lowlevel.checkpoint()
+        state = self._state
         view = memoryview(data)
         while view:
-            if self._reset or self._ended_by_us:
+            if state.reset or state.ended_by_us:
                 msg = "the stream is closed"
                 raise StreamReset(msg)
-            size = min(len(view), self._send_window, FRAME_PAYLOAD_BYTES)
+            size = min(len(view), state.send_window, FRAME_PAYLOAD_BYTES)
             if size == 0:
-                await self._changed.wait()
+                await state.changed.wait()
             elif self._muxer.congested:
                 await self._muxer.wait_writable()
             else:
-                self._send_window -= size
-                self._muxer._send(_DATA, 0, self._id, size, view[:size])  # noqa: SLF001
+                state.send_window -= size
+                self._muxer.send(_DATA, 0, state.stream_id, size, view[:size])
                 view = view[size:]
 
     def close(self) -> None:
-        """End our side, drop what is unread and refuse more. Frames already sent still arrive."""
-        if not (self._ended_by_us or self._reset):
-            self._ended_by_us = True
-            self._muxer._send(_WINDOW_UPDATE, _FIN, self._id, 0)  # noqa: SLF001
-        self._muxer._forget(self)  # noqa: SLF001
+        """End our side, drop what is unread and refuse more. What was written still arrives."""
+        state = self._state
+        if not (state.ended_by_us or state.reset):
+            state.ended_by_us = True
+            self._muxer.send(_WINDOW_UPDATE, _FIN, state.stream_id, 0)
+        self._muxer.forget(state)
 
     def reset(self) -> None:
         """Drop the stream in both directions, at once."""
-        if not self._reset and not (self._ended_by_us and self._ended_by_peer):
-            self._muxer._send(_WINDOW_UPDATE, _RST, self._id, 0)  # noqa: SLF001
-        self._break()
-        self._muxer._forget(self)  # noqa: SLF001
-
-    def _break(self) -> None:
-        self._reset = True
-        self._notify()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        state = self._state
+        if not state.reset and not state.ended_by_us:
+            self._muxer.send(_WINDOW_UPDATE, _RST, state.stream_id, 0)
+        state.break_off()
+        self._muxer.forget(state)
 
 
 class Yamux:
@@ -167,13 +183,14 @@ class Yamux:
     def __init__(self, connection: Connection, *, is_initiator: bool) -> None:
         self._connection = connection
         self._next_id = 1 if is_initiator else 2
-        self._streams: dict[int, YamuxStream] = {}
+        self._accept: Callable[[YamuxStream], bool] = lambda _: False
+        self._streams: dict[int, _State] = {}
         self._outbound = 0
         self._buffered = 0
         self._outgoing: deque[bytes] = deque()
         self._queued = 0
         self._writable = trio.Event()
-        self._readable = trio.Event()
+        self._pending = trio.Event()
         self._closing = False
         self._closed = trio.Event()
         self._pongs = 0
@@ -182,6 +199,11 @@ class Yamux:
     def is_closed(self) -> bool:
         """Whether the connection has ended or is ending."""
         return self._closing or self._closed.is_set()
+
+    @property
+    def stream_count(self) -> int:
+        """Streams open in both directions."""
+        return len(self._streams)
 
     @property
     def congested(self) -> bool:
@@ -193,27 +215,27 @@ class Yamux:
 
         `accept` is called with each stream that the peer opens and says whether it is taken.
         """
+        self._accept = accept
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write_frames, nursery.cancel_scope)
                 nursery.start_soon(self._keep_alive)
-                await self._read_frames(accept)
+                await self._read_frames()
                 nursery.cancel_scope.cancel()
         finally:
             self._closed.set()
-            for stream in tuple(self._streams.values()):
-                stream._break()  # noqa: SLF001
-            self._streams.clear()
             self._writable.set()
+            for state in self._streams.values():
+                state.break_off()
+            self._streams.clear()
             await self._connection.close()
 
     async def close(self) -> None:
         """Say good-bye, give queued frames a moment to leave, and end `run`."""
         if not self.is_closed:
-            self._send(_GO_AWAY, 0, 0, _GO_AWAY_NORMAL)
+            self.send(_GO_AWAY, 0, 0, _GO_AWAY_NORMAL)
             self._closing = True
-            self._readable.set()
-        with trio.move_on_after(CLOSE_SECONDS, shield=True):
+        with trio.move_on_after(CLOSE_SECONDS):
             await self._closed.wait()
 
     def open_stream(self) -> YamuxStream:
@@ -221,25 +243,43 @@ class Yamux:
         if self.is_closed or self._outbound >= MAX_OUTBOUND_STREAMS or self._next_id > _MAX_STREAM_ID:
             msg = "the connection takes no more streams"
             raise StreamReset(msg)
-        stream = YamuxStream(self, self._next_id)
-        self._streams[self._next_id] = stream
+        state = self._streams[self._next_id] = _State(self._next_id)
         self._next_id += 2
         self._outbound += 1
-        self._send(_WINDOW_UPDATE, _SYN, stream._id, 0)  # noqa: SLF001
-        return stream
+        self.send(_WINDOW_UPDATE, _SYN, state.stream_id, 0)
+        return YamuxStream(self, state)
 
     async def wait_writable(self) -> None:
         """Wait until data may be queued again, or the connection has ended."""
         while self.congested and not self._closed.is_set():
             await self._writable.wait()
 
-    def _send(self, kind: int, flags: int, stream_id: int, length: int, payload: bytes | memoryview = b"") -> None:
+    def send(self, kind: int, flags: int, stream_id: int, length: int, payload: bytes | memoryview = b"") -> None:
+        """Queue a frame. Those of a connection that is ending go nowhere."""
         if self.is_closed:
             return
-        frame = _HEADER.pack(0, kind, flags, stream_id, length) + payload
+        frame = _HEADER.pack(_VERSION, kind, flags, stream_id, length) + payload
         self._outgoing.append(frame)
         self._queued += len(frame)
-        self._readable.set()
+        self._pending.set()
+
+    def release(self, state: _State, count: int) -> None:
+        """The user has read `count` bytes of a stream: once half its window is free, tell the peer."""
+        self._buffered -= count
+        freed = WINDOW_BYTES - state.receive_window - len(state.received)
+        if freed >= WINDOW_BYTES // 2 and not state.ended_by_peer and state.stream_id in self._streams:
+            state.receive_window += freed
+            self.send(_WINDOW_UPDATE, 0, state.stream_id, freed)
+
+    def forget(self, state: _State) -> None:
+        """A stream is over for us; data that still arrives for it is answered with a reset."""
+        if self._streams.pop(state.stream_id, None) is not None:
+            self._outbound -= self._is_ours(state.stream_id)
+            self._buffered -= len(state.received)
+            state.received.clear()
+
+    def _is_ours(self, stream_id: int) -> bool:
+        return stream_id % 2 == self._next_id % 2
 
     async def _write_frames(self, scope: trio.CancelScope) -> None:
         while True:
@@ -247,8 +287,8 @@ class Yamux:
                 if self._closing:
                     scope.cancel()
                     return
-                self._readable = trio.Event()
-                await self._readable.wait()
+                self._pending = trio.Event()
+                await self._pending.wait()
             batch = bytearray()
             while self._outgoing and len(batch) + len(self._outgoing[0]) <= BATCH_BYTES:
                 batch += self._outgoing.popleft()
@@ -261,102 +301,78 @@ class Yamux:
         while True:
             await trio.sleep(KEEPALIVE_SECONDS)
             answered = self._pongs
-            self._send(_PING, _SYN, 0, 0)
+            self.send(_PING, _SYN, 0, 0)
             await trio.sleep(KEEPALIVE_TIMEOUT_SECONDS)
             if self._pongs == answered:
                 msg = "the peer does not answer pings"
                 raise YamuxError(msg)
 
-    async def _read_frames(self, accept: Callable[[YamuxStream], bool]) -> None:
+    async def _read_frames(self) -> None:
         buffer = bytearray()
-        while not self._closing:
+        while True:
             buffer += await self._connection.receive()
             offset = 0
             while len(buffer) - offset >= _HEADER.size:
-                version, kind, flags, stream_id, length = _HEADER.unpack_from(buffer, offset)
-                if version != 0 or kind > _GO_AWAY:
-                    msg = "not a yamux frame"
-                    raise YamuxError(msg)
-                end = offset + _HEADER.size
-                if kind == _DATA:
-                    self._check_window(stream_id, flags, length)
-                    end += length
-                    if len(buffer) < end:
-                        break
-                if kind == _GO_AWAY:
+                header = _Header(*_HEADER.unpack_from(buffer, offset))
+                end = offset + _HEADER.size + self._payload_length(header)
+                if len(buffer) < end:
+                    break
+                if header.kind == _GO_AWAY:
                     return
-                self._handle(kind, flags, stream_id, length, buffer[offset + _HEADER.size : end], accept)
+                self._handle(header, buffer[offset + _HEADER.size : end])
                 offset = end
             del buffer[:offset]
             if self._queued > MAX_QUEUED_BYTES:
                 msg = "the peer does not read the answers it asks for"
                 raise YamuxError(msg)
 
-    def _check_window(self, stream_id: int, flags: int, length: int) -> None:
-        """Refuse data beyond the window before any of it is buffered."""
-        stream = self._streams.get(stream_id)
-        window = WINDOW_BYTES if stream is None or flags & _SYN else stream._receive_window  # noqa: SLF001
-        if length > window or self._buffered + length > MAX_BUFFERED_BYTES:
+    def _payload_length(self, header: _Header) -> int:
+        """Bytes that follow a header; raises YamuxError, before they are read, when they are too many."""
+        if header.version != _VERSION or header.kind > _GO_AWAY:
+            msg = "not a yamux frame"
+            raise YamuxError(msg)
+        if header.kind != _DATA:
+            return 0
+        state = self._streams.get(header.stream_id)
+        window = WINDOW_BYTES if state is None else state.receive_window
+        if header.length > window or self._buffered + header.length > MAX_BUFFERED_BYTES:
             msg = "the peer sent more than the receive window"
             raise YamuxError(msg)
+        return header.length
 
-    def _handle(
-        self,
-        kind: int,
-        flags: int,
-        stream_id: int,
-        length: int,
-        payload: bytearray,
-        accept: Callable[[YamuxStream], bool],
-    ) -> None:
-        if kind == _PING:
-            if flags & _SYN:
-                self._send(_PING, _ACK, 0, length)
+    def _handle(self, header: _Header, payload: bytearray) -> None:
+        if header.kind == _PING:
+            if header.flags & _SYN:
+                self.send(_PING, _ACK, 0, header.length)
             else:
                 self._pongs += 1
             return
-        if flags & _SYN:
-            self._accept(stream_id, accept)
-        stream = self._streams.get(stream_id)
-        if stream is None:
-            # Data for a stream that we have closed: tell the peer to stop.
-            if payload and not flags & (_RST | _SYN):
-                self._send(_WINDOW_UPDATE, _RST, stream_id, 0)
+        if header.flags & _SYN:
+            self._accept_stream(header.stream_id)
+        state = self._streams.get(header.stream_id)
+        if state is None:
+            if payload and not header.flags & (_SYN | _RST):
+                self.send(_WINDOW_UPDATE, _RST, header.stream_id, 0)
             return
-        if kind == _DATA:
-            stream._received += payload  # noqa: SLF001
-            stream._receive_window -= length  # noqa: SLF001
-            self._buffered += length
+        if header.kind == _DATA:
+            state.received += payload
+            state.receive_window -= len(payload)
+            self._buffered += len(payload)
         else:
-            stream._send_window += length  # noqa: SLF001
-        if flags & _FIN:
-            stream._ended_by_peer = True  # noqa: SLF001
-        if flags & _RST:
-            stream._break()  # noqa: SLF001
-            self._forget(stream)
-        stream._notify()  # noqa: SLF001
+            state.send_window += header.length
+        state.ended_by_peer |= bool(header.flags & _FIN)
+        if header.flags & _RST:
+            state.reset = True
+            self.forget(state)
+        state.notify()
 
-    def _accept(self, stream_id: int, accept: Callable[[YamuxStream], bool]) -> None:
-        if stream_id == 0 or stream_id % 2 == self._next_id % 2 or stream_id in self._streams:
+    def _accept_stream(self, stream_id: int) -> None:
+        if stream_id == 0 or self._is_ours(stream_id) or stream_id in self._streams:
             msg = "the peer opened a stream with an id that is not its to use"
             raise YamuxError(msg)
-        stream = YamuxStream(self, stream_id)
-        self._streams[stream_id] = stream
-        if accept(stream):
-            self._send(_WINDOW_UPDATE, _ACK, stream_id, 0)
+        state = self._streams[stream_id] = _State(stream_id)
+        stream = YamuxStream(self, state)
+        if self._accept(stream):
+            self.send(_WINDOW_UPDATE, _ACK, stream_id, 0)
         else:
             stream.reset()
-
-    def _release(self, stream: YamuxStream, count: int) -> None:
-        """Bytes were read: once half a window is free, tell the peer."""
-        self._buffered -= count
-        freed = WINDOW_BYTES - stream._receive_window - len(stream._received)  # noqa: SLF001
-        if freed >= math.ceil(WINDOW_BYTES / 2) and not stream._ended_by_peer and stream._id in self._streams:  # noqa: SLF001
-            stream._receive_window += freed  # noqa: SLF001
-            self._send(_WINDOW_UPDATE, 0, stream._id, freed)  # noqa: SLF001
-
-    def _forget(self, stream: YamuxStream) -> None:
-        if self._streams.pop(stream._id, None) is not None:  # noqa: SLF001
-            self._outbound -= stream._id % 2 == self._next_id % 2  # noqa: SLF001
-            self._buffered -= len(stream._received)  # noqa: SLF001
-            stream._received.clear()  # noqa: SLF001
