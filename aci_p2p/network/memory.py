@@ -30,16 +30,15 @@ from aci_p2p.network.api import (
     StreamHandler,
     Subscription,
 )
-from aci_p2p.network.checks import check_frame, check_gossip, check_provider_key, check_record
+from aci_p2p.network.checks import check_gossip, check_provider_key, check_record
 from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, SeenCache, judge, message_id
 from aci_p2p.network.limits import MAX_STREAMS, MAX_STREAMS_PER_PEER, PROVIDER_SECONDS
+from aci_p2p.network.memory_stream import MemoryStream, Pipe
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import Decision
 from aci_p2p.tasks import open_background
 
-WINDOW_BYTES = 256 << 10
-"""Bytes in flight in one direction of a stream before `send` waits, as in yamux."""
 INBOX_MESSAGES = 4096
 """Gossip messages on their way to one endpoint; more are lost."""
 REPLICAS = 20
@@ -113,91 +112,6 @@ class MemoryHub:
             self.disconnect(network.node_id, peer)
 
 
-class _Pipe:
-    """One direction of a stream: frames become readable `latency` after they were sent."""
-
-    def __init__(self, latency: float) -> None:
-        self._latency = latency
-        self._frames: deque[tuple[float, bytes]] = deque()
-        self._buffered = 0
-        self._ended = False
-        self._broken = False
-        self._changed = trio.Event()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def send(self, frame: bytes) -> None:
-        await trio.lowlevel.checkpoint()
-        while not (self._ended or self._broken) and self._buffered >= WINDOW_BYTES:
-            await self._changed.wait()
-        if self._ended or self._broken:
-            msg = "the peer closed the stream"
-            raise StreamClosed(msg)
-        self._frames.append((trio.current_time() + self._latency, frame))
-        self._buffered += len(frame)
-        self._notify()
-
-    async def receive(self) -> bytes:
-        await trio.lowlevel.checkpoint()
-        while True:
-            if self._broken:
-                msg = "the peer reset the stream"
-                raise StreamClosed(msg)
-            if self._frames:
-                due, frame = self._frames[0]
-                if due <= trio.current_time():
-                    self._frames.popleft()
-                    self._buffered -= len(frame)
-                    self._notify()
-                    return frame
-                with trio.move_on_at(due):
-                    await self._changed.wait()
-            elif self._ended:
-                msg = "the peer ended the stream"
-                raise StreamClosed(msg)
-            else:
-                await self._changed.wait()
-
-    def end(self) -> None:
-        """No more frames: what is buffered stays readable."""
-        self._ended = True
-        self._notify()
-
-    def break_(self) -> None:
-        """Lose everything, at once."""
-        self._broken = True
-        self._frames.clear()
-        self._notify()
-
-
-class _MemoryStream(Stream):
-    def __init__(self, peer: NodeId, incoming: _Pipe, outgoing: _Pipe) -> None:
-        self._peer = peer
-        self._incoming = incoming
-        self._outgoing = outgoing
-
-    @property
-    def peer(self) -> NodeId:
-        return self._peer
-
-    async def send(self, frame: bytes) -> None:
-        check_frame(frame)
-        await self._outgoing.send(frame)
-
-    async def receive(self) -> bytes:
-        return await self._incoming.receive()
-
-    def close(self) -> None:
-        self._outgoing.end()
-        self._incoming.break_()
-
-    def reset(self) -> None:
-        self._outgoing.break_()
-        self._incoming.break_()
-
-
 class MemoryNetwork(Network):
     """One endpoint of a hub. Made only by `MemoryHub.open_network`."""
 
@@ -208,7 +122,7 @@ class MemoryNetwork(Network):
         self._nursery = nursery
         self._validate_record, self._select_record = rules
         self._known: dict[NodeId, tuple[str, ...]] = {}
-        self._links: dict[NodeId, set[_MemoryStream]] = {}
+        self._links: dict[NodeId, set[MemoryStream]] = {}
         self._handlers: dict[str, tuple[StreamHandler, set[trio.CancelScope]]] = {}
         self._inbound: dict[NodeId, int] = {}
         self._streams = 0
@@ -277,17 +191,17 @@ class MemoryNetwork(Network):
     @asynccontextmanager
     async def open_stream(self, peer: NodeId, protocol: str) -> AsyncGenerator[Stream]:
         remote = await self._dial(peer, self._known.get(peer, ()))
-        incoming, outgoing = _Pipe(self._hub.latency), _Pipe(self._hub.latency)
+        incoming, outgoing = Pipe(self._hub.latency), Pipe(self._hub.latency)
         accept = remote.accept_stream(self._node_id, protocol, incoming=outgoing, outgoing=incoming)
         if not accept:
             msg = f"{peer.short} does not serve {protocol}"
             raise PeerUnreachable(msg)
-        stream = _MemoryStream(peer, incoming, outgoing)
+        stream = MemoryStream(peer, incoming, outgoing)
         with self._holding(stream):
             yield stream
 
     @contextmanager
-    def _holding(self, stream: _MemoryStream) -> Generator[None]:
+    def _holding(self, stream: MemoryStream) -> Generator[None]:
         """Count a stream, and close it at the end of the block, or reset it when that fails or is cancelled."""
         self._streams += 1
         self._links[stream.peer].add(stream)
@@ -302,7 +216,7 @@ class MemoryNetwork(Network):
             self._streams -= 1
             self._links.get(stream.peer, set()).discard(stream)
 
-    def accept_stream(self, peer: NodeId, protocol: str, *, incoming: _Pipe, outgoing: _Pipe) -> bool:
+    def accept_stream(self, peer: NodeId, protocol: str, *, incoming: Pipe, outgoing: Pipe) -> bool:
         """Start serving a stream that `peer` opened; False when we do not serve the protocol or are too busy."""
         served = self._handlers.get(protocol)
         total = sum(self._inbound.values())
@@ -310,10 +224,10 @@ class MemoryNetwork(Network):
             return False
         handler, scopes = served
         self._inbound[peer] = self._inbound.get(peer, 0) + 1
-        self._nursery.start_soon(self._serve_stream, _MemoryStream(peer, incoming, outgoing), handler, scopes)
+        self._nursery.start_soon(self._serve_stream, MemoryStream(peer, incoming, outgoing), handler, scopes)
         return True
 
-    async def _serve_stream(self, stream: _MemoryStream, handler: StreamHandler, scopes: set[trio.CancelScope]) -> None:
+    async def _serve_stream(self, stream: MemoryStream, handler: StreamHandler, scopes: set[trio.CancelScope]) -> None:
         scope = trio.CancelScope()
         scopes.add(scope)
         try:

@@ -298,6 +298,14 @@ class Host:
         connection = Connection(peer, Yamux(secure, is_initiator=True), True, address.host)  # noqa: FBT003
         self._add(connection)
         self._nursery.start_soon(self._serve_connection, connection)
+        try:
+            # Once it answers, the peer counts us among its connections, too.
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                await connection.muxer.ping()
+        except (StreamReset, trio.TooSlowError) as error:
+            await connection.muxer.close()
+            msg = f"{place} closes the connection"
+            raise PeerUnreachable(msg) from error
         return connection
 
     async def disconnect(self, peer: NodeId) -> None:

@@ -194,6 +194,7 @@ class Yamux:
         self._closing = False
         self._closed = trio.Event()
         self._pongs = 0
+        self._ponged = trio.Event()
 
     @property
     def is_closed(self) -> bool:
@@ -225,6 +226,7 @@ class Yamux:
         finally:
             self._closed.set()
             self._writable.set()
+            self._ponged.set()
             for state in self._streams.values():
                 state.break_off()
             self._streams.clear()
@@ -249,6 +251,16 @@ class Yamux:
         self.send(_WINDOW_UPDATE, _SYN, state.stream_id, 0)
         return YamuxStream(self, state)
 
+    async def ping(self) -> None:
+        """Wait for the peer to answer a ping; raises StreamReset when the connection ends instead."""
+        answered = self._pongs
+        self.send(_PING, _SYN, 0, 0)
+        while self._pongs == answered:
+            if self._closed.is_set():
+                msg = "the connection has ended"
+                raise StreamReset(msg)
+            await self._ponged.wait()
+
     async def wait_writable(self) -> None:
         """Wait until data may be queued again, or the connection has ended."""
         while self.congested and not self._closed.is_set():
@@ -272,11 +284,14 @@ class Yamux:
             self.send(_WINDOW_UPDATE, 0, state.stream_id, freed)
 
     def forget(self, state: _State) -> None:
-        """A stream is over for us; data that still arrives for it is answered with a reset."""
+        """A stream is over for us: drop what is unread; data that still arrives for it is answered with a reset."""
+        self._drop(state)
+        self._buffered -= len(state.received)
+        state.received.clear()
+
+    def _drop(self, state: _State) -> None:
         if self._streams.pop(state.stream_id, None) is not None:
             self._outbound -= self._is_ours(state.stream_id)
-            self._buffered -= len(state.received)
-            state.received.clear()
 
     def _is_ours(self, stream_id: int) -> bool:
         return stream_id % 2 == self._next_id % 2
@@ -300,12 +315,12 @@ class Yamux:
     async def _keep_alive(self) -> None:
         while True:
             await trio.sleep(KEEPALIVE_SECONDS)
-            answered = self._pongs
-            self.send(_PING, _SYN, 0, 0)
-            await trio.sleep(KEEPALIVE_TIMEOUT_SECONDS)
-            if self._pongs == answered:
+            try:
+                with trio.fail_after(KEEPALIVE_TIMEOUT_SECONDS):
+                    await self.ping()
+            except trio.TooSlowError as error:
                 msg = "the peer does not answer pings"
-                raise YamuxError(msg)
+                raise YamuxError(msg) from error
 
     async def _read_frames(self) -> None:
         buffer = bytearray()
@@ -346,6 +361,8 @@ class Yamux:
                 self.send(_PING, _ACK, 0, header.length)
             else:
                 self._pongs += 1
+                self._ponged.set()
+                self._ponged = trio.Event()
             return
         if header.flags & _SYN:
             self._accept_stream(header.stream_id)
@@ -362,8 +379,9 @@ class Yamux:
             state.send_window += header.length
         state.ended_by_peer |= bool(header.flags & _FIN)
         if header.flags & _RST:
+            # What came before the reset stays readable.
             state.reset = True
-            self.forget(state)
+            self._drop(state)
         state.notify()
 
     def _accept_stream(self, stream_id: int) -> None:

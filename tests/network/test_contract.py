@@ -1,0 +1,406 @@
+"""What the network seam promises, over both implementations: connections, streams, shutdown."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+
+import pytest
+import trio
+
+from aci_p2p.network import MAX_FRAME_BYTES, Network, PeerUnreachable, Stream, StreamClosed
+from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import KeyPair
+
+Opener = Callable[[int], AbstractAsyncContextManager[Network]]
+OpenSwarm = Callable[[int], AbstractAsyncContextManager[list[Network]]]
+Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+
+ECHO = "/test/echo/1"
+STRANGER = KeyPair(b"stranger".ljust(32)).node_id
+
+
+async def echo(stream: Stream) -> None:
+    """Send back every frame."""
+    while True:
+        await stream.send(await stream.receive())
+
+
+async def test_address_names_the_node(open_network: Opener) -> None:
+    async with open_network(1) as network:
+        assert network.node_id == KeyPair((1).to_bytes(32)).node_id
+        (address,) = network.addresses
+        assert address.endswith(f"/p2p/{network.node_id}")
+
+
+async def test_connection_is_known_on_both_sides(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with open_line(2) as (a, b):
+        await eventually(lambda: list(a.peers) == [b.node_id])
+        assert list(b.peers) == [a.node_id]
+        assert a.statistics().peers == 1
+
+
+async def test_connecting_again_changes_nothing(open_line: OpenSwarm) -> None:
+    async with open_line(2) as (a, b):
+        assert await b.connect(a.addresses[0]) == a.node_id
+        assert await a.connect(b.addresses[0]) == b.node_id
+        assert list(b.peers) == [a.node_id]
+
+
+async def test_peer_that_left_is_forgotten(open_network: Opener, eventually: Eventually) -> None:
+    async with open_network(1) as a:
+        async with open_network(2) as b:
+            await b.connect(a.addresses[0])
+        await eventually(lambda: not a.peers)
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "/ip4/127.0.0.1/tcp/1", "/memory/1", "/ip4/1/tcp/2/p2p/x", "/" * 600])
+async def test_bad_address_is_our_own_fault(open_network: Opener, address: str) -> None:
+    async with open_network(1) as network:
+        with pytest.raises(LocalError):
+            await network.connect(address)
+
+
+async def test_connecting_to_ourselves_is_refused(open_network: Opener) -> None:
+    async with open_network(1) as network:
+        with pytest.raises(LocalError):
+            await network.connect(network.addresses[0])
+
+
+async def test_peer_that_is_gone_is_unreachable(open_network: Opener) -> None:
+    async with open_network(1) as a:
+        async with open_network(2) as b:
+            address = b.addresses[0]
+        with pytest.raises(PeerUnreachable, match=b.node_id.short):
+            await a.connect(address)
+
+
+async def test_somebody_else_at_the_address_is_unreachable(open_network: Opener) -> None:
+    async with open_network(1) as a, open_network(2) as b:
+        address = b.addresses[0].replace(str(b.node_id), str(STRANGER))
+        with pytest.raises(PeerUnreachable):
+            await a.connect(address)
+        assert not a.peers
+
+
+async def test_unknown_peer_is_unreachable(open_network: Opener) -> None:
+    async with open_network(1) as network:
+        with pytest.raises(PeerUnreachable):
+            async with network.open_stream(STRANGER, ECHO):
+                pass
+
+
+async def test_unknown_protocol_is_unreachable(open_line: OpenSwarm) -> None:
+    async with open_line(2) as (a, b):
+        with pytest.raises(PeerUnreachable, match=r"/no/such/1"):
+            async with a.open_stream(b.node_id, "/no/such/1"):
+                pass
+        assert a.statistics().streams == 0
+
+
+async def test_learnt_addresses_are_dialled(open_network: Opener) -> None:
+    async with open_network(1) as a, open_network(2) as b:
+        a.learn_addresses(b.node_id, ["nonsense", *b.addresses])
+        with b.serve(ECHO, echo):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                await stream.send(b"hello")
+                assert await stream.receive() == b"hello"
+        assert list(a.peers) == [b.node_id]
+
+
+async def test_addresses_that_name_another_node_are_not_learnt(open_network: Opener) -> None:
+    async with open_network(1) as a, open_network(2) as b:
+        a.learn_addresses(STRANGER, b.addresses)
+        with pytest.raises(PeerUnreachable):
+            async with a.open_stream(STRANGER, ECHO):
+                pass
+
+
+@pytest.mark.parametrize("frame", [b"", b"x", b"y" * 70_000, b"z" * MAX_FRAME_BYTES], ids=len)
+async def test_frames_arrive_whole(open_line: OpenSwarm, frame: bytes) -> None:
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, echo):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                assert stream.peer == b.node_id
+                await stream.send(frame)
+                assert await stream.receive() == frame
+
+
+async def test_frames_arrive_in_order(open_line: OpenSwarm) -> None:
+    frames = [bytes([number]) * number for number in range(200)]
+    async with open_line(2) as (a, b), trio.open_nursery() as nursery:
+        with b.serve(ECHO, echo):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+
+                async def send_all() -> None:
+                    for frame in frames:
+                        await stream.send(frame)
+
+                nursery.start_soon(send_all)
+                assert [await stream.receive() for _ in frames] == frames
+
+
+async def test_streams_are_independent(open_line: OpenSwarm) -> None:
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, echo):
+            async with a.open_stream(b.node_id, ECHO) as first, a.open_stream(b.node_id, ECHO) as second:
+                await first.send(b"first")
+                await second.send(b"second")
+                assert await second.receive() == b"second"
+                assert await first.receive() == b"first"
+
+
+async def test_oversized_frame_is_our_own_fault(open_line: OpenSwarm) -> None:
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, echo):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                with pytest.raises(LocalError):
+                    await stream.send(bytes(MAX_FRAME_BYTES + 1))
+                await stream.send(b"still open")
+                assert await stream.receive() == b"still open"
+
+
+async def test_what_was_sent_before_the_end_arrives(open_line: OpenSwarm) -> None:
+    received: list[bytes] = []
+    ended = trio.Event()
+
+    async def collect(stream: Stream) -> None:
+        try:
+            while True:
+                received.append(await stream.receive())
+        except StreamClosed:
+            ended.set()
+
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, collect):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                for number in range(50):
+                    await stream.send(bytes([number]))
+            with trio.fail_after(5):
+                await ended.wait()
+    assert received == [bytes([number]) for number in range(50)]
+
+
+async def test_what_a_handler_sent_before_it_returned_arrives(open_line: OpenSwarm) -> None:
+    async def greet(stream: Stream) -> None:
+        await stream.send(b"hello")
+        await stream.send(b"good-bye")
+
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, greet):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                assert await stream.receive() == b"hello"
+                assert await stream.receive() == b"good-bye"
+                with pytest.raises(StreamClosed):
+                    await stream.receive()
+        assert b.statistics().handler_failures == 0
+
+
+async def test_sending_to_a_handler_that_has_returned_fails(open_line: OpenSwarm) -> None:
+    async def leave(stream: Stream) -> None:
+        await stream.receive()
+
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, leave):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                with pytest.raises(StreamClosed), trio.fail_after(5):
+                    while True:
+                        await stream.send(b"anybody there?")
+
+
+async def test_failing_block_resets_the_stream(open_line: OpenSwarm) -> None:
+    outcomes: list[str] = []
+    done = trio.Event()
+
+    async def observe(stream: Stream) -> None:
+        try:
+            await stream.receive()
+        except StreamClosed:
+            outcomes.append("closed")
+        done.set()
+
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, observe):
+            with pytest.raises(ZeroDivisionError):
+                async with a.open_stream(b.node_id, ECHO):
+                    raise ZeroDivisionError
+            with trio.fail_after(5):
+                await done.wait()
+    assert outcomes == ["closed"]
+
+
+async def test_cancelled_block_resets_the_stream(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, echo):
+            with trio.move_on_after(0.05) as scope:
+                async with a.open_stream(b.node_id, ECHO) as stream:
+                    await stream.receive()
+            assert scope.cancelled_caught
+            await eventually(lambda: b.statistics().streams == 0)
+        assert a.statistics().streams == 0
+
+
+async def test_cancelled_receive_loses_nothing(open_line: OpenSwarm) -> None:
+    async def send_in_parts(stream: Stream) -> None:
+        await stream.receive()
+        await stream.send(b"x" * 200_000)
+        await trio.sleep_forever()
+
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, send_in_parts):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                with trio.move_on_after(0.02):
+                    await stream.receive()
+                await stream.send(b"go")
+                while True:
+                    with trio.move_on_after(0.0005) as scope:
+                        frame = await stream.receive()
+                    if not scope.cancelled_caught:
+                        break
+                assert frame == b"x" * 200_000
+
+
+async def test_slow_reader_holds_the_writer_back(open_line: OpenSwarm) -> None:
+    go = trio.Event()
+    received = 0
+    done = trio.Event()
+
+    async def read_late(stream: Stream) -> None:
+        nonlocal received
+        await go.wait()
+        while received < 64:
+            await stream.receive()
+            received += 1
+        done.set()
+
+    async with open_line(2) as (a, b), trio.open_nursery() as nursery:
+        with b.serve(ECHO, read_late):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                sent = 0
+
+                async def send_all() -> None:
+                    nonlocal sent
+                    for _ in range(64):
+                        await stream.send(bytes(64 << 10))
+                        sent += 1
+
+                nursery.start_soon(send_all)
+                await trio.sleep(0.2)
+                assert 1 <= sent <= 16
+                go.set()
+                with trio.fail_after(5):
+                    await done.wait()
+
+
+async def test_failing_handler_is_contained(open_line: OpenSwarm) -> None:
+    async def fail(_stream: Stream) -> None:
+        raise ZeroDivisionError
+
+    async with open_line(2) as (a, b):
+        with b.serve("/test/fail/1", fail), b.serve(ECHO, echo):
+            async with a.open_stream(b.node_id, "/test/fail/1") as stream:
+                with pytest.raises(StreamClosed):
+                    await stream.receive()
+            assert b.statistics().handler_failures == 1
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                await stream.send(b"alive")
+                assert await stream.receive() == b"alive"
+
+
+async def test_handlers_are_cancelled_when_serving_ends(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, echo):
+            opening = a.open_stream(b.node_id, ECHO)
+            stream = await opening.__aenter__()
+            await stream.send(b"x")
+            assert await stream.receive() == b"x"
+        with pytest.raises(StreamClosed):
+            await stream.receive()
+        await opening.__aexit__(None, None, None)
+        await eventually(lambda: b.statistics().streams == 0)
+        assert b.statistics().handler_failures == 0
+        with pytest.raises(PeerUnreachable):
+            async with a.open_stream(b.node_id, ECHO):
+                pass
+
+
+async def test_one_handler_a_protocol(open_network: Opener) -> None:
+    async with open_network(1) as network:
+        with network.serve(ECHO, echo):
+            with pytest.raises(LocalError), network.serve(ECHO, echo):
+                pass
+        with network.serve(ECHO, echo):
+            pass
+
+
+async def test_streams_of_one_peer_are_bounded(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with open_line(2) as (a, b), trio.open_nursery() as nursery:
+        opened = 0
+
+        async def hold() -> None:
+            nonlocal opened
+            async with a.open_stream(b.node_id, ECHO):
+                opened += 1
+                await trio.sleep_forever()
+
+        with b.serve(ECHO, echo):
+            for _ in range(MAX_STREAMS_PER_PEER - 8):  # the implementation's own streams count, too
+                nursery.start_soon(hold)
+            await eventually(lambda: opened == MAX_STREAMS_PER_PEER - 8)
+            async with AsyncExitStack() as stack:
+                with pytest.raises(PeerUnreachable):
+                    for _ in range(9):
+                        await stack.enter_async_context(a.open_stream(b.node_id, ECHO))
+            await eventually(lambda: b.statistics().streams == MAX_STREAMS_PER_PEER - 8)
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                await stream.send(b"room again")
+                assert await stream.receive() == b"room again"
+            nursery.cancel_scope.cancel()
+
+
+async def test_connection_lost_closes_its_streams(open_network: Opener) -> None:
+    async with open_network(1) as a:
+        opening = open_network(2)
+        b = await opening.__aenter__()
+        await a.connect(b.addresses[0])
+        with b.serve(ECHO, echo):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                await opening.__aexit__(None, None, None)
+                with pytest.raises(StreamClosed), trio.fail_after(5):
+                    await stream.receive()
+
+
+async def test_leaving_with_live_streams_is_quick(open_network: Opener) -> None:
+    async with trio.open_nursery() as nursery, open_network(1) as a:
+        async with open_network(2) as b:
+            await b.connect(a.addresses[0])
+
+            async def hold() -> None:
+                with pytest.raises(StreamClosed):
+                    async with b.open_stream(a.node_id, ECHO) as stream:
+                        await stream.receive()
+
+            with a.serve(ECHO, echo):
+                for _ in range(10):
+                    nursery.start_soon(hold)
+                await trio.sleep(0.1)
+                started = trio.current_time()
+        assert trio.current_time() - started < 1
+
+
+async def test_cancellation_ends_everything(open_network: Opener) -> None:
+    with trio.fail_after(2), trio.move_on_after(0.1) as scope:
+        async with open_network(1) as a, open_network(2) as b:
+            await a.connect(b.addresses[0])
+            with b.serve(ECHO, echo):
+                async with a.open_stream(b.node_id, ECHO) as stream:
+                    await stream.receive()
+    assert scope.cancelled_caught
+
+
+async def test_errors_of_the_block_come_out_as_they_are(open_network: Opener) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with open_network(1) as a, open_network(2) as b:
+            await a.connect(b.addresses[0])
+            raise ZeroDivisionError
