@@ -35,7 +35,7 @@ def values(codec: Codec[Any]) -> st.SearchStrategy[Any]:
         case EnumOf():
             strategy = st.sampled_from(cast("type[IntEnum]", codec.enum))
         case ListOf():
-            strategy = st.lists(values(cast("Codec[object]", codec.item)), max_size=min(codec.maximum, 4)).map(tuple)
+            strategy = st.lists(values(cast("ListOf[object]", codec).item), max_size=min(codec.maximum, 4)).map(tuple)
         case Struct():
             strategy = messages(codec.type)
         case _:

@@ -255,7 +255,7 @@ def longest(codec: Codec[Any]) -> object:
         case EnumOf():
             value = max(cast("type[IntEnum]", codec.enum))
         case ListOf():
-            value = (longest(cast("Codec[object]", codec.item)),) * codec.maximum
+            value = (longest(cast("ListOf[object]", codec).item),) * codec.maximum
         case Struct():
             value = codec.type(**{name: longest(field.codec) for name, field in fields_of(codec.type)})
         case _:
