@@ -105,7 +105,10 @@ class RunningJob(JobShell[ConsumerEvent]):
                 self._streams = streams
                 async with open_background() as tasks:
                     tasks.start_soon(self._collect, bids)
-                    await self.run(Start())
+                    try:
+                        await self.run(Start())
+                    except AciError as error:
+                        self._outcome = error
                 # The user has everything; farewells need not be waited for.
                 self._updates_in.close()
 

@@ -59,12 +59,17 @@ class StreamPump:
     It outlives its job's cancellation, for FAREWELL_S seconds at most, to deliver the last frames.
     """
 
-    def __init__(self, tell: Callable[[SharedEvent], Awaitable[None]]) -> None:
-        """`tell` hands an event to the job."""
+    def __init__(self, tell: Callable[[SharedEvent, StreamPump], Awaitable[None]]) -> None:
+        """`tell` hands an event to the job, with the pump it comes from."""
         self._tell = tell
         self._outbox, self._outgoing = trio.open_memory_channel[bytes](OUTBOX)
         self._scope = trio.CancelScope(shield=True)
         self._closing = False
+
+    @property
+    def closing(self) -> bool:
+        """Whether the job has done with this stream, and wants to hear no more of it."""
+        return self._closing
 
     async def send(self, frame: bytes) -> None:
         """Queue a frame. It is lost when the stream is gone, which the job learns from `StreamEnded`."""
@@ -92,7 +97,7 @@ class StreamPump:
             except* AciError as group:
                 detail = str(group.exceptions[0])
         if not self._closing:
-            await self._tell(StreamEnded(detail))
+            await self._tell(StreamEnded(detail), self)
 
     async def _send_all(self, stream: Stream) -> None:
         async for frame in self._outgoing:
@@ -104,7 +109,7 @@ class StreamPump:
 
     async def _receive_all(self, stream: Stream) -> None:
         while True:
-            await self._tell(FrameArrived(await stream.receive()))
+            await self._tell(FrameArrived(await stream.receive()), self)
 
 
 class JobShell(Generic[E]):
@@ -115,15 +120,15 @@ class JobShell(Generic[E]):
         self._machine = machine
         self._store = store
         self._clock = clock
-        self._inbox, self._events = trio.open_memory_channel[E | SharedEvent](INBOX)
+        self._inbox, self._events = trio.open_memory_channel[tuple[E | SharedEvent, StreamPump | None]](INBOX)
         self._deadline = float("inf")
         self._pump: StreamPump | None = None
         self._leaving = False
 
-    async def tell(self, event: E | SharedEvent) -> None:
-        """Hand an event to the job; without effect when it is over."""
+    async def tell(self, event: E | SharedEvent, source: StreamPump | None = None) -> None:
+        """Hand an event to the job; without effect when it is over, or has done with the stream it comes from."""
         try:
-            await self._inbox.send(event)
+            await self._inbox.send((event, source))
         except trio.BrokenResourceError:
             await trio.lowlevel.checkpoint()
 
@@ -144,10 +149,13 @@ class JobShell(Generic[E]):
                 self._pump.close()
 
     async def _next(self) -> E | SharedEvent:
-        event: E | SharedEvent = TimerFired()
+        result: E | SharedEvent = TimerFired()
         with trio.move_on_at(self._deadline):
-            event = await self._events.receive()
-        return event
+            async for event, source in self._events:
+                if source is None or not source.closing:
+                    result = event
+                    break
+        return result
 
     async def _handle(self, event: E | SharedEvent) -> None:
         effects = deque(self._machine.handle(event, self._clock()))

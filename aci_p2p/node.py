@@ -182,4 +182,7 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
         with node.network.serve(JOB_PROTOCOL, role.serve):
             nursery.start_soon(role.bid_on_offers)
             await node.announce()
-            yield
+            try:
+                yield
+            finally:
+                await role.hand_back()

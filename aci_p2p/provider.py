@@ -24,7 +24,7 @@ from aci_p2p.executor import (
     WeightsMismatch,
 )
 from aci_p2p.gossip import Market
-from aci_p2p.jobs import JobShell, StreamPump
+from aci_p2p.jobs import FAREWELL_S, JobShell, StreamPump
 from aci_p2p.network.api import Network, Stream
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.errors import AciError, LocalError
@@ -37,6 +37,7 @@ from aci_p2p.protocol.job import (
     StopGeneration,
 )
 from aci_p2p.protocol.messages import (
+    NONCE_BYTES,
     SECOND,
     Abort,
     AbortCode,
@@ -70,7 +71,8 @@ FIRST_LATENCY_MS: Final = 2_000
 """Promised time to the first token before any was measured: loading a small model takes a second."""
 LATENCY_WEIGHT: Final = 4
 """The measured latency moves by a quarter of each new measurement."""
-NONCE_BYTES: Final = 32
+HAND_BACK_POLL_S: Final = 0.01
+"""Seconds between looks whether the running jobs have ended."""
 
 _FINISH: Final = {FinishReason.STOP: Finish.STOP, FinishReason.LENGTH: Finish.LENGTH}
 
@@ -135,7 +137,7 @@ class ProviderRole:
         self._slots = slots
         self._outstanding: OrderedDict[bytes, tuple[Envelope[Offer], Envelope[Bid]]] = OrderedDict()
         self._latency_ms = FIRST_LATENCY_MS
-        self._running = 0
+        self._jobs: set[trio.CancelScope] = set()
         self._finished = 0
         self._failed = 0
 
@@ -157,7 +159,7 @@ class ProviderRole:
 
     def statistics(self) -> ProviderStatistics:
         """A snapshot of the counters."""
-        return ProviderStatistics(self._running, len(self._outstanding), self._finished, self._failed)
+        return ProviderStatistics(len(self._jobs), len(self._outstanding), self._finished, self._failed)
 
     async def bid_on_offers(self) -> None:
         """Answer every offer that we can serve with a firm bid, until cancelled."""
@@ -169,10 +171,18 @@ class ProviderRole:
                 self._outstanding[bid.digest] = (offer, bid)
                 await self._market.publish_bid(bid)
 
+    async def hand_back(self) -> None:
+        """Cancel the running jobs, and wait until their consumers were told or FAREWELL_S seconds are over."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S):
+            for scope in tuple(self._jobs):
+                scope.cancel()
+            while self._jobs:
+                await trio.sleep(HAND_BACK_POLL_S)
+
     def _bid(self, offer: Envelope[Offer]) -> Envelope[Bid] | None:
         """Our bid for an offer; None when we do not serve the model, lack a slot, or could never fit the answer."""
         offering = self._offerings.get(offer.body.model_root)
-        if offering is None or self._running >= self._slots or offer.body.max_tokens >= offering.context:
+        if offering is None or len(self._jobs) >= self._slots or offer.body.max_tokens >= offering.context:
             return None
         bid = Bid(
             job_id=offer.body.job_id,
@@ -206,14 +216,15 @@ class ProviderRole:
         known = self._outstanding.pop(award.body.bid_digest, None)
         if known is None:
             await self._decline(stream, award.body.job_id, AbortCode.TIMEOUT, "there is no such bid, or it expired")
-        elif self._running >= self._slots:
+        elif len(self._jobs) >= self._slots:
             await self._decline(stream, award.body.job_id, AbortCode.BUSY, "all slots are taken by now")
         else:
-            self._running += 1
-            try:
-                await self._run(stream, frame, *known)
-            finally:
-                self._running -= 1
+            with trio.CancelScope() as scope:
+                self._jobs.add(scope)
+                try:
+                    await self._run(stream, frame, *known)
+                finally:
+                    self._jobs.discard(scope)
 
     async def _decline(self, stream: Stream, job_id: bytes, code: AbortCode, detail: str) -> None:
         await stream.send(self._sealer.seal(Abort(job_id, code, detail), self._clock()).data)

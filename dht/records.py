@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import base58
+
 from aci_p2p.protocol.envelope import Envelope, open_envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
@@ -16,8 +18,8 @@ from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, requir
 
 NODE_PREFIX: Final = "/aci/node/"
 CAPABILITY_PREFIX: Final = "/aci/capability/"
-MAX_KEY_LENGTH: Final = 256
-"""Characters of a record key; the longest of ours has 133."""
+MAX_KEY_LENGTH: Final = 128
+"""Characters of a record key; the longest of ours has 113."""
 
 Clock = Callable[[], int]
 """Unix milliseconds."""
@@ -30,7 +32,7 @@ def node_key(node: NodeId) -> str:
 
 def capability_key(model_root: bytes, node: NodeId) -> str:
     """Where a provider's record for one model lies."""
-    return f"{CAPABILITY_PREFIX}{model_root.hex()}/{node}"
+    return f"{CAPABILITY_PREFIX}{base58.b58encode(model_root).decode()}/{node}"
 
 
 class RecordRules:

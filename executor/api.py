@@ -184,7 +184,7 @@ class Executor(ABC):
 
     @abstractmethod
     def describe(self, model: str) -> EngineDescription:
-        """What goes into proofs for a loaded model."""
+        """What goes into proofs for a model of the store, loaded or not."""
 
     @abstractmethod
     def statistics(self) -> ExecutorStatistics:

@@ -1,0 +1,360 @@
+"""Whole jobs between nodes over the in-memory network, in virtual time."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from aci_p2p import (
+    ACI,
+    JobCancelled,
+    NoBids,
+    Node,
+    NotConnected,
+    PromptRefused,
+    ProviderFault,
+    Requirements,
+    Turn,
+    UnknownModel,
+)
+from aci_p2p.consumer import Offered
+from aci_p2p.executor.api import ExecutorFailed, PromptTooLong
+from aci_p2p.network.memory import MemoryHub
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
+from aci_p2p.protocol.lifecycle import Party, State
+from aci_p2p.protocol.proof import ProofInvalid, encode_proof
+from tests.node.conftest import ROOT, OpenTestNode, ScriptedExecutor
+
+MODEL = ROOT.hex()
+
+
+async def states(node: Node, job_id: bytes, role: Party) -> list[State]:
+    """The stored path of a job."""
+    return [state for state, _ in await node.store.history(job_id, role)]
+
+
+async def test_answer_with_proof_and_receipt(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor(), price=7) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        answer = await aci.inference(model=MODEL, prompt="count", max_tokens=10)
+        assert answer.text == "one two three four"
+        assert answer.tokens == (0, 1, 2, 3)
+        assert answer.provider == provider.node_id
+        assert answer.receipt.body.price == 10 * 1 + 4 * 7
+        assert (await aci.verify_proof(answer.proof)).proof.sender == provider.node_id
+        data = encode_proof(answer.proof)
+        with pytest.raises(ProofInvalid):
+            await aci.verify_proof(data[:-1] + bytes([data[-1] ^ 1]))
+        job_id = answer.receipt.body.job_id
+        await trio.sleep(1)
+        path = [State.AWARDED, State.ACCEPTED, State.STREAMING, State.COMMITTED, State.REVEALED, State.RECEIPTED]
+        path.append(State.PENDING)
+        assert await states(provider, job_id, Party.PROVIDER) == path
+        path.remove(State.COMMITTED)
+        assert await states(consumer, job_id, Party.CONSUMER) == [
+            State.OFFERED, *path[:3], State.COMMITTED, *path[3:],
+        ]  # fmt: skip
+        for node, role in ((provider, Party.PROVIDER), (consumer, Party.CONSUMER)):
+            record = await node.store.get_job(job_id, role)
+            assert record is not None
+            assert (record.price, record.blame) == (38, Party.NOBODY)
+            assert record.receipt == answer.receipt.data
+        assert provider.provider is not None
+        assert provider.provider.statistics().finished == 1
+
+
+async def test_a_client_with_its_own_node(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor()) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+    ):
+        aci = ACI(consumer)
+        with pytest.raises(LocalError, match="outside"):
+            _ = aci.node
+        async with aci, aci.stream(model=MODEL, prompt="count") as stream:
+            assert [part async for part in stream] == ["one ", "two ", "three ", "four"]
+            assert stream.answer.text == "one two three four"
+
+
+async def test_updates_come_in_order(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor()) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+        aci.stream(model=MODEL, prompt=[Turn("system", "be brief"), Turn("user", "count")]) as stream,
+    ):
+        updates = [update async for update in stream.updates]
+    assert [type(update) for update in updates] == [Offered, BidSeen, Chosen, *[Deliver] * 4]
+
+
+async def test_the_cheapest_of_several_wins(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with AsyncExitStack() as stack:
+        bootstrap = await stack.enter_async_context(open_test_node("bootstrap"))
+        providers = [
+            await stack.enter_async_context(
+                open_test_node(f"p{price}", bootstrap.addresses[:1], executor=ScriptedExecutor(), price=price)
+            )
+            for price in (9, 5, 7)
+        ]
+        consumer = await stack.enter_async_context(open_test_node("consumer", bootstrap.addresses[:1]))
+        aci = await stack.enter_async_context(ACI(consumer))
+        started = trio.current_time()
+        answer = await aci.inference(model=MODEL, prompt="count")
+        assert answer.provider == providers[1].node_id
+        assert len(answer.receipt.body.bids) == 3
+        # All known providers have bid, so the window of a second is not waited out.
+        assert trio.current_time() - started < 0.9
+
+
+async def test_jobs_at_once_beyond_the_slots_all_finish(
+    autojump_clock: MockClock, open_test_node: OpenTestNode
+) -> None:
+    answers: list[str] = []
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(open_test_node("a", executor=ScriptedExecutor(), price=1, slots=1))
+        await stack.enter_async_context(
+            open_test_node("b", first.addresses[:1], executor=ScriptedExecutor(), price=2, slots=5)
+        )
+        consumer = await stack.enter_async_context(open_test_node("consumer", first.addresses[:1]))
+        aci = await stack.enter_async_context(ACI(consumer))
+
+        async def ask(number: int) -> None:
+            answers.append((await aci.inference(model=MODEL, prompt=f"count {number}")).text)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(ask, number)
+    assert answers == ["one two three four"] * 5
+
+
+async def test_sampling_seed_is_shared_and_only_used_when_sampling(
+    autojump_clock: MockClock, open_test_node: OpenTestNode
+) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor()) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        answer = await aci.inference(model=MODEL, prompt="count", temperature=0.7)
+        verified = await aci.verify_proof(answer.proof)
+        assert verified.proof.body.temperature_milli == 700
+        assert len(verified.proof.body.seed) == 32
+
+
+FAILURES: list[tuple[ScriptedExecutor, type[Exception], str, State, State, Party]] = [
+    (
+        ScriptedExecutor(fail_at=2), ProviderFault, "after 2 tokens: the worker died",
+        State.PROVIDER_FAULT, State.PROVIDER_FAULT, Party.PROVIDER,
+    ),
+    (
+        ScriptedExecutor(fail_at=0, error=PromptTooLong("9000 tokens, 8192 at most")), PromptRefused, "9000 tokens",
+        State.CANCELLED, State.CANCELLED, Party.NOBODY,
+    ),
+    (
+        ScriptedExecutor(fail_at=0, error=LocalError("the template refuses")), PromptRefused, "template refuses",
+        State.CANCELLED, State.CANCELLED, Party.NOBODY,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("executor", "error", "match", "theirs", "ours", "blame"), FAILURES)
+async def test_execution_failures(
+    autojump_clock: MockClock,
+    open_test_node: OpenTestNode,
+    executor: ScriptedExecutor,
+    error: type[Exception],
+    match: str,
+    theirs: State,
+    ours: State,
+    blame: Party,
+) -> None:
+    async with (
+        open_test_node("provider", executor=executor) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with pytest.raises(error, match=match):
+            await aci.inference(model=MODEL, prompt="count")
+        await trio.sleep(1)
+        (mine,) = await consumer.store.jobs()
+        (its,) = await provider.store.jobs()
+        assert (mine.state, its.state, mine.blame, its.blame) == (ours, theirs, blame, blame)
+
+
+async def test_provider_vanishes_mid_stream(
+    autojump_clock: MockClock, open_test_node: OpenTestNode, hub: MemoryHub
+) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor(pace=1)) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with pytest.raises(ProviderFault, match="after 1 tokens"):
+            async with aci.stream(model=MODEL, prompt="count") as stream:
+                async for _ in stream:
+                    hub.cut_off(provider.node_id)
+        (mine,) = await consumer.store.jobs()
+        assert (mine.state, mine.blame) == (State.PROVIDER_FAULT, Party.PROVIDER)
+
+
+async def test_silent_provider_times_out(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor(pace=100)) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        started = trio.current_time()
+        with pytest.raises(ProviderFault, match=r"silent|progress"):
+            await aci.inference(model=MODEL, prompt="count")
+        assert 59 < trio.current_time() - started < 65
+
+
+async def test_leaving_early_stops_the_provider(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    executor = ScriptedExecutor(pace=0.5, text=" ".join(["word"] * 50))
+    async with (
+        open_test_node("provider", executor=executor) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        async with aci.stream(model=MODEL, prompt="count") as stream:
+            async for _ in stream:
+                break
+        with pytest.raises(JobCancelled):
+            _ = stream.answer
+        await trio.sleep(0.2)
+        assert executor.running == 0
+        (mine,) = await consumer.store.jobs()
+        (its,) = await provider.store.jobs()
+        assert (mine.state, its.state) == (State.CANCELLED, State.CANCELLED)
+
+
+async def test_cancelling_from_outside_stops_the_provider(
+    autojump_clock: MockClock, open_test_node: OpenTestNode
+) -> None:
+    executor = ScriptedExecutor(pace=0.5, text=" ".join(["word"] * 50))
+    async with (
+        open_test_node("provider", executor=executor) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with trio.move_on_after(3) as scope:
+            await aci.inference(model=MODEL, prompt="count")
+        assert scope.cancelled_caught
+        await trio.sleep(0.2)
+        assert executor.running == 0
+        (its,) = await provider.store.jobs()
+        assert its.state is State.CANCELLED
+
+
+async def test_provider_shutting_down_hands_its_job_back(
+    autojump_clock: MockClock, open_test_node: OpenTestNode
+) -> None:
+    stop = trio.Event()
+
+    async def provide(bootstrap: str, task_status: trio.TaskStatus[None]) -> None:
+        async with open_test_node("provider", (bootstrap,), executor=ScriptedExecutor(pace=1)):
+            task_status.started()
+            await stop.wait()
+
+    async with (
+        open_test_node("bootstrap") as bootstrap,
+        trio.open_nursery() as nursery,
+        open_test_node("consumer", bootstrap.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        await nursery.start(provide, bootstrap.addresses[0])
+        with pytest.raises(ProviderFault, match="shutting down"):
+            async with aci.stream(model=MODEL, prompt="count") as stream:
+                async for _ in stream:
+                    stop.set()
+
+
+async def test_nobody_bids(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with (
+        open_test_node("bootstrap") as bootstrap,
+        open_test_node("consumer", bootstrap.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with pytest.raises(NoBids, match="nobody bid within 1 s") as caught:
+            await aci.inference(model=MODEL, prompt="count")
+        assert caught.value.bids == 0
+        (mine,) = await consumer.store.jobs()
+        assert mine.state is State.REJECTED
+
+
+async def test_every_bid_is_too_dear(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor(), price=100) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with pytest.raises(NoBids, match="dearer than the maximum price by") as caught:
+            await aci.inference(model=MODEL, prompt="count", requirements=Requirements(max_price=10))
+        assert caught.value.bids == 1
+
+
+async def test_every_bid_is_too_slow(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor()) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with pytest.raises(NoBids, match="slower than the maximum latency by"):
+            await aci.inference(model=MODEL, prompt="count", requirements=Requirements(max_latency_ms=1))
+
+
+BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"model": "gpt-17", "prompt": "count"}, UnknownModel, "unknown model 'gpt-17'"),
+    ({"model": MODEL, "prompt": " "}, LocalError, "empty"),
+    ({"model": MODEL, "prompt": "count", "max_tokens": 0}, LocalError, "max_tokens"),
+    ({"model": MODEL, "prompt": "x" * 600_000}, LocalError, "longer than"),
+    ({"model": MODEL, "prompt": "count", "temperature": -1}, LocalError, "temperature"),
+    ({"model": MODEL, "prompt": "count\ud800"}, LocalError, "surrogate"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "match"), BAD_CALLS)
+async def test_bad_calls(
+    autojump_clock: MockClock,
+    open_test_node: OpenTestNode,
+    arguments: dict[str, Any],
+    error: type[Exception],
+    match: str,
+) -> None:
+    async with (
+        open_test_node("bootstrap") as bootstrap,
+        open_test_node("consumer", bootstrap.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with pytest.raises(error, match=match):
+            await aci.inference(**arguments)
+
+
+async def test_alone_fails_at_once(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with open_test_node("consumer") as consumer, ACI(consumer) as aci:
+        with pytest.raises(NotConnected):
+            await aci.inference(model=MODEL, prompt="count")
+
+
+async def test_an_executor_error_does_not_harm_the_next_job(
+    autojump_clock: MockClock, open_test_node: OpenTestNode
+) -> None:
+    executor = ScriptedExecutor(fail_at=1)
+    async with (
+        open_test_node("provider", executor=executor) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with pytest.raises(ProviderFault):
+            await aci.inference(model=MODEL, prompt="count")
+        executor.fail_at = None
+        assert (await aci.inference(model=MODEL, prompt="count")).text == "one two three four"
+        assert isinstance(executor.error, ExecutorFailed)
