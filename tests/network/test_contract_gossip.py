@@ -1,0 +1,240 @@
+"""What the network seam promises of gossip, over both implementations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+import trio
+
+from aci_p2p.network import MAX_GOSSIP_BYTES, GossipMessage, Network
+from aci_p2p.network.limits import MAX_REJECTS_PER_MINUTE
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.validation import ACCEPTED, Decision, Reason, Validation
+
+Opener = Callable[[int], AbstractAsyncContextManager[Network]]
+OpenSwarm = Callable[[int], AbstractAsyncContextManager[list[Network]]]
+Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+
+TOPIC = "test/offers"
+
+
+def accept(_forwarder: NodeId, _data: bytes) -> Validation:
+    """Everything is fine."""
+    return ACCEPTED
+
+
+class Judge:
+    """A validator that keeps what it has seen and decides by the first word."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[bytes] = Counter()
+
+    def __call__(self, _forwarder: NodeId, data: bytes) -> Validation:
+        self.seen[data] += 1
+        match data.split()[0]:
+            case b"ignore":
+                return Validation(Decision.IGNORE, Reason.EXPIRED)
+            case b"reject":
+                return Validation(Decision.REJECT, Reason.BAD_SIGNATURE)
+            case b"raise":
+                raise ZeroDivisionError
+            case _:
+                return ACCEPTED
+
+
+async def joined(eventually: Eventually, publisher: Network, *others: Network) -> None:
+    """Wait until the publisher knows that the others have joined."""
+    await eventually(lambda: {other.node_id for other in others} <= set(publisher.topic_peers(TOPIC)))
+
+
+async def test_message_reaches_a_subscriber(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with open_line(2) as (a, b), b.subscribe(TOPIC, accept, capacity=8) as subscription:
+        await joined(eventually, a, b)
+        await a.publish(TOPIC, b"hello")
+        with trio.fail_after(5):
+            assert await subscription.receive() == GossipMessage(a.node_id, b"hello")
+        assert b.statistics().gossip_accepted == 1
+
+
+async def test_message_published_right_after_connecting_arrives(open_network: Opener) -> None:
+    async with open_network(1) as a, open_network(2) as b, b.subscribe(TOPIC, accept, capacity=8) as subscription:
+        await a.connect(b.addresses[0])
+        await a.publish(TOPIC, b"hello")
+        with trio.fail_after(5):
+            assert (await subscription.receive()).data == b"hello"
+
+
+async def test_message_is_forwarded_and_names_its_forwarder(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with (
+        open_line(3) as (a, b, c),
+        b.subscribe(TOPIC, accept, capacity=8),
+        c.subscribe(TOPIC, accept, capacity=8) as subscription,
+    ):
+        await joined(eventually, a, b)
+        await joined(eventually, b, c)
+        await a.publish(TOPIC, b"hello")
+        with trio.fail_after(5):
+            assert await subscription.receive() == GossipMessage(b.node_id, b"hello")
+
+
+async def test_message_is_delivered_once_over_many_paths(open_line: OpenSwarm, eventually: Eventually) -> None:
+    judge = Judge()
+    async with (
+        open_line(3) as (a, b, c),
+        a.subscribe(TOPIC, accept, capacity=8),
+        b.subscribe(TOPIC, accept, capacity=8),
+        c.subscribe(TOPIC, judge, capacity=8) as subscription,
+    ):
+        await c.connect(a.addresses[0])
+        await joined(eventually, a, b, c)
+        await joined(eventually, b, c)
+        for number in range(5):
+            await a.publish(TOPIC, b"message %d" % number)
+        with trio.fail_after(5):
+            received = {(await subscription.receive()).data for _ in range(5)}
+        await trio.sleep(0.1)
+        assert received == {b"message %d" % number for number in range(5)}
+        assert set(judge.seen.values()) == {1}
+        assert c.statistics().gossip_accepted == 5
+
+
+async def test_own_message_does_not_come_back(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with (
+        open_line(2) as (a, b),
+        a.subscribe(TOPIC, accept, capacity=8) as own,
+        b.subscribe(TOPIC, accept, capacity=8) as subscription,
+    ):
+        await joined(eventually, a, b)
+        await a.publish(TOPIC, b"hello")
+        with trio.fail_after(5):
+            await subscription.receive()
+        with trio.move_on_after(0.1) as scope:
+            await own.receive()
+        assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"ignore me", "expired"), (b"reject me", "bad_signature"), (b"raise hell", "validator_failed")],
+    ids=["ignore", "reject", "raise"],
+)
+async def test_refused_message_is_neither_delivered_nor_forwarded(
+    open_line: OpenSwarm, eventually: Eventually, data: bytes, reason: str
+) -> None:
+    far = Judge()
+    async with (
+        open_line(3) as (a, b, c),
+        b.subscribe(TOPIC, Judge(), capacity=8) as middle,
+        c.subscribe(TOPIC, far, capacity=8) as subscription,
+    ):
+        await joined(eventually, a, b)
+        await joined(eventually, b, c)
+        await a.publish(TOPIC, data)
+        await eventually(lambda: b.statistics().gossip_refused == {reason: 1})
+        await a.publish(TOPIC, b"fine")
+        with trio.fail_after(5):
+            assert (await middle.receive()).data == b"fine"
+            assert (await subscription.receive()).data == b"fine"
+        assert set(far.seen) == {b"fine"}
+        assert b.statistics().gossip_accepted == 1
+
+
+async def test_forwarder_of_rejected_messages_is_disconnected(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with open_line(2) as (a, b), b.subscribe(TOPIC, Judge(), capacity=8):
+        await joined(eventually, a, b)
+        for number in range(MAX_REJECTS_PER_MINUTE - 1):
+            await a.publish(TOPIC, b"reject %d" % number)
+        await eventually(lambda: b.statistics().gossip_refused == {"bad_signature": MAX_REJECTS_PER_MINUTE - 1})
+        assert list(b.peers) == [a.node_id]
+        await a.publish(TOPIC, b"reject the last straw")
+        await eventually(lambda: not b.peers)
+        await eventually(lambda: not a.peers)
+
+
+async def test_forwarder_of_ignored_messages_stays(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with open_line(2) as (a, b), b.subscribe(TOPIC, Judge(), capacity=8):
+        await joined(eventually, a, b)
+        for number in range(3 * MAX_REJECTS_PER_MINUTE):
+            await a.publish(TOPIC, b"ignore %d" % number)
+        await eventually(lambda: b.statistics().gossip_refused == {"expired": 3 * MAX_REJECTS_PER_MINUTE})
+        assert list(b.peers) == [a.node_id]
+
+
+async def test_full_subscription_loses_the_oldest(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with open_line(2) as (a, b), b.subscribe(TOPIC, accept, capacity=3) as subscription:
+        await joined(eventually, a, b)
+        for number in range(10):
+            await a.publish(TOPIC, b"message %d" % number)
+        await eventually(lambda: b.statistics().gossip_accepted == 10)
+        assert subscription.dropped == 7
+        assert b.statistics().gossip_dropped == 7
+        kept = [(await anext(subscription)).data for _ in range(3)]
+        assert kept == [b"message 7", b"message 8", b"message 9"]
+
+
+async def test_topics_are_apart(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with (
+        open_line(2) as (a, b),
+        b.subscribe(TOPIC, accept, capacity=8) as subscription,
+        b.subscribe("test/other", accept, capacity=8) as other,
+    ):
+        await joined(eventually, a, b)
+        await a.publish("test/other", b"same bytes")
+        await a.publish(TOPIC, b"same bytes")
+        with trio.fail_after(5):
+            assert (await subscription.receive()).data == b"same bytes"
+            assert (await other.receive()).data == b"same bytes"
+
+
+async def test_leaving_a_topic_ends_delivery(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with open_line(2) as (a, b):
+        async with b.subscribe(TOPIC, accept, capacity=8):
+            await joined(eventually, a, b)
+        await eventually(lambda: not a.topic_peers(TOPIC))
+        await a.publish(TOPIC, b"into the void")
+        async with b.subscribe(TOPIC, accept, capacity=8) as subscription:
+            await joined(eventually, a, b)
+            await a.publish(TOPIC, b"hello again")
+            with trio.fail_after(5):
+                while (await subscription.receive()).data != b"hello again":
+                    pass
+
+
+async def test_one_subscription_a_topic(open_network: Opener) -> None:
+    async with open_network(1) as network, network.subscribe(TOPIC, accept, capacity=8):
+        with pytest.raises(LocalError):
+            async with network.subscribe(TOPIC, accept, capacity=8):
+                pass
+
+
+async def test_oversized_message_is_our_own_fault(open_network: Opener) -> None:
+    async with open_network(1) as network:
+        await network.publish(TOPIC, bytes(MAX_GOSSIP_BYTES))
+        with pytest.raises(LocalError):
+            await network.publish(TOPIC, bytes(MAX_GOSSIP_BYTES + 1))
+
+
+async def test_largest_message_arrives(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with open_line(2) as (a, b), b.subscribe(TOPIC, accept, capacity=8) as subscription:
+        await joined(eventually, a, b)
+        await a.publish(TOPIC, b"x" * MAX_GOSSIP_BYTES)
+        with trio.fail_after(5):
+            assert (await subscription.receive()).data == b"x" * MAX_GOSSIP_BYTES
+
+
+async def test_burst_arrives_complete(open_line: OpenSwarm, eventually: Eventually) -> None:
+    async with (
+        open_line(3) as (a, b, c),
+        b.subscribe(TOPIC, accept, capacity=1000),
+        c.subscribe(TOPIC, accept, capacity=1000) as subscription,
+    ):
+        await joined(eventually, a, b)
+        await joined(eventually, b, c)
+        for number in range(500):
+            await a.publish(TOPIC, b"%d" % number)
+        await eventually(lambda: c.statistics().gossip_accepted == 500)
+        assert subscription.dropped == 0
