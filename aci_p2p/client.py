@@ -22,7 +22,7 @@ from aci_p2p.protocol.hashing import DIGEST_BYTES
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Deliver
 from aci_p2p.protocol.messages import MAX_LATENCY_MS, MAX_TOKENS, CapabilityRecord, Conversation, Receipt, Turn
-from aci_p2p.protocol.pricing import ACI
+from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.proof import ProofFile, VerifiedProof, encode_proof, verify_proof
 
 DEFAULT_MAX_TOKENS: Final = 256
@@ -54,7 +54,7 @@ class NotConnected(ResourceError):
 class Requirements:
     """What a consumer asks of its provider."""
 
-    max_price: int = ACI
+    max_price: int = ONE_ACI
     """Most to pay for the whole job, base units (10^-18 ACI)."""
     max_latency_ms: int = MAX_LATENCY_MS
     """Longest promised time to the first token, milliseconds."""

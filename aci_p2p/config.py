@@ -9,13 +9,13 @@ from typing import Final
 
 from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.pricing import ACI
+from aci_p2p.protocol.pricing import ONE_ACI
 
 DEFAULT_NETWORK: Final = "aci-main"
 """Network id of the public network."""
-DEFAULT_INPUT_PRICE: Final = ACI // 1_000_000
+DEFAULT_INPUT_PRICE: Final = ONE_ACI // 1_000_000
 """Base units for each prompt token: 1 ACI for a million."""
-DEFAULT_OUTPUT_PRICE: Final = 4 * ACI // 1_000_000
+DEFAULT_OUTPUT_PRICE: Final = 4 * ONE_ACI // 1_000_000
 """Base units for each output token: 4 ACI for a million, the worked example of the design (0.0020 for 500)."""
 DEFAULT_SLOTS: Final = 4
 """Jobs at once; the default executor decodes as many in one batch with little loss."""

@@ -8,7 +8,7 @@ from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.messages import Bid, Offer
 from aci_p2p.protocol.wire import AMOUNT_BYTES_MAX
 
-ACI: Final = 10**18
+ONE_ACI: Final = 10**18
 """Base units in one ACI."""
 TEMPLATE_TOKENS: Final = 128
 """Tokens that a chat template adds once (a default system prompt); SmolLM2 adds 22, Llama 3 about 30."""
@@ -37,7 +37,7 @@ def worst_price(offer: Offer, bid: Bid) -> int:
 
 def format_amount(base_units: int) -> str:
     """An amount for people: `0.00045 ACI`, exact, without trailing zeros."""
-    whole, fraction = divmod(base_units, ACI)
+    whole, fraction = divmod(base_units, ONE_ACI)
     digits = f"{fraction:0{_DECIMALS}d}".rstrip("0")
     return f"{whole}.{digits} ACI" if digits else f"{whole} ACI"
 
@@ -50,7 +50,7 @@ def parse_amount(text: str) -> int:
     if not (digits.isascii() and digits.isdigit()) or len(fraction) > _DECIMALS or len(whole) > _WHOLE_DIGITS:
         msg = f"{text!r} is not an amount"
         raise LocalError(msg, hint="write it as 0.00045 or '0.00045 ACI'")
-    amount = int(whole or "0") * ACI + int(fraction.ljust(_DECIMALS, "0"))
+    amount = int(whole or "0") * ONE_ACI + int(fraction.ljust(_DECIMALS, "0"))
     if amount >= 1 << (8 * AMOUNT_BYTES_MAX):
         msg = f"{text!r} is more than an amount can be"
         raise LocalError(msg)

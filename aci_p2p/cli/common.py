@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final, TypeVar
 
 import click
@@ -43,7 +43,7 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(function)
 
 
-class AmountType(click.ParamType):
+class AmountType(click.ParamType[int]):
     """An amount of ACI, such as 0.00045."""
 
     name = "ACI"
@@ -67,12 +67,16 @@ class Stop:
         self._outer = trio.CancelScope()
         self._inner: trio.CancelScope | None = None
 
-    @contextmanager
-    def block(self) -> Iterator[None]:
-        """The innermost block: a signal cancels it alone, a second one everything."""
-        with trio.CancelScope() as self._inner:
-            yield
-        self._inner = None
+    def __enter__(self) -> None:
+        """Begin the innermost block: a signal cancels it alone, a second one everything."""
+        self._inner = trio.CancelScope()
+        self._inner.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        inner, self._inner = self._inner, None
+        return inner is not None and inner.__exit__(kind, error, trace)
 
     async def watch(self) -> None:
         """Wait for signals, until cancelled."""

@@ -84,7 +84,7 @@ async def _demo(plan: _Plan, stop: Stop) -> None:
             consumer = await _start_swarm(stack, Path(folder), plan, console)
             show = Show(console, None if plan.as_json else console, steps=True)
             answer: Answer | None = None
-            with stop.block():
+            with stop:
                 async with (
                     ACI(consumer) as aci,
                     aci.stream(prompt=plan.prompt, max_tokens=plan.max_tokens) as stream,

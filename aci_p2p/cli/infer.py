@@ -16,8 +16,7 @@ from aci_p2p.config import NodeConfig
 from aci_p2p.files import write_atomically
 from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.messages import MAX_INPUT_BYTES, MAX_LATENCY_MS, MAX_TEMPERATURE_MILLI, MAX_TOKENS
-from aci_p2p.protocol.pricing import ACI as ONE_ACI
-from aci_p2p.protocol.pricing import format_amount
+from aci_p2p.protocol.pricing import ONE_ACI, format_amount
 from aci_p2p.protocol.proof import encode_proof
 
 _EPILOG = """\b
@@ -99,7 +98,7 @@ async def _infer(config: NodeConfig, request: _Request, stop: Stop) -> None:
     show = Show(status, None if request.as_json else Console(), steps=False)
     async with ACI(config) as aci:
         answer: Answer | None = None
-        with stop.block():
+        with stop:
             async with aci.stream(
                 prompt=request.prompt,
                 model=request.model,

@@ -85,7 +85,7 @@ async def _serve(config: NodeConfig, stop: Stop, *, explain: bool) -> None:
         console.print("no model in the store, serving none; fetch one with: aci-p2p models pull", style="yellow")
     async with open_node(config) as node:
         _introduce(console, node)
-        with stop.block():
+        with stop:
             await trio.sleep_forever()
     console.print("stopped")
 
