@@ -139,6 +139,17 @@ def test_nothing_else_verifies(leaves: list[bytes], data: st.DataObject) -> None
             verify_inclusion(*case)
 
 
+def test_a_border_moved_between_leaf_and_sibling_is_refused() -> None:
+    leaf, sibling = LEAVES[:2]
+    with pytest.raises(NotInTree):
+        verify_inclusion(bytes.fromhex(ROOTS[2]), leaf + sibling[:1], 0, 2, (sibling[1:],))
+
+
+def test_a_tree_made_smaller_than_its_path_is_refused() -> None:
+    with pytest.raises(NotInTree):
+        verify_inclusion(bytes.fromhex(ROOTS[2]), LEAVES[1], 0, 1, (LEAVES[0],))
+
+
 @pytest.mark.parametrize("index", [-1, 3])
 def test_no_path_to_a_leaf_that_is_not_there(index: int) -> None:
     with pytest.raises(LocalError):
