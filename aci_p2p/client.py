@@ -241,5 +241,3 @@ def _conversation(prompt: str | Sequence[Turn]) -> Conversation:
 
 def _answer(result: JobResult) -> Answer:
     return Answer(result.file.text, result.file.tokens, result.file, result.receipt, result.provider)
-
-

@@ -124,7 +124,7 @@ class RunningJob(JobShell[ConsumerEvent]):
             case OpenStream(provider, addresses):
                 self._network.learn_addresses(provider, addresses)
                 self._pump = StreamPump(self.tell)
-                assert self._streams is not None  # noqa: S101 - set before the first event
+                assert self._streams is not None  # set before the first event
                 self._streams.start_soon(self._pump.run, self._network.open_stream(provider, JOB_PROTOCOL))
             case BidSeen() | Chosen() | Deliver():
                 await self._update(effect)

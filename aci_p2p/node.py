@@ -5,9 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
-
 
 from aci_p2p.clock import Clock, system_clock
 from aci_p2p.config import NodeConfig, ProviderConfig
@@ -47,7 +46,7 @@ class NodeParts:
     """Unix milliseconds."""
     entropy: Callable[[int], bytes] = secrets.token_bytes
     """n random bytes."""
-    rule: SelectionRule = PriceThenLatency()
+    rule: SelectionRule = field(default_factory=PriceThenLatency)
     """How bids are chosen."""
     threads: bool = True
     """Write the database in a thread; False under virtual time."""

@@ -71,10 +71,11 @@ FIRST_LATENCY_MS: Final = 2_000
 """Promised time to the first token before any was measured: loading a small model takes a second."""
 LATENCY_WEIGHT: Final = 4
 """The measured latency moves by a quarter of each new measurement."""
-HAND_BACK_POLL_S: Final = 0.01
-"""Seconds between looks whether the running jobs have ended."""
 
 _FINISH: Final = {FinishReason.STOP: Finish.STOP, FinishReason.LENGTH: Finish.LENGTH}
+
+LINGER_S: Final = 0.2
+"""Seconds for the last frames to arrive: one way between continents, before connections close."""
 
 log = logging.getLogger("aci_p2p.provider")
 
@@ -138,6 +139,8 @@ class ProviderRole:
         self._outstanding: OrderedDict[bytes, tuple[Envelope[Offer], Envelope[Bid]]] = OrderedDict()
         self._latency_ms = FIRST_LATENCY_MS
         self._jobs: set[trio.CancelScope] = set()
+        self._idle = trio.Event()
+        self._idle.set()
         self._finished = 0
         self._failed = 0
 
@@ -173,11 +176,14 @@ class ProviderRole:
 
     async def hand_back(self) -> None:
         """Cancel the running jobs, and wait until their consumers were told or FAREWELL_S seconds are over."""
+        if not self._jobs:
+            return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S):
-            for scope in tuple(self._jobs):
+            for scope in self._jobs:
                 scope.cancel()
-            while self._jobs:
-                await trio.sleep(HAND_BACK_POLL_S)
+            await self._idle.wait()
+            # What was sent last is still on its way when the connections close behind us.
+            await trio.sleep(LINGER_S)
 
     def _bid(self, offer: Envelope[Offer]) -> Envelope[Bid] | None:
         """Our bid for an offer; None when we do not serve the model, lack a slot, or could never fit the answer."""
@@ -220,11 +226,15 @@ class ProviderRole:
             await self._decline(stream, award.body.job_id, AbortCode.BUSY, "all slots are taken by now")
         else:
             with trio.CancelScope() as scope:
+                if not self._jobs:
+                    self._idle = trio.Event()
                 self._jobs.add(scope)
                 try:
                     await self._run(stream, frame, *known)
                 finally:
                     self._jobs.discard(scope)
+                    if not self._jobs:
+                        self._idle.set()
 
     async def _decline(self, stream: Stream, job_id: bytes, code: AbortCode, detail: str) -> None:
         await stream.send(self._sealer.seal(Abort(job_id, code, detail), self._clock()).data)
@@ -271,7 +281,7 @@ class _ServedJob(JobShell[ProviderEvent]):
     async def _perform(self, effect: Effect) -> None:
         match effect:
             case StartGeneration():
-                assert self._tasks is not None  # noqa: S101 - set before the first event
+                assert self._tasks is not None  # set before the first event
                 self._tasks.start_soon(self._generate, effect)
             case StopGeneration():
                 self._generation.cancel()

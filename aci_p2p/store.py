@@ -136,7 +136,7 @@ class Store:
                     job.job_id, job.role.value, self._node.public_key, job.state.value, job.updated_at,
                     job.model_root, peer, str(job.price), job.blame.value, job.detail, job.proof, job.receipt,
                 )  # fmt: skip
-                self._connection.execute(f"INSERT OR REPLACE INTO jobs ({_COLUMNS}) VALUES ({','.join('?' * 12)})", row)
+                self._connection.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                 self._connection.execute(
                     "INSERT INTO transitions VALUES (?, ?, ?, ?)",
                     (job.job_id, job.role.value, job.state.value, job.updated_at),
@@ -195,18 +195,23 @@ def _open(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
         with connection:
             connection.execute("BEGIN IMMEDIATE")
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
-                msg = f"{path} is of version {version}, this program knows {SCHEMA_VERSION}"
-                raise StoreError(msg, hint="use the program that wrote it, or another --home")
+            _prepare(connection, path)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Make the tables in a new database; refuse one of another version."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    elif version != SCHEMA_VERSION:
+        msg = f"{path} is of version {version}, this program knows {SCHEMA_VERSION}"
+        raise StoreError(msg, hint="use the program that wrote it, or another --home")
 
 
 @asynccontextmanager

@@ -85,7 +85,7 @@ class Market:
     async def wait_until_reachable(self, peers: Sequence[NodeId], timeout_s: float) -> None:
         """Wait until `peers` have joined the offers' topic and we know it, or `timeout_s` seconds are over."""
         with trio.move_on_after(timeout_s):
-            while not set(peers) <= set(self._network.topic_peers(self.offer_topic)):
+            while not set(peers) <= set(self._network.topic_peers(self.offer_topic)):  # noqa: ASYNC110 - no notice comes
                 await trio.sleep(READY_POLL_S)
 
     def statistics(self) -> MarketStatistics:

@@ -39,7 +39,7 @@ class _LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         command = import_module(f"aci_p2p.cli.{cmd_name}").command
-        assert isinstance(command, click.Command)  # noqa: S101 - each module defines one
+        assert isinstance(command, click.Command)  # each module defines one
         return command
 
 

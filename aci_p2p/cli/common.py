@@ -76,7 +76,7 @@ class Stop:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         inner, self._inner = self._inner, None
-        return inner is not None and inner.__exit__(kind, error, trace)
+        return bool(inner is not None and inner.__exit__(kind, error, trace))
 
     async def watch(self) -> None:
         """Wait for signals, until cancelled."""

@@ -67,7 +67,7 @@ class _Request:
 @home_option
 @network_option
 @json_option
-def command(  # noqa: D417 - the options describe themselves
+def command(
     prompt: str,
     bootstrap: tuple[str, ...],
     model: str,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -29,6 +29,9 @@ from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
 from aci_p2p.protocol.lifecycle import Party, State
 from aci_p2p.protocol.proof import ProofInvalid, encode_proof
 from tests.node.conftest import ROOT, OpenTestNode, ScriptedExecutor
+
+if TYPE_CHECKING:
+    from trio import TaskStatus
 
 MODEL = ROOT.hex()
 
@@ -259,7 +262,7 @@ async def test_provider_shutting_down_hands_its_job_back(
 ) -> None:
     stop = trio.Event()
 
-    async def provide(bootstrap: str, task_status: trio.TaskStatus[None]) -> None:
+    async def provide(bootstrap: str, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with open_test_node("provider", (bootstrap,), executor=ScriptedExecutor(pace=1)):
             task_status.started()
             await stop.wait()
