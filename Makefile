@@ -54,7 +54,7 @@ format: $(DEV) ## let ruff lay out the code and repair what it can
 
 types: $(DEV) ## mypy --strict and pyright strict
 	$(BIN)/mypy
-	$(BIN)/pyright
+	$(BIN)/pyright --project pyproject.toml
 
 check: lint types test ## lint, types and test
 
