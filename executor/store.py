@@ -231,7 +231,8 @@ class ModelStore:
             with exclusive(self.path / LOCK_FILE, lambda: report(Progress(Stage.WAITING, 0, 0))):
                 for entry in self._entries():
                     if entry.name.startswith(STAGING_PREFIX):
-                        shutil.rmtree(entry)
+                        # What a killed process's own child still writes to goes the next time.
+                        shutil.rmtree(entry, ignore_errors=True)
                 yield
         except OSError as error:
             msg = f"the model store {self.path} cannot be changed: {error.strerror or type(error).__name__}"

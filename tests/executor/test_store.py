@@ -232,6 +232,13 @@ def test_what_a_crash_leaves_is_removed(store: ModelStore, fill: Fill) -> None:
     assert sorted(path.name for path in store.path.iterdir()) == [".lock", "tiny"]
 
 
+def test_what_cannot_be_removed_stays(store: ModelStore, fill: Fill) -> None:
+    store.path.mkdir()
+    (store.path / ".staging-file").touch()
+    store.install("tiny", fill, licence="MIT")
+    assert sorted(path.name for path in store.path.iterdir()) == [".lock", ".staging-file", "tiny"]
+
+
 def test_a_full_disk(store: ModelStore) -> None:
     def fail(_directory: Path, _scratch: Path) -> None:
         raise OSError(28, "No space left on device")
