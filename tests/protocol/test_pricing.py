@@ -1,0 +1,89 @@
+"""Prices are exact integers, and amounts survive being written and read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.messages import Bid
+from aci_p2p.protocol.pricing import ONE_ACI, format_amount, max_input_tokens, parse_amount, price, worst_price
+from tests.protocol.driver import make_offer
+
+OFFER = replace(make_offer().body, input_bytes=1_000, input_turns=3, max_tokens=500)
+BID = Bid(OFFER.job_id, bytes(32), input_token_price=7, output_token_price=11, latency_ms=1, addresses=())
+
+
+def test_price() -> None:
+    assert price(BID, input_tokens=3, output_tokens=5) == 3 * 7 + 5 * 11
+    assert price(BID, input_tokens=0, output_tokens=0) == 0
+    assert ONE_ACI == 10**18
+
+
+def test_most_prompt_tokens() -> None:
+    """A token for each byte, 16 for each turn, 128 for the template."""
+    assert max_input_tokens(OFFER) == 1_000 + 16 * 3 + 128
+
+
+def test_worst_price() -> None:
+    assert worst_price(OFFER, BID) == 7 * (1_000 + 48 + 128) + 11 * 500
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (0, "0 ACI"),
+        (1, "0.000000000000000001 ACI"),
+        (450_000_000_000_000, "0.00045 ACI"),
+        (ONE_ACI, "1 ACI"),
+        (10 * ONE_ACI, "10 ACI"),
+        (ONE_ACI + ONE_ACI // 10, "1.1 ACI"),
+        (2_500_000_000_000_000, "0.0025 ACI"),
+        ((1 << 128) - 1, "340282366920938463463.374607431768211455 ACI"),
+    ],
+)
+def test_amounts_for_people(amount: int, text: str) -> None:
+    assert format_amount(amount) == text
+    assert parse_amount(text) == amount
+    assert parse_amount(text.removesuffix(" ACI")) == amount
+
+
+@given(st.integers(0, (1 << 128) - 1))
+def test_amounts_there_and_back(amount: int) -> None:
+    assert parse_amount(format_amount(amount)) == amount
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        (" 12 ", 12 * ONE_ACI),
+        ("12ACI", 12 * ONE_ACI),
+        (".5", ONE_ACI // 2),
+        ("5.", 5 * ONE_ACI),
+        ("0.100000000000000000", ONE_ACI // 10),
+        ("007", 7 * ONE_ACI),
+    ],
+)
+def test_amounts_as_people_write_them(text: str, amount: int) -> None:
+    assert parse_amount(text) == amount
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ".", "ACI", " ", "-1", "+1", "1e3", "1,5", "1.2.3", "1 000", "0x10", "1_000", "\u0661", "\u00b2", "one",
+     "1 EUR", "0.0000000000000000001", "1" + "0" * 21, "0" * 22, "nan", "inf", "1ACIACI", "\uff11"],
+)  # fmt: skip
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(LocalError) as caught:
+        parse_amount(text)
+    assert repr(text) in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["340282366920938463463.374607431768211456", "340282366920938463464", "9" * 21])
+def test_more_than_an_amount_can_be(text: str) -> None:
+    with pytest.raises(LocalError, match="more than an amount can be"):
+        parse_amount(text)
