@@ -132,4 +132,6 @@ $(PACKAGE): $(BASE) | $(LINKS)
 $(DEV): $(BASE) | $(PACKAGE)
 	@printf '\n==> Installing the locked test tools\n'
 	@$(INSTALL) --require-hashes --requirement requirements/dev.txt
+# trio-typing, which libp2p imports, brings stubs of an old trio, and they would hide trio's own types.
+	@rm -rf .venv/lib/python3*/site-packages/trio-stubs .venv/lib/python3*/site-packages/outcome-stubs
 	@touch $@
