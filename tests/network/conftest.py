@@ -1,48 +1,18 @@
-"""Networks for tests: the same fixtures over both implementations."""
+"""Endpoints for tests: the same fixtures over both implementations."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Protocol
+from itertools import pairwise
 
 import pytest
-import trio
 
 from aci_p2p.network import Network
 from aci_p2p.network.libp2p import open_libp2p_network
 from aci_p2p.network.memory import MemoryHub
-from aci_p2p.protocol.errors import RemoteError
-from aci_p2p.protocol.identity import KeyPair
-
-
-def validate_record(_key: str, value: bytes) -> None:
-    """The tests' record rule: whatever begins with `bad` is refused."""
-    if value.startswith(b"bad"):
-        msg = "a bad record"
-        raise RemoteError(msg)
-
-
-def select_record(_key: str, values: Sequence[bytes]) -> int:
-    """The tests' selection rule: the greatest is the newest."""
-    return max(range(len(values)), key=lambda index: values[index])
-
-
-def make_key(number: int) -> KeyPair:
-    """A distinct key for each number."""
-    return KeyPair(number.to_bytes(32))
-
-
-class Opener(Protocol):
-    """Opens one endpoint for a block."""
-
-    def __call__(self, number: int) -> AbstractAsyncContextManager[Network]:
-        """`number` decides the key."""
-        ...
-
-
-OpenSwarm = Callable[[int], AbstractAsyncContextManager[list[Network]]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+from tests.network.attack import Victim, judge
+from tests.network.driver import ECHO, TOPIC, Opener, OpenLine, echo, make_key, select_record, validate_record
 
 
 @pytest.fixture
@@ -80,14 +50,14 @@ def open_network(request: pytest.FixtureRequest, open_memory: Opener, open_libp2
 
 
 @pytest.fixture
-def open_line(open_network: Opener) -> OpenSwarm:
+def open_line(open_network: Opener) -> OpenLine:
     """Opens endpoints of which each is connected to the one before it."""
 
     @asynccontextmanager
     async def open_all(count: int) -> AsyncGenerator[list[Network]]:
         async with AsyncExitStack() as stack:
             networks = [await stack.enter_async_context(open_network(number)) for number in range(1, count + 1)]
-            for left, right in zip(networks, networks[1:], strict=False):
+            for left, right in pairwise(networks):
                 await right.connect(left.addresses[0])
             yield networks
 
@@ -95,12 +65,10 @@ def open_line(open_network: Opener) -> OpenSwarm:
 
 
 @pytest.fixture
-def eventually() -> Eventually:
-    """Waits until a condition holds, at most five seconds."""
-
-    async def wait(condition: Callable[[], bool]) -> None:
-        with trio.fail_after(5):
-            while not condition():
-                await trio.sleep(0.005)
-
-    return wait
+async def victim(open_libp2p: Opener) -> AsyncGenerator[Victim]:
+    """A node that serves, gossips and keeps records; it must still do so at the end of the test."""
+    async with open_libp2p(1) as network, network.subscribe(TOPIC, judge, capacity=8):
+        with network.serve(ECHO, echo):
+            victim = Victim(network, open_libp2p)
+            yield victim
+            await victim.serves_honest_peers()

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 
 import pytest
 import trio
 
-from aci_p2p.network import MAX_RECORD_BYTES, Network, Stream
+from aci_p2p.network import MAX_RECORD_BYTES, Stream
 from aci_p2p.protocol.errors import LocalError, RemoteError
-
-Opener = Callable[[int], AbstractAsyncContextManager[Network]]
-OpenSwarm = Callable[[int], AbstractAsyncContextManager[list[Network]]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+from tests.network.driver import Opener, OpenLine, eventually
 
 KEY = "/aci/node/test"
 MODEL = hashlib.sha256(b"model").digest()
 
 
 @pytest.mark.parametrize("count", [2, 5])
-async def test_record_is_found_from_elsewhere(open_line: OpenSwarm, count: int) -> None:
+async def test_record_is_found_from_elsewhere(open_line: OpenLine, count: int) -> None:
     async with open_line(count) as networks:
         await networks[0].put_record(KEY, b"value")
         assert await networks[-1].get_record(KEY) == b"value"
 
 
-async def test_record_survives_its_author(open_network: Opener, eventually: Eventually) -> None:
+async def test_record_survives_its_author(open_network: Opener) -> None:
     async with open_network(1) as a, open_network(2) as b:
         await b.connect(a.addresses[0])
         async with open_network(3) as c:
@@ -37,7 +32,7 @@ async def test_record_survives_its_author(open_network: Opener, eventually: Even
         assert await b.get_record(KEY) == b"value"
 
 
-async def test_newest_record_wins(open_line: OpenSwarm) -> None:
+async def test_newest_record_wins(open_line: OpenLine) -> None:
     async with open_line(3) as (a, b, c):
         await a.put_record(KEY, b"version 2")
         await b.put_record(KEY, b"version 3")
@@ -46,12 +41,12 @@ async def test_newest_record_wins(open_line: OpenSwarm) -> None:
         assert await c.get_record(KEY) == b"version 3"
 
 
-async def test_missing_record_is_none(open_line: OpenSwarm) -> None:
+async def test_missing_record_is_none(open_line: OpenLine) -> None:
     async with open_line(2) as (a, _):
         assert await a.get_record("/aci/node/nobody") is None
 
 
-async def test_bad_record_is_not_put(open_line: OpenSwarm) -> None:
+async def test_bad_record_is_not_put(open_line: OpenLine) -> None:
     async with open_line(2) as (a, b):
         with pytest.raises(RemoteError):
             await a.put_record(KEY, b"bad value")
@@ -67,7 +62,7 @@ async def test_bad_record_key_is_our_own_fault(open_network: Opener, key: str) -
             await network.get_record(key)
 
 
-async def test_oversized_record_is_our_own_fault(open_line: OpenSwarm) -> None:
+async def test_oversized_record_is_our_own_fault(open_line: OpenLine) -> None:
     async with open_line(2) as (a, b):
         with pytest.raises(LocalError):
             await a.put_record(KEY, bytes(MAX_RECORD_BYTES + 1))
@@ -76,7 +71,7 @@ async def test_oversized_record_is_our_own_fault(open_line: OpenSwarm) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 5])
-async def test_providers_are_found(open_line: OpenSwarm, count: int) -> None:
+async def test_providers_are_found(open_line: OpenLine, count: int) -> None:
     async with open_line(count) as networks:
         for network in networks[1:]:
             await network.provide(MODEL)
@@ -84,14 +79,14 @@ async def test_providers_are_found(open_line: OpenSwarm, count: int) -> None:
         assert set(found) == {network.node_id for network in networks[1:]}
 
 
-async def test_providers_are_limited(open_line: OpenSwarm) -> None:
+async def test_providers_are_limited(open_line: OpenLine) -> None:
     async with open_line(4) as networks:
         for network in networks:
             await network.provide(MODEL)
         assert len(await networks[0].find_providers(MODEL, 2)) == 2
 
 
-async def test_nobody_provides(open_line: OpenSwarm) -> None:
+async def test_nobody_provides(open_line: OpenLine) -> None:
     async with open_line(2) as (a, b):
         await b.provide(MODEL)
         assert list(await a.find_providers(hashlib.sha256(b"other").digest(), 10)) == []
@@ -105,7 +100,7 @@ async def test_lonely_node_finds_what_it_has_itself(open_network: Opener) -> Non
         assert list(await network.find_providers(MODEL, 10)) == [network.node_id]
 
 
-async def test_provider_that_was_found_can_be_dialled(open_line: OpenSwarm) -> None:
+async def test_provider_that_was_found_can_be_dialled(open_line: OpenLine) -> None:
     async def greet(stream: Stream) -> None:
         await stream.send(b"hello")
 
@@ -126,7 +121,7 @@ async def test_bad_provider_key_is_our_own_fault(open_network: Opener, key: byte
             await network.find_providers(key, 1)
 
 
-async def test_lookups_end_when_peers_are_gone(open_network: Opener, eventually: Eventually) -> None:
+async def test_lookups_end_when_peers_are_gone(open_network: Opener) -> None:
     async with open_network(1) as a:
         async with open_network(2) as b, open_network(3) as c:
             await b.connect(a.addresses[0])

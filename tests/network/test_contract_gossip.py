@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 
 import pytest
 import trio
 
-from aci_p2p.network import MAX_GOSSIP_BYTES, GossipMessage, Network
+from aci_p2p.network import MAX_GOSSIP_BYTES, GossipMessage
 from aci_p2p.network.limits import MAX_REJECTS_PER_MINUTE
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import ACCEPTED, Decision, Reason, Validation
-
-Opener = Callable[[int], AbstractAsyncContextManager[Network]]
-OpenSwarm = Callable[[int], AbstractAsyncContextManager[list[Network]]]
-Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
-
-TOPIC = "test/offers"
+from tests.network.driver import TOPIC, Opener, OpenLine, eventually, joined
 
 
 def accept(_forwarder: NodeId, _data: bytes) -> Validation:
@@ -46,14 +39,9 @@ class Judge:
                 return ACCEPTED
 
 
-async def joined(eventually: Eventually, publisher: Network, *others: Network) -> None:
-    """Wait until the publisher knows that the others have joined."""
-    await eventually(lambda: {other.node_id for other in others} <= set(publisher.topic_peers(TOPIC)))
-
-
-async def test_message_reaches_a_subscriber(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_message_reaches_a_subscriber(open_line: OpenLine) -> None:
     async with open_line(2) as (a, b), b.subscribe(TOPIC, accept, capacity=8) as subscription:
-        await joined(eventually, a, b)
+        await joined(a, b)
         await a.publish(TOPIC, b"hello")
         with trio.fail_after(5):
             assert await subscription.receive() == GossipMessage(a.node_id, b"hello")
@@ -68,20 +56,20 @@ async def test_message_published_right_after_connecting_arrives(open_network: Op
             assert (await subscription.receive()).data == b"hello"
 
 
-async def test_message_is_forwarded_and_names_its_forwarder(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_message_is_forwarded_and_names_its_forwarder(open_line: OpenLine) -> None:
     async with (
         open_line(3) as (a, b, c),
         b.subscribe(TOPIC, accept, capacity=8),
         c.subscribe(TOPIC, accept, capacity=8) as subscription,
     ):
-        await joined(eventually, a, b)
-        await joined(eventually, b, c)
+        await joined(a, b)
+        await joined(b, c)
         await a.publish(TOPIC, b"hello")
         with trio.fail_after(5):
             assert await subscription.receive() == GossipMessage(b.node_id, b"hello")
 
 
-async def test_message_is_delivered_once_over_many_paths(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_message_is_delivered_once_over_many_paths(open_line: OpenLine) -> None:
     judge = Judge()
     async with (
         open_line(3) as (a, b, c),
@@ -90,8 +78,8 @@ async def test_message_is_delivered_once_over_many_paths(open_line: OpenSwarm, e
         c.subscribe(TOPIC, judge, capacity=8) as subscription,
     ):
         await c.connect(a.addresses[0])
-        await joined(eventually, a, b, c)
-        await joined(eventually, b, c)
+        await joined(a, b, c)
+        await joined(b, c)
         for number in range(5):
             await a.publish(TOPIC, b"message %d" % number)
         with trio.fail_after(5):
@@ -102,13 +90,13 @@ async def test_message_is_delivered_once_over_many_paths(open_line: OpenSwarm, e
         assert c.statistics().gossip_accepted == 5
 
 
-async def test_own_message_does_not_come_back(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_own_message_does_not_come_back(open_line: OpenLine) -> None:
     async with (
         open_line(2) as (a, b),
         a.subscribe(TOPIC, accept, capacity=8) as own,
         b.subscribe(TOPIC, accept, capacity=8) as subscription,
     ):
-        await joined(eventually, a, b)
+        await joined(a, b)
         await a.publish(TOPIC, b"hello")
         with trio.fail_after(5):
             await subscription.receive()
@@ -123,7 +111,7 @@ async def test_own_message_does_not_come_back(open_line: OpenSwarm, eventually: 
     ids=["ignore", "reject", "raise"],
 )
 async def test_refused_message_is_neither_delivered_nor_forwarded(
-    open_line: OpenSwarm, eventually: Eventually, data: bytes, reason: str
+    open_line: OpenLine, data: bytes, reason: str
 ) -> None:
     far = Judge()
     async with (
@@ -131,8 +119,8 @@ async def test_refused_message_is_neither_delivered_nor_forwarded(
         b.subscribe(TOPIC, Judge(), capacity=8) as middle,
         c.subscribe(TOPIC, far, capacity=8) as subscription,
     ):
-        await joined(eventually, a, b)
-        await joined(eventually, b, c)
+        await joined(a, b)
+        await joined(b, c)
         await a.publish(TOPIC, data)
         await eventually(lambda: b.statistics().gossip_refused == {reason: 1})
         await a.publish(TOPIC, b"fine")
@@ -143,9 +131,9 @@ async def test_refused_message_is_neither_delivered_nor_forwarded(
         assert b.statistics().gossip_accepted == 1
 
 
-async def test_forwarder_of_rejected_messages_is_disconnected(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_forwarder_of_rejected_messages_is_disconnected(open_line: OpenLine) -> None:
     async with open_line(2) as (a, b), b.subscribe(TOPIC, Judge(), capacity=8):
-        await joined(eventually, a, b)
+        await joined(a, b)
         for number in range(MAX_REJECTS_PER_MINUTE - 1):
             await a.publish(TOPIC, b"reject %d" % number)
         await eventually(lambda: b.statistics().gossip_refused == {"bad_signature": MAX_REJECTS_PER_MINUTE - 1})
@@ -155,18 +143,18 @@ async def test_forwarder_of_rejected_messages_is_disconnected(open_line: OpenSwa
         await eventually(lambda: not a.peers)
 
 
-async def test_forwarder_of_ignored_messages_stays(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_forwarder_of_ignored_messages_stays(open_line: OpenLine) -> None:
     async with open_line(2) as (a, b), b.subscribe(TOPIC, Judge(), capacity=8):
-        await joined(eventually, a, b)
+        await joined(a, b)
         for number in range(3 * MAX_REJECTS_PER_MINUTE):
             await a.publish(TOPIC, b"ignore %d" % number)
         await eventually(lambda: b.statistics().gossip_refused == {"expired": 3 * MAX_REJECTS_PER_MINUTE})
         assert list(b.peers) == [a.node_id]
 
 
-async def test_full_subscription_loses_the_oldest(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_full_subscription_loses_the_oldest(open_line: OpenLine) -> None:
     async with open_line(2) as (a, b), b.subscribe(TOPIC, accept, capacity=3) as subscription:
-        await joined(eventually, a, b)
+        await joined(a, b)
         for number in range(10):
             await a.publish(TOPIC, b"message %d" % number)
         await eventually(lambda: b.statistics().gossip_accepted == 10)
@@ -176,13 +164,13 @@ async def test_full_subscription_loses_the_oldest(open_line: OpenSwarm, eventual
         assert kept == [b"message 7", b"message 8", b"message 9"]
 
 
-async def test_topics_are_apart(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_topics_are_apart(open_line: OpenLine) -> None:
     async with (
         open_line(2) as (a, b),
         b.subscribe(TOPIC, accept, capacity=8) as subscription,
         b.subscribe("test/other", accept, capacity=8) as other,
     ):
-        await joined(eventually, a, b)
+        await joined(a, b)
         await a.publish("test/other", b"same bytes")
         await a.publish(TOPIC, b"same bytes")
         with trio.fail_after(5):
@@ -190,14 +178,14 @@ async def test_topics_are_apart(open_line: OpenSwarm, eventually: Eventually) ->
             assert (await other.receive()).data == b"same bytes"
 
 
-async def test_leaving_a_topic_ends_delivery(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_leaving_a_topic_ends_delivery(open_line: OpenLine) -> None:
     async with open_line(2) as (a, b):
         async with b.subscribe(TOPIC, accept, capacity=8):
-            await joined(eventually, a, b)
+            await joined(a, b)
         await eventually(lambda: not a.topic_peers(TOPIC))
         await a.publish(TOPIC, b"into the void")
         async with b.subscribe(TOPIC, accept, capacity=8) as subscription:
-            await joined(eventually, a, b)
+            await joined(a, b)
             await a.publish(TOPIC, b"hello again")
             with trio.fail_after(5):
                 while (await subscription.receive()).data != b"hello again":
@@ -218,22 +206,22 @@ async def test_oversized_message_is_our_own_fault(open_network: Opener) -> None:
             await network.publish(TOPIC, bytes(MAX_GOSSIP_BYTES + 1))
 
 
-async def test_largest_message_arrives(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_largest_message_arrives(open_line: OpenLine) -> None:
     async with open_line(2) as (a, b), b.subscribe(TOPIC, accept, capacity=8) as subscription:
-        await joined(eventually, a, b)
+        await joined(a, b)
         await a.publish(TOPIC, b"x" * MAX_GOSSIP_BYTES)
         with trio.fail_after(5):
             assert (await subscription.receive()).data == b"x" * MAX_GOSSIP_BYTES
 
 
-async def test_burst_arrives_complete(open_line: OpenSwarm, eventually: Eventually) -> None:
+async def test_burst_arrives_complete(open_line: OpenLine) -> None:
     async with (
         open_line(3) as (a, b, c),
         b.subscribe(TOPIC, accept, capacity=1000),
         c.subscribe(TOPIC, accept, capacity=1000) as subscription,
     ):
-        await joined(eventually, a, b)
-        await joined(eventually, b, c)
+        await joined(a, b)
+        await joined(b, c)
         for number in range(500):
             await a.publish(TOPIC, b"%d" % number)
         await eventually(lambda: c.statistics().gossip_accepted == 500)

@@ -276,7 +276,7 @@ class Router:
         if not subscribe:
             neighbour.topics.discard(topic)
             self._mesh.get(topic, set()).discard(peer)
-        elif len(topic.encode()) <= MAX_TOPIC_BYTES and len(neighbour.topics) < MAX_TOPICS_PER_PEER:
+        elif _is_text(topic) and len(topic.encode()) <= MAX_TOPIC_BYTES and len(neighbour.topics) < MAX_TOPICS_PER_PEER:
             known = topic in neighbour.topics
             neighbour.topics.add(topic)
             if topic in self._mesh:
@@ -328,6 +328,11 @@ class Router:
             self._prune(topic, peer, PRUNE_BACKOFF_SECONDS, now)
         else:
             mesh.add(peer)
+
+
+def _is_text(topic: object) -> bool:
+    """False for text that is not UTF-8: protobuf hands it out as bytes."""
+    return isinstance(topic, str)
 
 
 def _subscription(topic: str, *, subscribe: bool) -> RPC.SubOpts:

@@ -1,0 +1,114 @@
+"""Attacks on the DHT: bad requests reset their stream, bad answers do not stop a lookup."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import trio
+from libp2p.kad_dht.pb.kademlia_pb2 import Message as KadMessage
+from libp2p.kad_dht.pb.kademlia_pb2 import Record
+
+from aci_p2p.network.libp2p import kademlia
+from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.varint import encode_varint, prefixed
+from aci_p2p.network.libp2p.yamux import YamuxStream
+from aci_p2p.protocol.identity import KeyPair, NodeId
+from tests.network.attack import Victim, noise, until_ended
+from tests.network.driver import STRANGER, Opener
+
+KAD_GARBAGE = {
+    "bad protobuf": prefixed(b"\xff" * 60),
+    "bad varint": b"\xff" * 20,
+    "random": b"\x05" + noise(300),
+    "empty": prefixed(b""),
+    "huge": encode_varint(1 << 40),
+    "no key": prefixed(KadMessage(type=KadMessage.GET_VALUE).SerializeToString()),
+    "long key": prefixed(KadMessage(type=KadMessage.FIND_NODE, key=bytes(1000)).SerializeToString()),
+    "key that is not text": prefixed(
+        KadMessage(
+            type=KadMessage.PUT_VALUE, key=b"\xff\xfe", record=Record(key=b"\xff\xfe", value=b"v")
+        ).SerializeToString()
+    ),
+    "record under another key": prefixed(
+        KadMessage(
+            type=KadMessage.PUT_VALUE, key=b"/aci/a", record=Record(key=b"/aci/b", value=b"v")
+        ).SerializeToString()
+    ),
+    "record outside the namespace": prefixed(
+        KadMessage(
+            type=KadMessage.PUT_VALUE, key=b"/ipns/a", record=Record(key=b"/ipns/a", value=b"v")
+        ).SerializeToString()
+    ),
+    "record too large": prefixed(
+        KadMessage(
+            type=KadMessage.PUT_VALUE, key=b"/aci/a", record=Record(key=b"/aci/a", value=bytes(5000))
+        ).SerializeToString()
+    ),
+    "bad record": prefixed(
+        KadMessage(
+            type=KadMessage.PUT_VALUE, key=b"/aci/a", record=Record(key=b"/aci/a", value=b"bad")
+        ).SerializeToString()
+    ),
+    "short provider key": prefixed(KadMessage(type=KadMessage.ADD_PROVIDER, key=b"k").SerializeToString()),
+}
+
+
+@pytest.mark.parametrize("data", KAD_GARBAGE.values(), ids=KAD_GARBAGE)
+async def test_bad_dht_request_resets_its_stream(victim: Victim, data: bytes) -> None:
+    async with victim.attacked_by_host() as attacker:
+        stream = await attacker.open_stream(victim.network.node_id, kademlia.PROTOCOL)
+        await stream.write(data)
+        await until_ended(stream)
+    assert await victim.network.get_record("/aci/a") is None
+
+
+async def test_nobody_provides_in_anothers_name(victim: Victim) -> None:
+    key = bytes(32)
+    claim = KadMessage(type=KadMessage.ADD_PROVIDER, key=key, providerPeers=[KadMessage.Peer(id=STRANGER.peer_id)])
+    async with victim.attacked_by_host() as attacker:
+        stream = await attacker.open_stream(victim.network.node_id, kademlia.PROTOCOL)
+        await stream.write(prefixed(claim.SerializeToString()))
+        await stream.read(1000)
+        assert list(await victim.network.find_providers(key, 10)) == []
+
+
+def poisoned(request_type: KadMessage.MessageType) -> KadMessage:
+    """An answer full of peers that do not exist and addresses that lead nowhere."""
+    peers = [KadMessage.Peer(id=noise(38), addrs=[noise(8), b""]) for _ in range(100)]
+    peers += [
+        KadMessage.Peer(
+            id=KeyPair(noise(32)).node_id.peer_id, addrs=[TcpAddress("ip4", "127.0.0.1", 1).to_bytes()] * 20
+        )
+        for _ in range(10)
+    ]
+    record = Record(key=b"/aci/test/y", value=b"bad")
+    return KadMessage(type=request_type, key=b"k", record=record, closerPeers=peers, providerPeers=peers)
+
+
+KAD_ANSWERS: dict[str, Callable[[bytes], bytes]] = {
+    "bad protobuf": lambda _: prefixed(b"\xff" * 60),
+    "bad varint": lambda _: b"\xff" * 20,
+    "huge": lambda _: encode_varint(1 << 40),
+    "other type": lambda _: prefixed(KadMessage(type=KadMessage.PING, key=b"k").SerializeToString()),
+    "poison": lambda raw: prefixed(poisoned(KadMessage.FromString(raw).type).SerializeToString()),
+    "nothing": lambda _: b"",
+}
+
+
+@pytest.mark.parametrize("answer", KAD_ANSWERS.values(), ids=KAD_ANSWERS)
+async def test_bad_dht_answers_do_not_stop_a_lookup(
+    victim: Victim, open_libp2p: Opener, answer: Callable[[bytes], bytes]
+) -> None:
+    async def misbehave(_peer: NodeId, stream: YamuxStream) -> None:
+        raw = await stream.read(4096)
+        await stream.write(answer(raw[1:]))
+
+    async with victim.attacked_by_host() as attacker, open_libp2p(4) as honest:
+        with attacker.serve(kademlia.PROTOCOL, misbehave):
+            await honest.connect(victim.address)
+            await honest.put_record("/aci/test/y", b"good")
+            await honest.provide(bytes(32))
+            with trio.fail_after(10):
+                assert await victim.network.get_record("/aci/test/y") == b"good"
+                assert honest.node_id in await victim.network.find_providers(bytes(32), 100)

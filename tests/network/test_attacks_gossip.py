@@ -1,0 +1,115 @@
+"""Attacks on gossip: bad messages are counted against their forwarder, pointless ones are ignored."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from libp2p.pubsub.pb.rpc_pb2 import (
+    RPC,
+    ControlGraft,
+    ControlIHave,
+    ControlIWant,
+    ControlMessage,
+    ControlPrune,
+    Message,
+)
+
+from aci_p2p.network.libp2p import gossip
+from aci_p2p.network.libp2p.varint import prefixed
+from aci_p2p.network.libp2p.yamux import StreamReset
+from tests.network.attack import ATTACKER, Victim, noise, until_ended
+from tests.network.driver import TOPIC, eventually
+
+
+def publication(**fields: object) -> bytes:
+    """An RPC with one message on the topic."""
+    return prefixed(RPC(publish=[Message(topicIDs=[TOPIC], **fields)]).SerializeToString())  # type: ignore[arg-type]
+
+
+REJECTED_GOSSIP = {
+    "bad protobuf": prefixed(b"\xff" * 50),
+    "random": b"\x32" + noise(50),
+    "huge": b"\xff\xff\xff\xff\x0f" + b"x" * 1000,
+    "bad varint": b"\xff" * 20,
+    "with an author": publication(data=b"1", from_id=b"\x12\x20" + noise(32), seqno=b"1"),
+    "with a bad key": publication(data=b"1", signature=b"s" * 64, key=b"\xff\xff\xff"),
+    "no number": publication(data=b"not a number"),
+    "too large": publication(data=b"1" * 20_000),
+}
+
+
+@pytest.mark.parametrize("data", REJECTED_GOSSIP.values(), ids=REJECTED_GOSSIP)
+async def test_bad_gossip_is_counted(victim: Victim, data: bytes) -> None:
+    async with victim.attacked_by_host() as attacker:
+        stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
+        await stream.write(data)
+        await eventually(lambda: victim.network.statistics().gossip_refused)
+        assert sum(victim.network.statistics().gossip_refused.values()) == 1
+        assert victim.network.statistics().gossip_accepted == 0
+
+
+HARMLESS_GOSSIP = {
+    "empty": prefixed(b""),
+    "no topic": prefixed(RPC(publish=[Message(data=b"1")]).SerializeToString()),
+    "two topics": prefixed(RPC(publish=[Message(data=b"1", topicIDs=[TOPIC, "test/other"])]).SerializeToString()),
+    "topic nobody has": prefixed(RPC(publish=[Message(data=b"1", topicIDs=["test/nobody"])]).SerializeToString()),
+    "bad sender record": prefixed(RPC(senderRecord=b"\xff" * 40).SerializeToString()),
+    "many topics": prefixed(
+        RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=str(n)) for n in range(5000)]).SerializeToString()
+    ),
+    "long topic": prefixed(RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid="x" * 100_000)]).SerializeToString()),
+    "topic that is not text": prefixed(b"\x0a\x08\x08\x01\x12\x04\xff\xfe\xff\xfe"),
+    "control nonsense": prefixed(
+        RPC(
+            control=ControlMessage(
+                ihave=[ControlIHave(topicID=TOPIC, messageIDs=[b"\xff\xff", b""])],
+                iwant=[ControlIWant(messageIDs=[b"\xff", b""])],
+                graft=[ControlGraft(topicID="nope"), ControlGraft(topicID=TOPIC)],
+                prune=[ControlPrune(topicID="nope", backoff=2**63), ControlPrune(topicID=TOPIC, backoff=2**63)],
+            )
+        ).SerializeToString()
+    ),
+    "many announcements": prefixed(
+        RPC(
+            control=ControlMessage(
+                ihave=[ControlIHave(topicID=TOPIC, messageIDs=[noise(32) for _ in range(100)]) for _ in range(50)]
+            )
+        ).SerializeToString()
+    ),
+    "cut off": publication(data=b"1" * 1000)[:500],
+}
+
+
+@pytest.mark.parametrize("data", HARMLESS_GOSSIP.values(), ids=HARMLESS_GOSSIP)
+async def test_pointless_gossip_is_ignored(victim: Victim, data: bytes) -> None:
+    async with victim.attacked_by_host() as attacker:
+        stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
+        await stream.write(data)
+        await trio.sleep(0.05)
+        assert list(victim.network.peers) == [ATTACKER.node_id]
+        stream.close()
+        await trio.sleep(0.02)
+    assert victim.network.statistics().gossip_accepted == 0
+
+
+async def test_spammer_is_disconnected(victim: Victim) -> None:
+    async with victim.attacked_by_host() as attacker:
+        stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
+        with trio.fail_after(5), pytest.raises(StreamReset):
+            for number in range(100_000):
+                await stream.write(publication(data=b"spam %d" % number))
+                await trio.lowlevel.checkpoint()
+        await eventually(lambda: not victim.network.peers)
+
+
+async def test_many_gossip_streams_of_one_peer(victim: Victim) -> None:
+    async with victim.attacked_by_host() as attacker:
+        streams = [await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL) for _ in range(20)]
+        for stream in streams[:-1]:
+            await until_ended(stream)
+
+
+async def test_connection_lost_in_the_middle_of_gossip(victim: Victim) -> None:
+    async with victim.attacked_by_host() as attacker:
+        stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
+        await stream.write(publication(data=b"1" * 1000)[:500])
