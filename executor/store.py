@@ -153,7 +153,6 @@ class ModelStore:
         except (OSError, RuntimeError):
             msg = f"there is no directory {path}"
             raise ModelUnavailable(msg) from None
-        _require(directory)
         name = _slug(directory.name) if name is None else name
         with self._changing(report):
             existing = self._existing(name)
