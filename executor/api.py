@@ -46,6 +46,12 @@ class PromptTooLong(LocalError):
     code = "prompt_too_long"
 
 
+class TemplateRefused(LocalError):
+    """The model's chat template does not accept the conversation, or cannot be rendered."""
+
+    code = "template_refused"
+
+
 class ExecutorFailed(ResourceError):
     """The worker process died (segfault, out of memory) or refused: the job failed, the node did not."""
 
@@ -168,7 +174,9 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def generate(self, model: str, request: GenerationRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenChunk]]:
+    def generate(
+        self, model: str, request: GenerationRequest
+    ) -> AbstractAsyncContextManager[AsyncIterator[TokenChunk]]:
         """Stream a generation within the block; leaving it (or cancelling) stops the computation within 50 ms.
 
         Raises ModelUnavailable, PromptTooLong, ExecutorFailed.
