@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import SEED_BYTES, KeyPair, NodeId
@@ -22,6 +23,8 @@ MAX_CLIENT_KEYS: Final = 64
 """Commands of one user that run at once, each with a key of its own."""
 
 _SUFFIX: Final = ".key"
+_PART: Final = ".part"
+"""Suffix of a key that is being written."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _HEADER: Final = "aci-p2p ed25519 seed\n"
 _FILE_BYTES_MAX: Final = 256
@@ -59,34 +62,24 @@ class KeyRing:
 
     def list(self) -> list[KeyInfo]:
         """All keys, by name. Raises KeyFileError when one is unreadable or readable by others."""
-        if not self._directory.is_dir():
-            return []
-        names = sorted(path.stem for path in self._directory.glob(f"*{_SUFFIX}"))
+        names = sorted(path.stem for path in self._directory.glob(f"*{_SUFFIX}") if _NAME.fullmatch(path.stem))
         return [KeyInfo(name, self.load(name).node_id, self._path(name)) for name in names]
 
     def load(self, name: str) -> KeyPair:
         """Read a key. Raises KeyFileError."""
         path = self._path(name)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            hint = f"make it with: aci-p2p keys new {name}"
-            raise KeyFileError(path, "there is no such key", hint=hint) from None
-        except OSError as error:
-            raise KeyFileError(path, str(error.strerror).lower()) from None
-        with os.fdopen(descriptor, "rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if mode & ~KEY_MODE:
-                problem = f"others may read or write it (mode {mode:04o})"
-                raise KeyFileError(path, problem, hint=f"run: chmod 600 {path}")
-            return KeyPair(_parse(path, file.read(_FILE_BYTES_MAX)))
+        with _open(path) as file:
+            return _read(path, file)
 
     def create(self, name: str) -> KeyPair:
         """Make a new key, durably. Raises KeyFileError when one of that name exists."""
         path = self._path(name)
-        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise KeyFileError(path, f"cannot make its folder: {str(error.strerror).lower()}") from None
         key = KeyPair(secrets.token_bytes(SEED_BYTES))
-        part = self._directory / f".{name}.{os.getpid()}.part"
+        part = self._directory / f".{name}.{os.getpid()}{_PART}"
         part.unlink(missing_ok=True)
         try:
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_MODE)
@@ -96,37 +89,42 @@ class KeyRing:
                 os.fsync(file.fileno())
             # A link does not replace: of two processes making the same key, one wins and no key is lost.
             os.link(part, path)
-        except FileExistsError:
-            raise KeyFileError(path, "it exists already") from None
+            # The name is taken: what others wrote for it, or left in a crash, is worth nothing.
+            for other in self._directory.glob(f".{name}.*{_PART}"):
+                other.unlink(missing_ok=True)
+            _sync_folder(self._directory)
         except OSError as error:
-            raise KeyFileError(path, str(error.strerror).lower()) from None
+            taken = isinstance(error, FileExistsError) or path.exists()
+            raise KeyFileError(path, "it exists already" if taken else str(error.strerror).lower()) from None
         finally:
             part.unlink(missing_ok=True)
         return key
 
     @contextmanager
-    def use(self, name: str) -> Iterator[KeyPair]:
+    def use(self, name: str) -> Generator[KeyPair]:
         """A key for this process alone within the block, made if missing. Raises KeyFileError when it is in use.
 
         Two nodes with one identity would steal each other's connections.
         """
         path = self._path(name)
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             try:
                 self.create(name)
             except KeyFileError:
                 if not path.exists():
                     raise
-        with path.open("rb") as file:
+        with _open(path) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 hint = "stop the other node, or give this one its own --home"
                 raise KeyFileError(path, "another node of this machine runs with it", hint=hint) from None
-            yield self.load(name)
+            except OSError as error:
+                raise KeyFileError(path, f"cannot lock it: {str(error.strerror).lower()}") from None
+            yield _read(path, file)
 
     @contextmanager
-    def use_any(self, base: str) -> Iterator[KeyPair]:
+    def use_any(self, base: str) -> Generator[KeyPair]:
         """The first free key of `base`, `base-2`, ... within the block, so that commands can run side by side."""
         for number in range(1, MAX_CLIENT_KEYS + 1):
             name = base if number == 1 else f"{base}-{number}"
@@ -150,9 +148,41 @@ class KeyRing:
         return self._directory / f"{name}{_SUFFIX}"
 
 
+def _open(path: Path) -> BinaryIO:
+    try:
+        # Neither follows a link nor waits for the other end of a pipe.
+        return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))
+    except FileNotFoundError:
+        hint = f"make it with: aci-p2p keys new {path.stem}"
+        raise KeyFileError(path, "there is no such key", hint=hint) from None
+    except OSError as error:
+        problem = "it is a symbolic link" if error.errno == errno.ELOOP else str(error.strerror).lower()
+        raise KeyFileError(path, problem) from None
+
+
+def _read(path: Path, file: BinaryIO) -> KeyPair:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise KeyFileError(path, "it is not a file")
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & ~KEY_MODE:
+        problem = f"others may read or write it (mode {mode:04o})"
+        raise KeyFileError(path, problem, hint=f"run: chmod 600 {path}")
+    return KeyPair(_parse(path, file.read(_FILE_BYTES_MAX)))
+
+
 def _parse(path: Path, content: bytes) -> bytes:
     text = content.decode("ascii", "replace")
     body = text.removeprefix(_HEADER).strip()
     if not text.startswith(_HEADER) or not re.fullmatch(r"[0-9a-f]{64}", body):
         raise KeyFileError(path, "it is not an ACI key")
     return bytes.fromhex(body)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder survive power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
