@@ -183,7 +183,7 @@ class ACI:
         """Run one inference within the block, streaming; leaving it early cancels the job. As `inference`."""
         wanted = requirements or Requirements()
         root = resolve_model(model, self.node.config)
-        conversation = _conversation(prompt)
+        conversation = conversation_of(prompt)
         if not 1 <= max_tokens <= MAX_TOKENS:
             msg = f"max_tokens is between 1 and {MAX_TOKENS}"
             raise LocalError(msg)
@@ -231,7 +231,8 @@ def resolve_model(model: str, config: NodeConfig) -> bytes:
         raise UnknownModel(model, sorted({*CATALOGUE, *stored})) from None
 
 
-def _conversation(prompt: str | Sequence[Turn]) -> Conversation:
+def conversation_of(prompt: str | Sequence[Turn]) -> Conversation:
+    """A question, or a conversation, as it is sent. Raises LocalError when it asks nothing."""
     turns = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
     if not any(turn.content.strip() for turn in turns):
         msg = "the prompt is empty"

@@ -11,7 +11,7 @@ import trio
 from aci_p2p.dht.records import Clock, RecordRules, capability_key, node_key
 from aci_p2p.network.api import Network
 from aci_p2p.protocol.envelope import Envelope, Sealer
-from aci_p2p.protocol.errors import AciError, ResourceError
+from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.messages import SECOND, CapabilityRecord, NodeRecord
 from aci_p2p.tasks import open_background
@@ -56,8 +56,14 @@ class Discovery:
         self._capabilities: tuple[CapabilityRecord, ...] = ()
 
     async def join(self, bootstrap: Sequence[str]) -> tuple[NodeId, ...]:
-        """Connect to all bootstrap addresses at once; who answered. Raises BootstrapFailed when none did."""
+        """Connect to all bootstrap addresses at once; who answered.
+
+        Raises LocalError for an address that is none, BootstrapFailed when nobody answered.
+        """
         results = await _gather(self._dial, bootstrap)
+        for result in results:
+            if isinstance(result, LocalError):
+                raise result
         reached = tuple(result for result in results if isinstance(result, NodeId))
         if bootstrap and not reached:
             pairs = zip(bootstrap, results, strict=True)

@@ -10,10 +10,13 @@ from typing import Final
 
 import click
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from aci_p2p.cli.answering import Show, speed_line, summary
-from aci_p2p.cli.common import Stop, home_option, json_option, print_json, run
+from aci_p2p.cli.common import home_option, json_option, print_json
 from aci_p2p.cli.progress import drawn
+from aci_p2p.cli.running import Stop, run
 from aci_p2p.client import ACI, Answer
 from aci_p2p.config import DEFAULT_INPUT_PRICE, DEFAULT_OUTPUT_PRICE, NodeConfig, ProviderConfig
 from aci_p2p.executor import ModelStore
@@ -78,7 +81,7 @@ def command(prompt: str, max_tokens: int, proof: Path | None, home: Path, as_jso
 
 
 async def _demo(plan: _Plan, stop: Stop) -> None:
-    console = Console(quiet=plan.as_json, highlight=False)
+    console = Console(quiet=plan.as_json, highlight=False, soft_wrap=True)
     with TemporaryDirectory(prefix="aci-demo-") as folder:
         async with AsyncExitStack() as stack:
             consumer = await _start_swarm(stack, Path(folder), plan, console)
@@ -131,9 +134,13 @@ def _conclude(answer: Answer, show: Show, plan: _Plan, console: Console) -> None
     paid = f"{format_amount(receipt.price)} for {receipt.input_tokens} + {receipt.output_tokens} tokens"
     console.print(f"  [dim]{speed_line(show.timing)}; loading the weights included[/]")
     console.print(f"\n[bold]Receipt[/]  {paid}; signed by the consumer")
-    console.print(f"\n[bold]Proof[/]  [green]verified[/], {len(CHECKS)} checks; {len(data)} bytes in {plan.proof}")
+    console.print(
+        f"\n[bold]Proof[/]  [green]verified[/], {len(CHECKS)} checks; {len(data)} bytes in {plan.proof}", soft_wrap=True
+    )
+    listing = Table.grid(padding=(0, 1))
     for statement in verified.statements():
-        console.print(f"  + {printable(statement)}", markup=False)
+        listing.add_row(" +", escape(printable(statement)))
     for limitation in LIMITATIONS:
-        console.print(f"  - not {limitation}", markup=False)
+        listing.add_row(" -", f"not {limitation}")
+    console.print(listing, soft_wrap=False)
     console.print(f"\n[dim]Check it yourself: aci-p2p verify {plan.proof}[/]")

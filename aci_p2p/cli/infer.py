@@ -10,8 +10,17 @@ import click
 from rich.console import Console
 
 from aci_p2p.cli.answering import Show, speed_line, summary
-from aci_p2p.cli.common import AmountType, Stop, home_option, json_option, network_option, print_json, run
-from aci_p2p.client import ACI, DEFAULT_BID_WINDOW_MS, DEFAULT_MAX_TOKENS, Answer, Requirements
+from aci_p2p.cli.common import AmountType, home_option, json_option, network_option, print_json
+from aci_p2p.cli.running import Stop, run
+from aci_p2p.client import (
+    ACI,
+    DEFAULT_BID_WINDOW_MS,
+    DEFAULT_MAX_TOKENS,
+    Answer,
+    Requirements,
+    conversation_of,
+    resolve_model,
+)
 from aci_p2p.config import NodeConfig
 from aci_p2p.files import write_atomically
 from aci_p2p.protocol.catalogue import DEFAULT_MODEL
@@ -87,6 +96,10 @@ def command(
     request = _Request(text, model, max_tokens, temperature, requirements, proof, as_json)
     config = NodeConfig(home=home, network=network, bootstrap=bootstrap)
 
+    # What can be refused here is refused before anybody is dialled.
+    resolve_model(model, config)
+    conversation_of(text)
+
     async def work(stop: Stop) -> None:
         await _infer(config, request, stop)
 
@@ -94,8 +107,8 @@ def command(
 
 
 async def _infer(config: NodeConfig, request: _Request, stop: Stop) -> None:
-    status = Console(stderr=True, quiet=request.as_json)
-    show = Show(status, None if request.as_json else Console(), steps=False)
+    status = Console(stderr=True, quiet=request.as_json, highlight=False, soft_wrap=True)
+    show = Show(status, None if request.as_json else Console(soft_wrap=True), steps=False)
     async with ACI(config) as aci:
         answer: Answer | None = None
         with stop:
@@ -115,5 +128,5 @@ async def _infer(config: NodeConfig, request: _Request, stop: Stop) -> None:
         print_json({**summary(answer, show), "proof_file": str(path)})
         return
     price = format_amount(answer.receipt.body.price)
-    status.print(f"{speed_line(show.timing)}; {price}", style="dim", highlight=False)
-    status.print(f"proof: {path}  (check it with: aci-p2p verify {path})", style="dim", highlight=False, soft_wrap=True)
+    status.print(f"{speed_line(show.timing)}; {price}", style="dim")
+    status.print(f"proof: {path}  (check it with: aci-p2p verify {path})", style="dim")

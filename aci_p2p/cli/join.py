@@ -8,7 +8,8 @@ import click
 import trio
 from rich.console import Console
 
-from aci_p2p.cli.common import AmountType, Stop, home_option, network_option, run
+from aci_p2p.cli.common import AmountType, home_option, network_option
+from aci_p2p.cli.running import Stop, run
 from aci_p2p.config import (
     DEFAULT_INPUT_PRICE,
     DEFAULT_OUTPUT_PRICE,

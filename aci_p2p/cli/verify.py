@@ -61,7 +61,7 @@ def model_name(root: bytes) -> str:
     """A model by its catalogue name, if its root is in the catalogue, else by its root."""
     for model in CATALOGUE.values():
         if model.root == root:
-            return f"{model.title} (weights root {root.hex()[:16]}..., as in the catalogue)"
+            return f"{model.title}, weights root {root.hex()[:16]}..."
     return f"weights root {root.hex()}"
 
 

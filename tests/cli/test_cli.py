@@ -90,7 +90,7 @@ def test_a_key_that_others_may_read_is_refused(cli: Cli, home: Path) -> None:
 def test_models_of_an_empty_store(cli: Cli) -> None:
     assert json.loads(cli("models", "list", "--json").stdout) == []
     assert "aci-p2p models pull" in cli("models", "list").stdout
-    assert "is not in the store" in one_line(cli("models", "verify"), 2) or True
+    assert "smollm2-135m-instruct" in one_line(cli("models", "verify"), 2)
 
 
 def test_models_refuses_what_is_no_model(cli: Cli, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_verify_takes_under_half_a_second_and_loads_nothing_heavy(proof_path: Pa
         "import sys; from aci_p2p.cli import app;"
         f"app.app.main(['verify', {str(proof_path)!r}], standalone_mode=False);"
         "heavy = {'torch', 'numpy', 'libp2p', 'trio', 'tokenizers', 'rich'} & sys.modules.keys();"
-        "sys.exit(' '.join(heavy))"
+        "sys.exit(' '.join(heavy) or 0)"
     )
     times: list[float] = []
     for _ in range(3):
@@ -163,8 +163,8 @@ def test_infer_refuses_bad_input_before_it_dials(cli: Cli) -> None:
         (("--bootstrap", NOBODY, " "), "the prompt is empty"),
     ):
         assert part in one_line(cli("infer", *arguments), 2)
-    for arguments in (("--max-price", "cheap"), ("--max-tokens", "0"), ("--temperature", "-1")):
-        result = cli("infer", "--bootstrap", NOBODY, *arguments, "hello")
+    for option in (("--max-price", "cheap"), ("--max-tokens", "0"), ("--temperature", "-1")):
+        result = cli("infer", "--bootstrap", NOBODY, *option, "hello")
         assert result.returncode == 2
         assert "Traceback" not in result.stderr
 
