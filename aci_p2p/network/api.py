@@ -104,7 +104,7 @@ class NetworkStatistics:
     gossip_refused: dict[str, int]
     """Gossip messages ignored or rejected, by reason."""
     gossip_dropped: int
-    """Gossip messages lost to full subscription queues."""
+    """Gossip messages lost to full queues: of subscriptions, or on their way to slow neighbours."""
     handler_failures: int
     """Stream handlers ended by an error (a peer's fault or our bug; never fatal)."""
 
@@ -161,7 +161,10 @@ class Network(ABC):
 
     @abstractmethod
     async def publish(self, topic: str, data: bytes) -> None:
-        """Broadcast at most MAX_GOSSIP_BYTES to a topic. Lossy by nature: no error says that nobody heard."""
+        """Broadcast at most MAX_GOSSIP_BYTES to a topic. Lossy by nature: no error says that nobody heard.
+
+        Works without a subscription; our own subscription does not get it.
+        """
 
     @abstractmethod
     async def put_record(self, key: str, value: bytes) -> None:

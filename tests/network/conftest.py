@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from aci_p2p.network import Network
 from aci_p2p.network.libp2p import open_libp2p_network
 from aci_p2p.network.memory import MemoryHub
 from tests.network.attack import Victim, judge
-from tests.network.driver import ECHO, TOPIC, Opener, OpenLine, echo, make_key, select_record, validate_record
+from tests.network.driver import ECHO, TOPIC, Opener, OpenLine, echo, make_key, open_on, select_record, validate_record
 
 
 @pytest.fixture
@@ -35,12 +36,7 @@ def hub() -> MemoryHub:
 @pytest.fixture
 def open_memory(hub: MemoryHub) -> Opener:
     """Opens in-memory endpoints on one hub."""
-
-    def open_one(number: int) -> AbstractAsyncContextManager[Network]:
-        key = make_key(number)
-        return hub.open_network(key, record_validator=validate_record, record_selector=select_record)
-
-    return open_one
+    return partial(open_on, hub)
 
 
 @pytest.fixture(params=["memory", "libp2p"])

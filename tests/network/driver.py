@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 import trio
 
 from aci_p2p.network import Network, Stream
+from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.errors import RemoteError
 from aci_p2p.protocol.identity import KeyPair
 
@@ -38,6 +39,12 @@ def validate_record(_key: str, value: bytes) -> None:
 def select_record(_key: str, values: Sequence[bytes]) -> int:
     """The tests' selection rule: the greatest is the newest."""
     return max(range(len(values)), key=lambda index: values[index])
+
+
+def open_on(hub: MemoryHub, number: int) -> AbstractAsyncContextManager[Network]:
+    """An in-memory endpoint."""
+    key = make_key(number)
+    return hub.open_network(key, record_validator=validate_record, record_selector=select_record)
 
 
 async def echo(stream: Stream) -> None:

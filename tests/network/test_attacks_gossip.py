@@ -35,6 +35,12 @@ REJECTED_GOSSIP = {
     "with a bad key": publication(data=b"1", signature=b"s" * 64, key=b"\xff\xff\xff"),
     "no number": publication(data=b"not a number"),
     "too large": publication(data=b"1" * 20_000),
+    "too many subscriptions": prefixed(
+        RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid="x")] * 1000).SerializeToString()
+    ),
+    "too many grafts": prefixed(
+        RPC(control=ControlMessage(graft=[ControlGraft(topicID=TOPIC)] * 1000)).SerializeToString()
+    ),
 }
 
 
@@ -55,7 +61,7 @@ HARMLESS_GOSSIP = {
     "topic nobody has": prefixed(RPC(publish=[Message(data=b"1", topicIDs=["test/nobody"])]).SerializeToString()),
     "bad sender record": prefixed(RPC(senderRecord=b"\xff" * 40).SerializeToString()),
     "many topics": prefixed(
-        RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=str(n)) for n in range(5000)]).SerializeToString()
+        RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=str(n)) for n in range(500)]).SerializeToString()
     ),
     "long topic": prefixed(RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid="x" * 100_000)]).SerializeToString()),
     "topic that is not text": prefixed(b"\x0a\x08\x08\x01\x12\x04\xff\xfe\xff\xfe"),

@@ -29,8 +29,12 @@ PROTOCOL = "/meshsub/1.1.0"
 """Stream protocol id of gossipsub v1.1."""
 MAX_RPC_BYTES = 256 << 10
 """Longest RPC that we read, bytes: sixteen of the largest messages."""
+MAX_RPC_ENTRIES = 512
+"""Messages, subscriptions and control entries of each kind in one RPC that we handle: some milliseconds of work."""
 BATCH_BYTES = 64 << 10
 """RPCs waiting for one neighbour are joined up to this size, bytes."""
+BATCH_RPCS = 128
+"""RPCs joined at most; each holds few entries, so that the whole stays below MAX_RPC_ENTRIES."""
 MAX_OUTBOX_BYTES = 2 << 20
 """Waiting for one neighbour, bytes; beyond it messages to that neighbour are lost."""
 READ_BYTES = 64 << 10
@@ -41,6 +45,17 @@ MAX_RETRY_SECONDS = 60.0
 """Longest time between two attempts, seconds: the peer may not speak gossipsub at all."""
 
 _MALFORMED = Validation(Decision.REJECT, Reason.MALFORMED)
+
+
+def _parse(encoded: bytes) -> RPC:
+    """Read an RPC; raises DecodeError or ValueError when it is malformed or holds too much."""
+    rpc = RPC.FromString(encoded)
+    control = rpc.control
+    parts = (rpc.publish, rpc.subscriptions, control.ihave, control.iwant, control.graft, control.prune)
+    if max(len(part) for part in parts) > MAX_RPC_ENTRIES:
+        msg = "the RPC has too many entries"
+        raise ValueError(msg)
+    return rpc
 
 
 class _Outbox:
@@ -72,7 +87,9 @@ class _Outbox:
             self._arrived = trio.Event()
             await self._arrived.wait()
         batch, size = RPC(), 0
-        while self._waiting and (not size or size + self._waiting[0][0] <= BATCH_BYTES):
+        for _ in range(min(BATCH_RPCS, len(self._waiting))):
+            if size and size + self._waiting[0][0] > BATCH_BYTES:
+                break
             part_size, part = self._waiting.popleft()
             self._bytes -= part_size
             size += part_size
@@ -164,7 +181,7 @@ class Gossip:
             try:
                 while (encoded := split_prefixed(buffer, MAX_RPC_BYTES)) is None:
                     buffer += await stream.read(READ_BYTES)
-                rpc = RPC.FromString(encoded)
+                rpc = _parse(encoded)
             except (StreamEnded, StreamReset):
                 return
             except (DecodeError, ValueError):

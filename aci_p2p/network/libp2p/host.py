@@ -30,7 +30,11 @@ from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 
 MAX_CONNECTIONS = 512
-"""Connections kept; further inbound ones are refused. Each costs a socket, four tasks and up to 5 MiB of buffers."""
+"""Connections kept. Each costs a socket, four tasks and at most 5 MiB of buffers."""
+MAX_INBOUND_CONNECTIONS = 384
+"""Connections of which peers may have dialled so many: strangers cannot keep us from dialling."""
+IDLE_STREAMS = 2
+"""Streams of a connection that is not in use: gossip has one each way."""
 MAX_CONNECTIONS_PER_ADDRESS = 32
 """Inbound connections kept from one IP address, loopback excepted (a NAT may hide several nodes)."""
 MAX_HANDSHAKES = 64
@@ -176,13 +180,28 @@ class Host:
         finally:
             await stream.aclose()
 
+    def _all_connections(self) -> list[Connection]:
+        return [connection for several in self._connections.values() for connection in several]
+
     def _has_room_for(self, address: str) -> bool:
-        connections = [connection for several in self._connections.values() for connection in several]
-        if len(connections) >= MAX_CONNECTIONS:
+        """Whether another inbound connection is taken."""
+        inbound = [connection for connection in self._all_connections() if not connection.outbound]
+        if len(inbound) >= MAX_INBOUND_CONNECTIONS:
             return False
         if _is_loopback(address):
             return True
-        return sum(connection.address == address for connection in connections) < MAX_CONNECTIONS_PER_ADDRESS
+        return sum(connection.address == address for connection in inbound) < MAX_CONNECTIONS_PER_ADDRESS
+
+    async def _make_room(self) -> None:
+        """Before another connection is dialled, close the oldest idle one if need be; raises PeerUnreachable."""
+        connections = self._all_connections()
+        if len(connections) < MAX_CONNECTIONS:
+            return
+        idle = [one for one in connections if one.outbound and one.muxer.stream_count <= IDLE_STREAMS]
+        if not idle:
+            msg = f"all {MAX_CONNECTIONS} connections are in use"
+            raise PeerUnreachable(msg)
+        await idle[0].muxer.close()
 
     async def _serve_connection(self, connection: Connection) -> None:
         """Hold a connection until it ends."""
@@ -259,6 +278,7 @@ class Host:
             raise LocalError(msg)
         self._dials[peer] = trio.Event()
         try:
+            await self._make_room()
             return await self._dial_each(peer, addresses or self.known(peer))
         finally:
             self._dials.pop(peer).set()

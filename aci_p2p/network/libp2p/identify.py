@@ -41,13 +41,13 @@ class IdentifyError(Exception):
     """A peer's answer is malformed."""
 
 
-async def serve_identify(host: Host, _peer: NodeId, stream: YamuxStream) -> None:
+async def serve_identify(host: Host, peer: NodeId, stream: YamuxStream) -> None:
     """Answer one identify stream."""
     answer = Identify(
         protocol_version=PROTOCOL_VERSION,
         agent_version=AGENT_VERSION,
         public_key=host.node_id.peer_id[2:],
-        listen_addrs=[address.to_bytes() for address in host.addresses],
+        listen_addrs=[address.to_bytes() for address in host.usable_by(peer, host.addresses)],
         protocols=host.protocols,
     )
     await stream.write(prefixed(answer.SerializeToString()))

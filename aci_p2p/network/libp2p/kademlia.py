@@ -12,7 +12,9 @@ Source: https://github.com/libp2p/specs/tree/master/kad-dht
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum, auto
 from random import Random
 
 import trio
@@ -32,7 +34,7 @@ from aci_p2p.network.libp2p.kad_table import (
 )
 from aci_p2p.network.libp2p.varint import prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import YamuxStream
-from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER
+from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import NodeId
 
@@ -40,12 +42,16 @@ PROTOCOL = "/aci/kad/1.0.0"
 """Stream protocol id: ACI's own DHT, apart from the public IPFS one."""
 CONCURRENCY = 5
 """Queries of one lookup under way at once (Kademlia's alpha)."""
-QUERY_SECONDS = 4.0
+QUERY_SECONDS = 3.0
 """Time for one peer to answer, dialling it included, seconds."""
+PATIENCE_SECONDS = 1.0
+"""Once somebody has given what was looked for, how long to wait for others who may know better, seconds."""
+AVOID_SECONDS = 60.0
+"""How long a peer that did not answer is not asked again, unless it connects anew, seconds."""
 LOOKUP_SECONDS = 12.0
 """Time for a whole lookup or store, seconds: three rounds of peers that do not answer."""
 ANSWERS_WANTED = 3
-"""Valid values after which a lookup ends: one stale holder does not decide."""
+"""Answers with something in them after which a lookup ends: one stale or lying holder does not decide."""
 MAX_MESSAGE_BYTES = 64 << 10
 """Longest message, bytes: twenty peers with eight addresses each and a record."""
 MAX_KEY_BYTES = 128
@@ -66,6 +72,22 @@ class KademliaError(Exception):
     """A peer's message is malformed or breaks a limit."""
 
 
+class Progress(Enum):
+    """How far a lookup has come."""
+
+    NONE = auto()
+    """Nothing was found yet."""
+    SOME = auto()
+    """Something was found; somebody else may know better."""
+    ENOUGH = auto()
+    """The lookup can end."""
+
+
+def _nothing(_answer: Message) -> Progress:
+    """What a lookup collects that only wants the closest peers."""
+    return Progress.NONE
+
+
 class Kademlia:
     """Our node of the DHT."""
 
@@ -78,6 +100,7 @@ class Kademlia:
         self._table = RoutingTable(host.node_id)
         self._records = RecordStore()
         self._providers = ProviderStore()
+        self._avoided: OrderedDict[NodeId, float] = OrderedDict()
         self._found_peer = trio.Event()
 
     @property
@@ -86,9 +109,18 @@ class Kademlia:
         return len(self._table)
 
     def add_peer(self, peer: NodeId) -> None:
-        """A connected peer serves our protocol."""
+        """A newly connected peer serves our protocol."""
+        self._avoided.pop(peer, None)
         if self._table.add(peer):
             self._found_peer.set()
+
+    def avoid(self, peer: NodeId) -> None:
+        """Leave a peer out of lookups for a while: it does not answer or does not serve our protocol."""
+        self._table.remove(peer)
+        self._avoided[peer] = trio.current_time() + AVOID_SECONDS
+        self._avoided.move_to_end(peer)
+        if len(self._avoided) > MAX_KNOWN_PEERS:
+            self._avoided.popitem(last=False)
 
     async def run(self) -> None:
         """Look around when new peers appear, and refresh the table now and then, until cancelled."""
@@ -97,9 +129,9 @@ class Kademlia:
                 await self._found_peer.wait()
             await trio.sleep(SETTLE_SECONDS)
             self._found_peer = trio.Event()
-            await self._lookup(self._host.node_id.peer_id, Message.FIND_NODE, lambda _: False)
+            await self._lookup(self._host.node_id.peer_id, Message.FIND_NODE, _nothing)
             if refresh.cancelled_caught:
-                await self._lookup(self._random.randbytes(32), Message.FIND_NODE, lambda _: False)
+                await self._lookup(self._random.randbytes(32), Message.FIND_NODE, _nothing)
             await trio.sleep(JOIN_INTERVAL_SECONDS)
 
     async def put_record(self, key: str, value: bytes) -> None:
@@ -117,13 +149,15 @@ class Kademlia:
         values: list[bytes] = []
         answers = 0
 
-        def collect(value: bytes | None) -> bool:
+        def collect(value: bytes | None) -> Progress:
             nonlocal answers
             if value is not None and self._is_valid(key, value):
                 answers += 1
                 if value not in values:
                     values.append(value)
-            return answers >= ANSWERS_WANTED
+            if answers >= ANSWERS_WANTED:
+                return Progress.ENOUGH
+            return Progress.SOME if answers else Progress.NONE
 
         collect(self._records.get(key, trio.current_time()))
         raw_key = key.encode()
@@ -145,28 +179,41 @@ class Kademlia:
     async def find_providers(self, key: bytes, limit: int) -> Sequence[NodeId]:
         """See `Network.find_providers`."""
         check_provider_key(key)
-        found = dict.fromkeys(self._providers.get(key, trio.current_time()))
+        mentions = Counter(self._providers.get(key, trio.current_time()))
+        answers = 0
 
-        def collect(answer: Message) -> bool:
-            found.update(dict.fromkeys(self._learn(answer.providerPeers[:MAX_PROVIDERS_PER_ANSWER])))
-            return len(found) >= limit
+        def collect(answer: Message) -> Progress:
+            nonlocal answers
+            named = set(self._learn(answer.providerPeers[:MAX_PROVIDERS_PER_ANSWER]))
+            mentions.update(named)
+            answers += bool(named)
+            if answers >= ANSWERS_WANTED and len(mentions) >= limit:
+                return Progress.ENOUGH
+            return Progress.SOME if mentions else Progress.NONE
 
         await self._lookup(key, Message.GET_PROVIDERS, collect)
-        return tuple(found)[:limit]
+        # Those that most peers name come first: one that makes providers up does not crowd out the others.
+        return tuple(provider for provider, _ in mentions.most_common(limit))
 
     async def _send_to_closest(self, key: bytes, message: Message) -> None:
         with trio.move_on_after(LOOKUP_SECONDS):
-            peers = await self._lookup(key, Message.FIND_NODE, lambda _: False)
+            peers = await self._lookup(key, Message.FIND_NODE, _nothing)
             async with trio.open_nursery() as nursery:
                 for peer in peers:
                     nursery.start_soon(self._ask, peer, message)
 
-    async def _lookup(self, key: bytes, kind: Message.MessageType, collect: Callable[[Message], bool]) -> list[NodeId]:
+    async def _lookup(
+        self, key: bytes, kind: Message.MessageType, collect: Callable[[Message], Progress]
+    ) -> list[NodeId]:
         """Ask ever closer peers about a key until the closest have all answered or `collect` says it is enough.
 
         Returns the peers that answered, closest first, at most BUCKET_SIZE.
         """
-        lookup = _Lookup(position(key), [*self._table.closest(position(key), BUCKET_SIZE), *self._host.peers])
+        now = trio.current_time()
+        avoided = {peer for peer, until in self._avoided.items() if until > now}
+        known = self._table.closest(position(key), BUCKET_SIZE)
+        # A peer that has connected just now may not have told yet that it belongs in the table.
+        lookup = _Lookup(position(key), {*known, *self._host.peers}, avoided)
         message = Message(type=kind, key=key)
 
         async def work() -> None:
@@ -174,12 +221,15 @@ class Kademlia:
                 answer = await self._ask(peer, message)
                 if answer is None:
                     lookup.failed(peer)
-                else:
-                    lookup.answered(peer, self._learn(answer.closerPeers[:BUCKET_SIZE]))
-                    if collect(answer):
-                        nursery.cancel_scope.cancel()
+                    continue
+                lookup.answered(peer, self._learn(answer.closerPeers[:BUCKET_SIZE]))
+                progress = collect(answer)
+                if progress is Progress.ENOUGH:
+                    scope.cancel()
+                elif progress is Progress.SOME:
+                    scope.deadline = min(scope.deadline, trio.current_time() + PATIENCE_SECONDS)
 
-        with trio.move_on_after(LOOKUP_SECONDS):
+        with trio.move_on_after(LOOKUP_SECONDS) as scope:
             async with trio.open_nursery() as nursery:
                 for _ in range(CONCURRENCY):
                     nursery.start_soon(work)
@@ -196,7 +246,7 @@ class Kademlia:
                 finally:
                     stream.close()
         except Exception:  # noqa: BLE001 - whatever is wrong with one peer, the lookup goes on with the others
-            self._table.remove(peer)
+            self.avoid(peer)
             return None
         return answer if answer.type == message.type else None
 
@@ -291,12 +341,12 @@ class Kademlia:
 class _Lookup:
     """Which peers a lookup has asked, is asking, and should ask next."""
 
-    def __init__(self, target: int, peers: Iterable[NodeId]) -> None:
+    def __init__(self, target: int, peers: set[NodeId], avoided: set[NodeId]) -> None:
         self._target = target
-        self._waiting = set(peers)
+        self._waiting = peers - avoided
         self._asking: set[NodeId] = set()
         self._answered: set[NodeId] = set()
-        self._failed: set[NodeId] = set()
+        self._failed = avoided
         self._changed = trio.Event()
 
     async def next_peer(self) -> NodeId | None:

@@ -70,10 +70,13 @@ class Libp2pNetwork(Network):
             with trio.fail_after(IDENTIFY_SECONDS):
                 identity = await request_identify(self._host, connection.peer)
         except Exception:  # noqa: BLE001 - a peer that does not say stays out of the routing table
+            self._kademlia.avoid(connection.peer)
             return
-        self._host.learn(connection.peer, identity.addresses)
+        self._host.learn(connection.peer, self._host.usable_by(connection.peer, identity.addresses))
         if kademlia_module.PROTOCOL in identity.protocols:
             self._kademlia.add_peer(connection.peer)
+        else:
+            self._kademlia.avoid(connection.peer)
 
     async def connect(self, address: str) -> NodeId:
         target = TcpAddress.parse(address)

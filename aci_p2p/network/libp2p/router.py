@@ -40,7 +40,7 @@ DEGREE = 6
 DEGREE_LOW = 4
 """Fewer neighbours than this are filled up (D_low)."""
 DEGREE_HIGH = 12
-"""More neighbours than this are pruned (D_high)."""
+"""With so many neighbours in a mesh, further grafts are refused (D_high)."""
 DEGREE_LAZY = 6
 """Neighbours outside the mesh that hear of new messages in a heartbeat (D_lazy)."""
 GOSSIP_FACTOR = 0.25
@@ -214,7 +214,6 @@ class Router:
         self._backoff = {key: until for key, until in self._backoff.items() if until > now}
         for topic in self._mesh:
             self._fill_mesh(topic, now)
-            self._thin_mesh(topic, now)
         for topic, (_, published) in tuple(self._fanout.items()):
             if now - published > FANOUT_SECONDS:
                 del self._fanout[topic]
@@ -251,13 +250,6 @@ class Router:
         for peer in self._sample(eligible, DEGREE - len(mesh)):
             mesh.add(peer)
             self._send(peer, _control(graft=[ControlGraft(topicID=topic)]))
-
-    def _thin_mesh(self, topic: str, now: float) -> None:
-        mesh = self._mesh[topic]
-        if len(mesh) > DEGREE_HIGH:
-            for peer in self._sample(sorted(mesh), len(mesh) - DEGREE):
-                mesh.discard(peer)
-                self._prune(topic, peer, PRUNE_BACKOFF_SECONDS, now)
 
     def _prune(self, topic: str, peer: NodeId, backoff: int, now: float) -> None:
         self._backoff[topic, peer] = now + backoff

@@ -39,6 +39,8 @@ KEEPALIVE_SECONDS = 30.0
 """Time between pings, seconds."""
 KEEPALIVE_TIMEOUT_SECONDS = 20.0
 """A peer that does not answer a ping for this long is gone, seconds."""
+FRAMES_A_TURN = 128
+"""Frames handled before other tasks get a turn: a peer that sends tiny ones does not stop the event loop."""
 CLOSE_SECONDS = 0.3
 """How long closing waits for queued frames to leave, seconds."""
 
@@ -324,6 +326,7 @@ class Yamux:
 
     async def _read_frames(self) -> None:
         buffer = bytearray()
+        handled = 0
         while True:
             buffer += await self._connection.receive()
             offset = 0
@@ -336,6 +339,9 @@ class Yamux:
                     return
                 self._handle(header, buffer[offset + _HEADER.size : end])
                 offset = end
+                handled += 1
+                if not handled % FRAMES_A_TURN:
+                    await trio.lowlevel.checkpoint()
             del buffer[:offset]
             if self._queued > MAX_QUEUED_BYTES:
                 msg = "the peer does not read the answers it asks for"

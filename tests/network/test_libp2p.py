@@ -1,0 +1,226 @@
+"""What only the libp2p implementation has: ports, addresses, dialling, and staying off the terminal."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+import trio
+
+from aci_p2p.network import AddressInUse, Network, PeerUnreachable
+from aci_p2p.network.libp2p import host, open_libp2p_network
+from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.host import Host
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.tasks import open_background
+from tests.network.driver import (
+    ECHO,
+    STRANGER,
+    Opener,
+    echo,
+    eventually,
+    make_key,
+    select_record,
+    validate_record,
+    wait_for_ever,
+)
+
+
+def open_at(number: int, listen: Sequence[str]) -> AbstractAsyncContextManager[Network]:
+    """An endpoint that listens at given addresses."""
+    return open_libp2p_network(
+        make_key(number), listen=listen, record_validator=validate_record, record_selector=select_record
+    )
+
+
+async def test_port_in_use_is_named(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as network:
+        address = network.addresses[0].split("/p2p/")[0]
+        with pytest.raises(AddressInUse, match=address):
+            async with open_at(2, [address]):
+                pass
+
+
+@pytest.mark.parametrize("address", ["nonsense", "/dns/localhost/tcp/0", "/ip4/192.0.2.77/tcp/0"])
+async def test_address_that_cannot_be_bound(address: str) -> None:
+    with pytest.raises(LocalError):
+        async with open_at(1, [address]):
+            pass
+
+
+async def test_port_is_free_again_afterwards() -> None:
+    async with open_at(1, ["/ip4/127.0.0.1/tcp/0"]) as first, open_at(2, ["/ip4/127.0.0.1/tcp/0"]) as second:
+        await first.connect(second.addresses[0])
+        address = second.addresses[0].split("/p2p/")[0]
+    async with open_at(2, [address]):
+        pass
+
+
+async def test_all_interfaces_are_named_with_the_port() -> None:
+    async with open_at(1, ["/ip4/0.0.0.0/tcp/0"]) as network:
+        ports = {address.split("/")[4] for address in network.addresses}
+        assert len(ports) == 1
+        assert "0" not in ports
+        assert any(address.startswith("/ip4/127.0.0.1/") for address in network.addresses)
+        assert not any("/0.0.0.0/" in address for address in network.addresses)
+
+
+async def test_several_listen_addresses() -> None:
+    async with open_at(1, ["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.2/tcp/0"]) as network, open_at(2, []) as dialler:
+        assert len(network.addresses) == 2
+        assert list(dialler.addresses) == []
+        await dialler.connect(network.addresses[1])
+
+
+async def test_node_that_only_dials_can_be_talked_to(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a, open_at(2, []) as b:
+        await b.connect(a.addresses[0])
+        with b.serve(ECHO, echo):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                await stream.send(b"hello")
+                assert await stream.receive() == b"hello"
+
+
+async def test_addresses_are_tried_in_turn(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a, open_libp2p(2) as b, open_libp2p(3) as c:
+        somebody_else = c.addresses[0].split("/p2p/")[0]
+        a.learn_addresses(b.node_id, ["/ip4/127.0.0.1/tcp/1", somebody_else, b.addresses[0]])
+        with b.serve(ECHO, echo):
+            async with a.open_stream(b.node_id, ECHO):
+                assert b.node_id in a.peers
+
+
+async def test_unreachable_peer_says_why(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as network:
+        with pytest.raises(PeerUnreachable) as caught:
+            await network.connect(f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER}")
+        assert STRANGER.short in caught.value.message
+        assert "/ip4/127.0.0.1/tcp/1 refuses the connection" in caught.value.message
+        assert "\n" not in caught.value.message
+
+
+async def test_silent_listener_is_given_up(open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "HANDSHAKE_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        async with open_libp2p(1) as network:
+            with trio.fail_after(2), pytest.raises(PeerUnreachable):
+                await network.connect(f"/ip4/127.0.0.1/tcp/{listener.getsockname()[1]}/p2p/{STRANGER}")
+
+
+async def test_connections_of_both_directions_at_once(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a, open_libp2p(2) as b:
+        with a.serve(ECHO, echo), b.serve(ECHO, echo):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(a.connect, b.addresses[0])
+                nursery.start_soon(b.connect, a.addresses[0])
+            for here, there in ((a, b), (b, a)):
+                async with here.open_stream(there.node_id, ECHO) as stream:
+                    await stream.send(b"hello")
+                    assert await stream.receive() == b"hello"
+            assert list(a.peers) == [b.node_id]
+            assert list(b.peers) == [a.node_id]
+
+
+async def test_many_dials_at_once_make_one_connection(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a, open_libp2p(2) as b:
+        a.learn_addresses(b.node_id, b.addresses)
+        with b.serve(ECHO, wait_for_ever):
+
+            async def hold() -> None:
+                async with a.open_stream(b.node_id, ECHO):
+                    await trio.sleep_forever()
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(10):
+                    nursery.start_soon(hold)
+                await eventually(lambda: b.statistics().streams == 10)
+                nursery.cancel_scope.cancel()
+        assert list(b.peers) == [a.node_id]
+
+
+async def test_cancelled_dial_leaves_nothing(open_libp2p: Opener) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        async with open_libp2p(1) as network:
+            address = f"/ip4/127.0.0.1/tcp/{listener.getsockname()[1]}/p2p/{STRANGER}"
+            with trio.move_on_after(0.05) as scope:
+                await network.connect(address)
+            assert scope.cancelled_caught
+            assert not network.peers
+            with trio.move_on_after(0.05) as scope:
+                await network.connect(address)
+            assert scope.cancelled_caught
+
+
+async def test_connections_are_bounded(open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "MAX_INBOUND_CONNECTIONS", 2)
+    async with open_libp2p(1) as network, open_libp2p(2) as a, open_libp2p(3) as b, open_libp2p(4) as c:
+        await a.connect(network.addresses[0])
+        await b.connect(network.addresses[0])
+        with pytest.raises(PeerUnreachable):
+            await c.connect(network.addresses[0])
+        assert len(network.peers) == 2
+
+
+async def test_oldest_idle_connection_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "MAX_CONNECTIONS", 3)
+    async with open_background() as nursery:
+        dialler, *others = (Host(make_key(number), nursery) for number in range(1, 7))
+        for other in others:
+            await other.listen(TcpAddress.parse("/ip4/127.0.0.1/tcp/0"))
+        busy, *_ = [await dialler.dial(other.node_id, other.addresses) for other in others[:3]]
+        streams = [busy.muxer.open_stream() for _ in range(host.IDLE_STREAMS + 1)]
+        await dialler.dial(others[3].node_id, others[3].addresses)
+        assert set(dialler.peers) == {others[index].node_id for index in (0, 2, 3)}
+        streams[0].reset()
+        await dialler.dial(others[4].node_id, others[4].addresses)
+        assert set(dialler.peers) == {others[index].node_id for index in (2, 3, 4)}
+        for connection in [await dialler.dial(other.node_id) for other in others[2:]]:
+            for _ in range(host.IDLE_STREAMS + 1):
+                connection.muxer.open_stream()
+        with pytest.raises(PeerUnreachable, match="in use"):
+            await dialler.dial(others[0].node_id)
+
+
+async def test_star_of_five_finds_providers_quickly(open_libp2p: Opener) -> None:
+    key = bytes(32)
+    async with (
+        open_libp2p(1) as boot,
+        open_libp2p(2) as a,
+        open_libp2p(3) as b,
+        open_libp2p(4) as c,
+        open_libp2p(5) as d,
+    ):
+        for network in (a, b, c, d):
+            await network.connect(boot.addresses[0])
+        for network in (a, b, c):
+            await network.provide(key)
+        with trio.fail_after(1):
+            found = await d.find_providers(key, 10)
+        assert set(found) == {a.node_id, b.node_id, c.node_id}
+
+
+async def test_swarm_behind_one_bootstrap_node_meshes(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as boot, open_libp2p(2) as a, open_libp2p(3) as b:
+        await a.connect(boot.addresses[0])
+        await b.connect(boot.addresses[0])
+        await eventually(lambda: b.node_id in a.peers and a.node_id in b.peers)
+
+
+def test_seam_does_not_import_libp2p() -> None:
+    probe = "import sys, aci_p2p.network, aci_p2p.network.memory; print([m for m in sys.modules if m == 'libp2p'])"
+    done = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], open_libp2p: Opener) -> None:
+    async def quarrel() -> None:
+        async with open_libp2p(1) as a, open_libp2p(2) as b:
+            with pytest.raises(PeerUnreachable):
+                await a.connect(b.addresses[0].replace(str(b.node_id), str(STRANGER)))
+
+    trio.run(quarrel)
+    assert capfd.readouterr() == ("", "")
