@@ -1,0 +1,260 @@
+"""Nodes as people run them: processes of their own, over loopback libp2p, with real models, killed and interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from aci_p2p.executor import ModelStore
+from aci_p2p.protocol.proof import MAX_PROOF_BYTES, ProofInvalid, verify_proof
+from tests.cli.conftest import Cli, one_line
+from tests.conftest import MODEL_HOME
+from tests.executor.tiny import write_tiny_model
+
+COMMAND = (sys.executable, "-c", "from aci_p2p.cli import main; main()")
+LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0")
+START_S = 30.0
+"""Seconds for a process to come up on a busy machine."""
+
+Process = subprocess.Popen[str]
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(home: Path) -> Iterator[Start]:
+    """Starts `aci-p2p` with arguments; whatever still runs at the end is killed."""
+    running: list[Process] = []
+
+    def run(*arguments: str, at: Path = home) -> Process:
+        process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "ACI_HOME": str(at), "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
+        )
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(process: Process, prefix: str) -> str:
+    """Read standard output up to the line that starts with `prefix`; the rest of that line."""
+    assert process.stdout is not None
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        line = process.stdout.readline()
+        if line.startswith(prefix):
+            return line.removeprefix(prefix).strip()
+        if not line and process.poll() is not None:
+            break
+    pytest.fail(f"no line {prefix!r}: {process.communicate()[1]}")
+
+
+def wait_for_text(process: Process, characters: int = 1) -> None:
+    """Wait until an answer begins to stream."""
+    assert process.stdout is not None
+    assert process.stdout.read(characters)
+
+
+def finish(process: Process, timeout: float = START_S) -> subprocess.CompletedProcess[str]:
+    """Wait for a process to end."""
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess([], process.returncode, out, err)
+
+
+def workers() -> set[int]:
+    """Executor workers that run on this machine."""
+    found: set[int] = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"aci_p2p.executor.worker" in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+@contextmanager
+def no_orphans() -> Iterator[None]:
+    """No worker outlives the block."""
+    before = workers()
+    yield
+    deadline = time.monotonic() + 5
+    while workers() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not workers() - before
+
+
+@pytest.fixture
+def model_home(home: Path) -> Path:
+    """An ACI home of its own with the default model in it."""
+    if not (MODEL_HOME / "models").is_dir():
+        if os.environ.get("ACI_REQUIRE_MODEL"):
+            pytest.fail("the default model is missing: make model")
+        pytest.skip("the default model is missing: make model")
+    home.mkdir()
+    (home / "models").symlink_to(MODEL_HOME / "models")
+    return home
+
+
+@pytest.fixture
+def tiny_home(home: Path, tmp_path: Path) -> Path:
+    """An ACI home of its own with a tiny model in it."""
+    ModelStore(home / "models").add_directory(write_tiny_model(tmp_path / "tiny"), "tiny")
+    return home
+
+
+def test_a_tiny_model_end_to_end(cli: Cli, start: Start, tiny_home: Path, tmp_path: Path) -> None:
+    with no_orphans():
+        provider = start("join", *LOOPBACK)
+        address = wait_for(provider, "listening on ")
+        path = tmp_path / "a.aciproof"
+        ask = ("infer", "--bootstrap", address, "--model", "tiny", "--max-tokens", "20", "--proof", str(path))
+        result = cli(*ask, "--json", "--temperature", "0.9", "Hello!")
+        assert result.returncode == 0, result.stderr
+        answer = json.loads(result.stdout)
+        assert 1 <= answer["output_tokens"] <= 20
+        assert len(answer["tokens"]) == answer["output_tokens"]
+        assert answer["temperature_milli"] == 900
+        assert cli("verify", str(path)).returncode == 0
+        data = path.read_bytes()
+        for position in range(0, len(data), 7):
+            with pytest.raises(ProofInvalid):
+                verify_proof(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
+        assert len(data) < MAX_PROOF_BYTES
+        # From standard input, streamed as text.
+        piped = cli(*ask, "-", stdin="Hello from a pipe")
+        assert piped.returncode == 0, piped.stderr
+        provider.terminate()
+        done = finish(provider)
+        assert done.returncode == 0
+        assert done.stdout.endswith("stopped\n")
+        assert not done.stderr
+
+
+def test_what_a_consumer_is_told(cli: Cli, start: Start, tiny_home: Path) -> None:
+    provider = start("join", *LOOPBACK)
+    ask = ("infer", "--bootstrap", wait_for(provider, "listening on "), "--model", "tiny", "--max-tokens", "5")
+    assert "dearer than the maximum price by" in one_line(cli(*ask, "--max-price", "0.0000001", "Hello!"), 4)
+    assert "slower than the maximum latency by" in one_line(cli(*ask, "--max-latency", "1", "Hello!"), 4)
+    assert "nobody bid within 0.2 s" in one_line(
+        cli("infer", "--bootstrap", ask[2], "--model", "ab" * 32, "--bid-window", "200", "Hello!"), 4
+    )
+    long = cli(*ask, "-", stdin="word " * 3_000)
+    assert long.returncode == 2
+    assert "tokens" in long.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in long.stderr
+    assert cli(*ask, "Hello!").returncode == 0
+
+
+def test_altered_weights_are_not_served(cli: Cli, tiny_home: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "tiny" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    line = one_line(cli("join", *LOOPBACK), 2)
+    assert "tiny" in line
+    weights.unlink()
+    assert "tiny" in one_line(cli("join", *LOOPBACK), 2)
+
+
+def test_one_key_one_node_one_port(cli: Cli, start: Start, tiny_home: Path, tmp_path: Path) -> None:
+    address = wait_for(start("join", *LOOPBACK), "listening on ")
+    assert "another node of this machine runs with it" in one_line(cli("join", *LOOPBACK), 2)
+    taken = address.partition("/p2p/")[0]
+    line = one_line(cli("join", "--no-serve", "--listen", taken, "--home", str(tmp_path / "other")), 4)
+    assert taken.rpartition("/")[2] in line
+
+
+def test_a_second_provider_joins_through_the_first(cli: Cli, start: Start, tiny_home: Path, tmp_path: Path) -> None:
+    first = wait_for(start("join", *LOOPBACK), "listening on ")
+    other = tmp_path / "other"
+    ModelStore(other / "models").add_directory(write_tiny_model(tmp_path / "tiny2"), "tiny")
+    second = start("join", *LOOPBACK, "--bootstrap", first, "--output-price", "0.000001", at=other)
+    assert wait_for(second, "joined: ") == "connected to 1 of 1 nodes given"
+    answer = json.loads(
+        cli("infer", "--bootstrap", first, "--model", "tiny", "--max-tokens", "3", "--json", "Hello!").stdout
+    )
+    assert len(answer["bids"]) == 2
+    assert answer["provider"] == min(answer["bids"], key=lambda bid: int(bid["worst_price_base_units"]))["provider"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "words"), [(signal.SIGKILL, "after"), (signal.SIGTERM, "shutting down")])
+def test_a_provider_that_ends_mid_stream(start: Start, model_home: Path, how: signal.Signals, words: str) -> None:
+    with no_orphans():
+        provider = start("join", *LOOPBACK, "--key", "killed")
+        address = wait_for(provider, "listening on ")
+        consumer = start("infer", "--bootstrap", address, "--max-tokens", "2000", "Count from one to one thousand.")
+        wait_for_text(consumer)
+        provider.send_signal(how)
+        began = time.monotonic()
+        result = finish(consumer)
+        assert time.monotonic() - began < 5
+        assert result.returncode == 3
+        assert words in result.stderr.strip().splitlines()[-1]
+        assert "Traceback" not in result.stderr
+        assert finish(provider).returncode == (0 if how is signal.SIGTERM else -how)
+
+
+@pytest.mark.slow
+def test_interrupting_the_consumer_frees_the_provider(start: Start, cli: Cli, model_home: Path) -> None:
+    provider = start("join", *LOOPBACK, "--slots", "1")
+    address = wait_for(provider, "listening on ")
+    ask = ("infer", "--bootstrap", address, "--max-tokens")
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        consumer = start(*ask, "2000", "Count from one to one thousand.")
+        wait_for_text(consumer)
+        consumer.send_signal(how)
+        result = finish(consumer, 5)
+        assert "Traceback" not in result.stderr
+        if how is not signal.SIGKILL:
+            assert result.returncode == 130
+            assert result.stderr.strip().splitlines()[-1] == "aci-p2p: interrupted"
+        # The only slot is free again at once.
+        assert cli(*ask, "4", "Hi").returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_demo_can_be_interrupted_at_any_moment(start: Start, model_home: Path) -> None:
+    with no_orphans():
+        for delay in (0.0, 0.7, 1.6, 3.0):
+            demo = start("demo", "--max-tokens", "400")
+            wait_for(demo, "Peers")
+            time.sleep(delay)
+            demo.send_signal(signal.SIGINT)
+            result = finish(demo, 10)
+            assert result.returncode == 130
+            assert result.stderr.strip() == "aci-p2p: interrupted"
+
+
+@pytest.mark.slow
+def test_the_demo(cli: Cli, model_home: Path) -> None:
+    result = cli("demo", "--max-tokens", "12", "--prompt", "What is the capital of France?")
+    assert result.returncode == 0, result.stderr
+    for part in ("Peers", "Offer", "3 arrived", "cheapest of 3 bids", "Paris", "tokens/s", "verified"):
+        assert part in result.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_for_programs(cli: Cli, model_home: Path) -> None:
+    document = json.loads(cli("demo", "--max-tokens", "8", "--json").stdout)
+    assert document["valid"] is True
+    assert len(document["bids"]) == 3
+    assert verify_proof(Path(document["proof_file"]).read_bytes()).file.text == document["text"]
