@@ -107,9 +107,15 @@ async def test_silent_connections_do_not_lock_others_out(victim: Victim) -> None
     await trio.sleep(0.05)
     await victim.serves_honest_peers()
     closed = 0
-    for stream in silent:
-        with trio.move_on_after(0.02):
-            closed += not await stream.receive_some(1)
+
+    async def wait_for_end(stream: trio.SocketStream) -> None:
+        nonlocal closed
+        closed += not await stream.receive_some(1)
+
+    with trio.move_on_after(0.2):
+        async with trio.open_nursery() as nursery:
+            for stream in silent:
+                nursery.start_soon(wait_for_end, stream)
     assert closed >= 300 - host.MAX_HANDSHAKES
     for stream in silent:
         await stream.aclose()

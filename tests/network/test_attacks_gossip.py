@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.lowlevel
 from libp2p.pubsub.pb.rpc_pb2 import (
     RPC,
     ControlGraft,
@@ -14,11 +15,13 @@ from libp2p.pubsub.pb.rpc_pb2 import (
     Message,
 )
 
+from aci_p2p.network import PeerUnreachable
 from aci_p2p.network.libp2p import gossip
+from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import StreamReset
 from tests.network.attack import ATTACKER, Victim, noise, until_ended
-from tests.network.driver import TOPIC, eventually
+from tests.network.driver import ECHO, TOPIC, eventually
 
 
 def publication(**fields: object) -> bytes:
@@ -98,7 +101,7 @@ async def test_pointless_gossip_is_ignored(victim: Victim, data: bytes) -> None:
     assert victim.network.statistics().gossip_accepted == 0
 
 
-async def test_spammer_is_disconnected(victim: Victim) -> None:
+async def test_spammer_is_thrown_out(victim: Victim) -> None:
     async with victim.attacked_by_host() as attacker:
         stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
         with trio.fail_after(5), pytest.raises(StreamReset):
@@ -106,6 +109,12 @@ async def test_spammer_is_disconnected(victim: Victim) -> None:
                 await stream.write(publication(data=b"spam %d" % number))
                 await trio.lowlevel.checkpoint()
         await eventually(lambda: not victim.network.peers)
+        await eventually(lambda: not attacker.peers)
+        with pytest.raises(PeerUnreachable):
+            await attacker.dial(victim.network.node_id, (TcpAddress.parse(victim.address),))
+        with pytest.raises(PeerUnreachable, match="thrown out"):
+            async with victim.network.open_stream(ATTACKER.node_id, ECHO):
+                pass
 
 
 async def test_many_gossip_streams_of_one_peer(victim: Victim) -> None:

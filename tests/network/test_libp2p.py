@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 
@@ -99,8 +101,20 @@ async def test_unreachable_peer_says_why(open_libp2p: Opener) -> None:
         with pytest.raises(PeerUnreachable) as caught:
             await network.connect(f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER}")
         assert STRANGER.short in caught.value.message
-        assert "/ip4/127.0.0.1/tcp/1 refuses the connection" in caught.value.message
+        assert "/ip4/127.0.0.1/tcp/1 cannot be dialled: connection refused" in caught.value.message
         assert "\n" not in caught.value.message
+
+
+async def test_unknown_host_name_is_said(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as network:
+        with pytest.raises(PeerUnreachable, match=r"/dns/nowhere\.invalid/tcp/1 cannot be dialled"):
+            await network.connect(f"/dns/nowhere.invalid/tcp/1/p2p/{STRANGER}")
+
+
+async def test_host_name_is_resolved(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a, open_libp2p(2) as b:
+        port = TcpAddress.parse(b.addresses[0]).port
+        assert await a.connect(f"/dns4/localhost/tcp/{port}/p2p/{b.node_id}") == b.node_id
 
 
 async def test_silent_listener_is_given_up(open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,3 +238,38 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], open_libp2p: Open
 
     trio.run(quarrel)
     assert capfd.readouterr() == ("", "")
+
+
+INTERRUPTED = """
+import trio
+from aci_p2p.network.libp2p import open_libp2p_network
+from tests.network.driver import ECHO, echo, make_key, select_record, validate_record
+
+async def main():
+    rules = {"record_validator": validate_record, "record_selector": select_record}
+    async with open_libp2p_network(make_key(1), **rules) as a, open_libp2p_network(make_key(2), **rules) as b:
+        await a.connect(b.addresses[0])
+        with b.serve(ECHO, echo):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                print("ready", flush=True)
+                await stream.receive()
+
+try:
+    trio.run(main)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_interrupt_ends_at_once_and_silently() -> None:
+    arguments = [sys.executable, "-W", "error", "-c", INTERRUPTED]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        program.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        output, errors = program.communicate(timeout=10)
+        assert time.monotonic() - started < 3
+    assert (output, errors) == ("interrupted\n", "")
+    assert program.returncode == 0

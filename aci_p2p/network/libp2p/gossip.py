@@ -112,10 +112,6 @@ class Gossip:
         host.on_connected.append(self._on_connected)
         host.on_disconnected.append(self._on_disconnected)
 
-    def mesh(self, topic: str) -> frozenset[NodeId]:
-        """Neighbours in the topic's mesh."""
-        return self._router.mesh(topic)
-
     def topic_peers(self, topic: str) -> tuple[NodeId, ...]:
         """Neighbours subscribed to a topic."""
         return tuple(self._router.subscribers(topic))
@@ -149,6 +145,8 @@ class Gossip:
                 pause = min(2 * pause, MAX_RETRY_SECONDS)
 
     async def _write_stream(self, peer: NodeId, outbox: _Outbox) -> None:
+        if self._host.connection(peer) is None:
+            return
         try:
             stream = await self._host.open_stream(peer, PROTOCOL)
         except PeerUnreachable:
@@ -210,7 +208,7 @@ class Gossip:
 
     async def _refuse(self, peer: NodeId, validation: Validation) -> None:
         if self.journal.refuse(peer, validation):
-            await self._host.disconnect(peer)
+            await self._host.throw_out(peer)
 
     @asynccontextmanager
     async def subscribe(self, topic: str, validator: GossipValidator, *, capacity: int) -> AsyncGenerator[Subscription]:

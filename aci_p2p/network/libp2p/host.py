@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
+import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ import trio
 from aci_p2p.network.api import AddressInUse, PeerUnreachable
 from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified
 from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound, select_outbound
-from aci_p2p.network.libp2p.secure import Security, TcpChannel
+from aci_p2p.network.libp2p.secure import ConnectionLost, Security, TcpChannel
 from aci_p2p.network.libp2p.yamux import PROTOCOL as YAMUX
 from aci_p2p.network.libp2p.yamux import StreamEnded, StreamReset, Yamux, YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER
@@ -37,16 +39,18 @@ IDLE_STREAMS = 2
 """Streams of a connection that is not in use: gossip has one each way."""
 MAX_CONNECTIONS_PER_ADDRESS = 32
 """Inbound connections kept from one IP address, loopback excepted (a NAT may hide several nodes)."""
-MAX_HANDSHAKES = 64
+MAX_HANDSHAKES = 256
 """Inbound handshakes under way; one more ends the oldest, so that silent connections cannot lock honest ones out."""
 MAX_HANDSHAKES_PER_ADDRESS = 16
-"""Inbound handshakes under way from one IP address; one more ends its oldest."""
+"""Inbound handshakes under way from one IP address, loopback excepted; one more ends its oldest."""
 HANDSHAKE_SECONDS = 10.0
 """Time from a TCP connection to a multiplexed one, seconds: five round trips and two signatures."""
 DIAL_SECONDS = 5.0
 """Time for one address to take our TCP connection, seconds."""
 NEGOTIATION_SECONDS = 10.0
 """Time to agree on a stream's protocol, seconds."""
+BAN_SECONDS = 60.0
+"""How long a peer that was thrown out is neither dialled nor let in, seconds."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
 
@@ -81,6 +85,7 @@ class Host:
         self._nursery = nursery
         self._connections: dict[NodeId, list[Connection]] = {}
         self._known: OrderedDict[NodeId, tuple[TcpAddress, ...]] = OrderedDict()
+        self._banned: OrderedDict[NodeId, float] = OrderedDict()
         self._dials: dict[NodeId, trio.Event] = {}
         self._protocols: dict[str, _Protocol] = {}
         self._handshakes: OrderedDict[trio.CancelScope, str] = OrderedDict()
@@ -147,7 +152,8 @@ class Host:
     @contextmanager
     def _handshaking(self, address: str) -> Generator[None]:
         """Bound inbound handshakes in time and number."""
-        if sum(other == address for other in self._handshakes.values()) >= MAX_HANDSHAKES_PER_ADDRESS:
+        of_address = sum(other == address for other in self._handshakes.values())
+        if of_address >= MAX_HANDSHAKES_PER_ADDRESS and not _is_loopback(address):
             self._end_oldest_handshake(address)
         elif len(self._handshakes) >= MAX_HANDSHAKES:
             self._end_oldest_handshake(None)
@@ -172,7 +178,7 @@ class Host:
                     secure = await self._security.secure_inbound(channel)
                     await select_inbound(secure, (YAMUX,))
                     connection = Connection(secure.peer, Yamux(secure, is_initiator=False), False, address)  # noqa: FBT003
-            if connection is not None and connection.peer != self.node_id:
+            if connection is not None and connection.peer != self.node_id and not self._is_banned(connection.peer):
                 self._add(connection)
                 await self._serve_connection(connection)
         except Exception:  # noqa: BLE001, S110 - whatever a stranger sends ends its own connection and nothing else
@@ -276,6 +282,9 @@ class Host:
         if peer == self.node_id:
             msg = "cannot connect to ourselves"
             raise LocalError(msg)
+        if self._is_banned(peer):
+            msg = f"{peer.short} was thrown out for what it sent; not dialled for a while"
+            raise PeerUnreachable(msg)
         self._dials[peer] = trio.Event()
         try:
             await self._make_room()
@@ -302,12 +311,16 @@ class Host:
             msg = f"{place} does not answer"
             raise PeerUnreachable(msg) from None
         except OSError as error:
-            msg = f"{place} refuses the connection"
+            msg = f"{place} cannot be dialled: {_reason(error)}"
             raise PeerUnreachable(msg) from error
         try:
             with trio.fail_after(HANDSHAKE_SECONDS):
                 secure = await self._security.secure_outbound(TcpChannel(stream, is_initiator=True), peer)
                 await select_outbound(secure, YAMUX)
+        except (ConnectionLost, trio.TooSlowError) as error:
+            await stream.aclose()
+            msg = f"{place} does not complete the handshake"
+            raise PeerUnreachable(msg) from error
         except Exception as error:
             await stream.aclose()
             msg = f"{place} is not {peer.short} speaking libp2p"
@@ -328,8 +341,15 @@ class Host:
             raise PeerUnreachable(msg) from error
         return connection
 
-    async def disconnect(self, peer: NodeId) -> None:
-        """Close all connections to a peer."""
+    def _is_banned(self, peer: NodeId) -> bool:
+        return self._banned.get(peer, 0.0) > trio.current_time()
+
+    async def throw_out(self, peer: NodeId) -> None:
+        """Close all connections to a peer and have nothing to do with it for BAN_SECONDS."""
+        self._banned[peer] = trio.current_time() + BAN_SECONDS
+        self._banned.move_to_end(peer)
+        if len(self._banned) > MAX_KNOWN_PEERS:
+            self._banned.popitem(last=False)
         for connection in tuple(self._connections.get(peer, ())):
             await connection.muxer.close()
 
@@ -414,6 +434,16 @@ class Host:
             for several in self._connections.values():
                 for connection in several:
                     nursery.start_soon(connection.muxer.close)
+
+
+def _reason(error: OSError) -> str:
+    """Why a connection failed, in few words: trio wraps the errors of all addresses that it tried."""
+    cause = error.__cause__ or error
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[-1]
+    if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, socket.gaierror):
+        return os.strerror(cause.errno).lower()
+    return str(error.strerror or error)
 
 
 def _is_loopback(host: str) -> bool:

@@ -103,11 +103,6 @@ class Kademlia:
         self._avoided: OrderedDict[NodeId, float] = OrderedDict()
         self._found_peer = trio.Event()
 
-    @property
-    def table_size(self) -> int:
-        """Peers in the routing table."""
-        return len(self._table)
-
     def add_peer(self, peer: NodeId) -> None:
         """A newly connected peer serves our protocol."""
         self._avoided.pop(peer, None)
