@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -179,7 +179,7 @@ class ACI:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         temperature: float = 0.0,
         requirements: Requirements | None = None,
-    ) -> AsyncIterator[AnswerStream]:
+    ) -> AsyncGenerator[AnswerStream]:
         """Run one inference within the block, streaming; leaving it early cancels the job. As `inference`."""
         wanted = requirements or Requirements()
         root = resolve_model(model, self.node.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Self, TypeAlias
@@ -146,7 +146,7 @@ class RunningJob(JobShell[ConsumerEvent]):
 @asynccontextmanager
 async def open_job(
     job: ConsumerJob, network: Network, market: Market, store: Store, clock: Clock
-) -> AsyncIterator[RunningJob]:
+) -> AsyncGenerator[RunningJob]:
     """Run a job within the block; leaving early cancels it, and its provider is told."""
     running = RunningJob(job, network, market, store, clock)
     async with open_background() as nursery:

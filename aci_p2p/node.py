@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
@@ -113,7 +113,7 @@ class Node:
 
 
 @asynccontextmanager
-async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None = None) -> AsyncIterator[Node]:
+async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None = None) -> AsyncGenerator[Node]:
     """Run a node within the block: it has joined through its bootstrap addresses, and serves if it is told to.
 
     Raises LocalError (key, models, addresses), AddressInUse, BootstrapFailed.
@@ -144,14 +144,14 @@ async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None
 
 
 @contextmanager
-def _key(config: NodeConfig) -> Iterator[KeyPair]:
+def _key(config: NodeConfig) -> Generator[KeyPair]:
     ring = KeyRing(config.keys_path)
     with ring.use(config.key) if config.own_key else ring.use_any(config.key) as key:
         yield key
 
 
 @asynccontextmanager
-async def _open_libp2p(key: KeyPair, listen: Sequence[str], rules: RecordRules) -> AsyncIterator[Network]:
+async def _open_libp2p(key: KeyPair, listen: Sequence[str], rules: RecordRules) -> AsyncGenerator[Network]:
     # Imported here: libp2p takes most of a second, which commands that need no network should not pay.
     from aci_p2p.network.libp2p import open_libp2p_network  # noqa: PLC0415
 
@@ -162,7 +162,7 @@ async def _open_libp2p(key: KeyPair, listen: Sequence[str], rules: RecordRules) 
 
 
 @asynccontextmanager
-async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, sealer: Sealer) -> AsyncIterator[None]:
+async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, sealer: Sealer) -> AsyncGenerator[None]:
     """Serve models within the block."""
     models = ModelStore(node.config.models_path)
     opening = parts.open_executor() if parts.open_executor else open_process_executor(models, threads=config.threads)

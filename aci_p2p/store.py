@@ -6,7 +6,8 @@ WAL with synchronous=FULL: a commit that returned survives power loss (NORMAL lo
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +35,14 @@ SCHEMA_VERSION: Final = 1
 """`PRAGMA user_version`; a database with a higher one is from a later program and is refused."""
 BUSY_TIMEOUT_S: Final = 5.0
 """Seconds to wait for another process's transaction; ours take milliseconds."""
+BUSY_POLL_S: Final = 0.01
+"""Seconds between attempts where SQLite does not wait by itself."""
 
 _SCHEMA: Final = """
 CREATE TABLE jobs (
+    node BLOB NOT NULL,
     job_id BLOB NOT NULL,
     role TEXT NOT NULL,
-    node BLOB NOT NULL,
     state TEXT NOT NULL,
     updated_at INTEGER NOT NULL,
     model_root BLOB NOT NULL,
@@ -49,24 +52,27 @@ CREATE TABLE jobs (
     detail TEXT NOT NULL,
     proof BLOB NOT NULL,
     receipt BLOB NOT NULL,
-    PRIMARY KEY (job_id, role)
+    PRIMARY KEY (node, job_id, role)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX jobs_by_state ON jobs (state);
 CREATE TABLE transitions (
+    node BLOB NOT NULL,
     job_id BLOB NOT NULL,
     role TEXT NOT NULL,
     state TEXT NOT NULL,
     at INTEGER NOT NULL
 ) STRICT;
-CREATE INDEX transitions_by_job ON transitions (job_id, role);
+CREATE INDEX transitions_by_job ON transitions (node, job_id, role);
 CREATE TABLE keys (
     node BLOB PRIMARY KEY,
     first_used_at INTEGER NOT NULL,
     last_used_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
-_COLUMNS: Final = "job_id, role, node, state, updated_at, model_root, peer, price, blame, detail, proof, receipt"
+_COLUMNS: Final = "node, job_id, role, state, updated_at, model_root, peer, price, blame, detail, proof, receipt"
 """`price` is decimal text: base units go beyond SQLite's 64-bit integers."""
+_THIS_JOB: Final = "node = ? AND job_id = ? AND role = ?"
+_UNFIT: Final = (sqlite3.Error, ValueError, OverflowError, LocalError)
+"""What SQLite raises, and what a value does that it cannot hold, or that a damaged file held."""
 
 
 class StoreError(LocalError):
@@ -91,7 +97,7 @@ class Store:
 
     async def get_job(self, job_id: bytes, role: Party) -> JobRecord | None:
         """One job, if we have it in that role. Raises StoreError."""
-        rows = await self._run(self._select, "job_id = ? AND role = ?", (job_id, role.value))
+        rows = await self._run(self._select, _THIS_JOB, self._key(job_id, role))
         return rows[0] if rows else None
 
     async def jobs(self) -> list[JobRecord]:
@@ -102,8 +108,9 @@ class Store:
         """The job's transitions in order: state and Unix milliseconds. Raises StoreError."""
 
         def select() -> list[tuple[State, int]]:
-            query = "SELECT state, at FROM transitions WHERE job_id = ? AND role = ? ORDER BY rowid"
-            return [(State(state), at) for state, at in self._connection.execute(query, (job_id, role.value))]
+            query = f"SELECT state, at FROM transitions WHERE {_THIS_JOB} ORDER BY rowid"  # noqa: S608 - ours, values are bound
+            rows = self._connection.execute(query, self._key(job_id, role))
+            return [(State(state), at) for state, at in rows]
 
         return await self._run(select)
 
@@ -130,17 +137,24 @@ class Store:
 
     def _put_jobs(self, records: Sequence[JobRecord]) -> None:
         with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
             for job in records:
-                peer = job.peer.public_key if job.peer else None
-                row = (
-                    job.job_id, job.role.value, self._node.public_key, job.state.value, job.updated_at,
-                    job.model_root, peer, str(job.price), job.blame.value, job.detail, job.proof, job.receipt,
-                )  # fmt: skip
-                self._connection.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-                self._connection.execute(
-                    "INSERT INTO transitions VALUES (?, ?, ?, ?)",
-                    (job.job_id, job.role.value, job.state.value, job.updated_at),
-                )
+                self._put_job(job)
+
+    def _put_job(self, job: JobRecord) -> None:
+        stored = self._select(_THIS_JOB, self._key(job.job_id, job.role))
+        row = (
+            *self._key(job.job_id, job.role), job.state.value, job.updated_at, job.model_root,
+            job.peer.public_key if job.peer else None, str(job.price), job.blame.value, job.detail, job.proof,
+            job.receipt,
+        )  # fmt: skip
+        self._connection.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        # Storing a job again is no transition.
+        if stored != [job]:
+            self._connection.execute("INSERT INTO transitions VALUES (?, ?, ?, ?, ?)", row[:5])
+
+    def _key(self, job_id: bytes, role: Party) -> tuple[bytes, bytes, str]:
+        return self._node.public_key, job_id, role.value
 
     def _select(self, where: str, arguments: tuple[Any, ...]) -> list[JobRecord]:
         query = f"SELECT {_COLUMNS} FROM jobs WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
@@ -153,13 +167,13 @@ class Store:
                     return function(*arguments)
                 # Not abandoned on cancel: a transaction that began is finished, and the caller learns of it.
                 return await trio.to_thread.run_sync(function, *arguments)
-            except sqlite3.Error as error:
+            except _UNFIT as error:
                 msg = f"the node's database fails: {error}"
                 raise StoreError(msg, hint="check the disk, or move the file away and start anew") from error
 
 
 def _record(row: tuple[Any, ...]) -> JobRecord:
-    job_id, role, _, state, updated_at, model_root, peer, price, blame, detail, proof, receipt = row
+    _, job_id, role, state, updated_at, model_root, peer, price, blame, detail, proof, receipt = row
     return JobRecord(
         job_id=job_id, role=Party(role), state=State(state), updated_at=updated_at, model_root=model_root,
         peer=NodeId(peer) if peer else None, price=int(price), blame=Party(blame), detail=detail, proof=proof,
@@ -191,7 +205,7 @@ def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
+        _write_ahead(connection)
         connection.execute("PRAGMA synchronous = FULL")
         with connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -214,8 +228,22 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
         raise StoreError(msg, hint="use the program that wrote it, or another --home")
 
 
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            # SQLite itself does not wait for another process here.
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > deadline:
+                raise
+            time.sleep(BUSY_POLL_S)
+        else:
+            return
+
+
 @asynccontextmanager
-async def open_store(path: Path, node: NodeId, *, threads: bool = True) -> AsyncIterator[Store]:
+async def open_store(path: Path, node: NodeId, *, threads: bool = True) -> AsyncGenerator[Store]:
     """The database at `path`, made if missing, within the block. Raises StoreError.
 
     It is written in a thread, since a durable commit takes milliseconds; without `threads` the event loop waits, which

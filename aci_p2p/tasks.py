@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import cast
 
 import trio
 
 
 @asynccontextmanager
-async def open_background() -> AsyncIterator[trio.Nursery]:
+async def open_background() -> AsyncGenerator[trio.Nursery]:
     """A nursery that is cancelled at the end of the block.
 
     A lone error, of the block or of a task, comes out as itself and not in a group of one, so that callers can catch
@@ -20,7 +21,15 @@ async def open_background() -> AsyncIterator[trio.Nursery]:
             yield nursery
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
+        error = _lone(group)
         raise error from error.__cause__
+
+
+def _lone(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The only error in a group of groups, or the innermost group that holds several."""
+    parts: tuple[BaseException, ...] = group.exceptions
+    if len(parts) > 1:
+        return group
+    if isinstance(parts[0], BaseExceptionGroup):
+        return _lone(cast("BaseExceptionGroup[BaseException]", parts[0]))
+    return parts[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
@@ -141,7 +141,7 @@ async def _gather(function: Callable[[T], Awaitable[U]], items: Sequence[T]) -> 
 @asynccontextmanager
 async def open_discovery(
     network: Network, sealer: Sealer, rules: RecordRules, clock: Clock
-) -> AsyncIterator[Discovery]:
+) -> AsyncGenerator[Discovery]:
     """Discovery over a network within the block; what was announced is renewed every REANNOUNCE_S seconds."""
     discovery = Discovery(network, sealer, rules, clock)
 

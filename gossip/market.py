@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -72,7 +72,7 @@ class Market:
         await self._network.publish(self.bid_topic, bid.data)
 
     @contextmanager
-    def bids(self, job_id: bytes) -> Iterator[trio.MemoryReceiveChannel[Envelope[Bid]]]:
+    def bids(self, job_id: bytes) -> Generator[trio.MemoryReceiveChannel[Envelope[Bid]]]:
         """The bids for a job of ours that arrive within the block."""
         send, receive = trio.open_memory_channel[Envelope[Bid]](MAX_BIDS)
         self._waiting[job_id] = send
@@ -140,7 +140,7 @@ class Market:
 
 
 @asynccontextmanager
-async def open_market(network: Network, network_id: str, clock: Clock) -> AsyncIterator[Market]:
+async def open_market(network: Network, network_id: str, clock: Clock) -> AsyncGenerator[Market]:
     """Join the market's topics within the block."""
     market = Market(network, network_id, clock)
     async with (

@@ -66,7 +66,7 @@ class Show:
     """Tell every step with headings, as the demo does; else one line at the choice."""
     timing: Timing = field(default_factory=Timing)
     """When things happened."""
-    bids: list[BidSummary] = field(default_factory=list)
+    bids: list[BidSummary] = field(default_factory=list[BidSummary])
     """Bids that arrived."""
 
     async def run(self, stream: AnswerStream) -> Answer:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from importlib import import_module
-from typing import Final
+from typing import Final, cast
 
 import click
 
@@ -61,7 +60,7 @@ def main() -> None:
 
 def _report(error: BaseException) -> int:
     """Print the line of an error; its exit code."""
-    causes = list(_leaves(error))
+    causes = _leaves(error)
     for cause in causes:
         if isinstance(cause, SystemExit):
             return cause.code if isinstance(cause.code, int) else 1
@@ -89,9 +88,9 @@ def _say(message: str) -> None:
     click.echo("aci-p2p: " + " ".join(message.split()), err=True)
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            yield from _leaves(part)
-    else:
-        yield error
+def _leaves(error: BaseException) -> list[BaseException]:
+    """The errors of a group of groups, or the error itself."""
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    parts = cast("BaseExceptionGroup[BaseException]", error).exceptions
+    return [leaf for part in parts for leaf in _leaves(part)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,7 +13,7 @@ from aci_p2p.executor import Progress, Report
 
 
 @contextmanager
-def drawn() -> Iterator[Report]:
+def drawn() -> Generator[Report]:
     """A report that draws one bar for each stage on standard error, within the block."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:

@@ -13,7 +13,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 import trio
 
-from aci_p2p import ACI, Node, NodeConfig, NodeParts, ProviderConfig, open_node
+from aci_p2p import ACI, NodeConfig, NodeParts, ProviderConfig, open_node
 from aci_p2p.config import default_home
 from aci_p2p.consumer import Offered
 from aci_p2p.executor import Executor, GenerationRequest, Message, ModelStore, open_process_executor
@@ -66,7 +66,7 @@ async def main() -> Figures:
         executor = await stack.enter_async_context(open_process_executor(ModelStore(models)))
 
         @asynccontextmanager
-        async def shared() -> AsyncIterator[Executor]:
+        async def shared() -> AsyncGenerator[Executor]:
             yield executor
 
         serving = NodeConfig(home=folder / "provider", models=models, provider=ProviderConfig())
@@ -75,7 +75,9 @@ async def main() -> Figures:
         consumer = await stack.enter_async_context(open_node(asking))
         aci = await stack.enter_async_context(ACI(consumer))
         await _job(aci, 2)
-        alone, awards, firsts = [], [], []
+        alone: list[float] = []
+        awards: list[float] = []
+        firsts: list[float] = []
         for _ in range(JOBS):
             alone.append(await _alone(executor))
             award, first = await _job(aci, 2)

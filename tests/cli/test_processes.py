@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def workers() -> set[int]:
 
 
 @contextmanager
-def no_orphans() -> Iterator[None]:
+def no_orphans() -> Generator[None]:
     """No worker outlives the block."""
     before = workers()
     yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,7 @@ class ScriptedExecutor(Executor):
         return ModelInfo(model, ROOT, 4096, 1000)
 
     @asynccontextmanager
-    async def generate(self, model: str, request: GenerationRequest) -> AsyncIterator[AsyncIterator[TokenChunk]]:
+    async def generate(self, model: str, request: GenerationRequest) -> AsyncGenerator[AsyncIterator[TokenChunk]]:
         self.running += 1
         try:
             yield self._chunks(request)
@@ -101,7 +101,7 @@ def open_test_node(hub: MemoryHub, tmp_path: Path) -> OpenTestNode:
     counter = itertools.count(1)
 
     @asynccontextmanager
-    async def open_network(key: KeyPair, listen: Sequence[str], rules: RecordRules) -> AsyncIterator[Network]:
+    async def open_network(key: KeyPair, listen: Sequence[str], rules: RecordRules) -> AsyncGenerator[Network]:
         async with hub.open_network(key, record_validator=rules.validate, record_selector=rules.select) as network:
             yield network
 
@@ -113,9 +113,9 @@ def open_test_node(hub: MemoryHub, tmp_path: Path) -> OpenTestNode:
         executor: ScriptedExecutor | None = None,
         price: int = 100,
         slots: int = 2,
-    ) -> AsyncIterator[Node]:
+    ) -> AsyncGenerator[Node]:
         @asynccontextmanager
-        async def open_executor() -> AsyncIterator[Executor]:
+        async def open_executor() -> AsyncGenerator[Executor]:
             assert executor is not None
             yield executor
 
