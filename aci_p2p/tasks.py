@@ -28,7 +28,7 @@ async def open_background() -> AsyncGenerator[trio.Nursery]:
 def _lone(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The only error in a group of groups, or the innermost group that holds several."""
     parts: tuple[BaseException, ...] = group.exceptions
-    if len(parts) > 1:
+    if len(parts) != 1:
         return group
     if isinstance(parts[0], BaseExceptionGroup):
         return _lone(cast("BaseExceptionGroup[BaseException]", parts[0]))
