@@ -110,7 +110,8 @@ async def test_silent_connections_do_not_lock_others_out(victim: Victim) -> None
 
     async def wait_for_end(stream: trio.SocketStream) -> None:
         nonlocal closed
-        closed += not await stream.receive_some(1)
+        ended = not await stream.receive_some(1)
+        closed += ended
 
     with trio.move_on_after(0.2):
         async with trio.open_nursery() as nursery:

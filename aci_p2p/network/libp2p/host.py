@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import trio
 
@@ -438,9 +439,9 @@ class Host:
 
 def _reason(error: OSError) -> str:
     """Why a connection failed, in few words: trio wraps the errors of all addresses that it tried."""
-    cause = error.__cause__ or error
+    cause: BaseException = error.__cause__ or error
     while isinstance(cause, BaseExceptionGroup):
-        cause = cause.exceptions[-1]
+        cause = cast("BaseExceptionGroup[BaseException]", cause).exceptions[-1]
     if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, socket.gaierror):
         return os.strerror(cause.errno).lower()
     return str(error.strerror or error)
