@@ -72,7 +72,8 @@ class Manifest:
     def read(cls, path: Path) -> Self:
         """Read a manifest file strictly. Raises ModelUnavailable."""
         value = read_json(path, MANIFEST_BYTES_MAX)
-        if value.get("version") != VERSION:
+        version = value.get("version")
+        if type(version) is not int or version != VERSION:
             raise _damaged(path, f"is not of version {VERSION}")
         if value.keys() != {"version", "name", "licence", "files", "root"}:
             raise _damaged(path, "lacks a field or has one too many")

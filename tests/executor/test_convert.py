@@ -81,7 +81,7 @@ def test_pre_tokenizers_differ_in_digits(write_gguf: Write, llama: Llama, tmp_pa
     metadata, tensors = llama
     metadata["tokenizer.ggml.tokens"] = ["<|end|>", "<|start|>", "a", "b", "ab", "1", "11"]
     metadata["tokenizer.ggml.merges"] = ["a b", "1 1"]
-    metadata["tokenizer.ggml.token_type"] = [3, 4, 1, 1, 1, 1, 1]
+    metadata["tokenizer.ggml.token_type"] = [3, 4, 1, 1, 0, 1, 1]
     tensors["token_embd.weight"] = ((7, 32), 0, bytes(7 * 32 * 4))
     for variant, ids in (("smollm", [5, 5]), ("gpt-2", [6])):
         metadata["tokenizer.ggml.pre"] = variant

@@ -97,6 +97,7 @@ def test_metadata_of_every_type(tmp_path: Path) -> None:
         values: list[Metadata] = list(file.metadata.values())
     assert values == [3] * 10 + [True, "é", [-1, 5], [False, True], ["x"]]
     assert [type(values[index]) for index in (5, 6, 10)] == [int, float, bool]
+    assert str(values[13]) == "[False, True]"
 
 
 def test_alignment(tmp_path: Path) -> None:
@@ -195,24 +196,36 @@ def test_the_sound_neighbours_of_malformed_files_are_read(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("limit", "value"),
+    ("limit", "needed"),
     [
-        ("HEADER_BYTES_MAX", 50),
-        ("METADATA_MAX", 0),
-        ("ARRAY_MAX", 1),
-        ("STRING_BYTES_MAX", 1),
-        ("TENSORS_MAX", 0),
-        ("ALIGNMENT_MAX", 16),
+        ("METADATA_MAX", 2),
+        ("ARRAY_MAX", 2),
+        ("STRING_BYTES_MAX", len("general.alignment")),
+        ("TENSORS_MAX", 1),
+        ("RANK_MAX", 1),
+        ("ALIGNMENT_MAX", 32),
     ],
 )
 def test_limits_hold(
-    tmp_path: Path, write_gguf: Write, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+    tmp_path: Path, write_gguf: Write, monkeypatch: pytest.MonkeyPatch, limit: str, needed: int
 ) -> None:
     (tmp_path / "f").write_bytes(write_gguf({"general.alignment": 32, "list": [1, 2]}, ONE))
+    monkeypatch.setattr(gguf_module, limit, needed)
     with open_gguf(tmp_path / "f"):
         pass
-    monkeypatch.setattr(gguf_module, limit, value)
+    monkeypatch.setattr(gguf_module, limit, needed - 1)
     with pytest.raises(ModelUnavailable), open_gguf(tmp_path / "f"):
+        pass
+
+
+def test_a_long_header_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + tensor()
+    (tmp_path / "f").write_bytes(with_tensors(tensor()))
+    monkeypatch.setattr(gguf_module, "HEADER_BYTES_MAX", len(header))
+    with open_gguf(tmp_path / "f"):
+        pass
+    monkeypatch.setattr(gguf_module, "HEADER_BYTES_MAX", len(header) - 1)
+    with pytest.raises(ModelUnavailable, match="header"), open_gguf(tmp_path / "f"):
         pass
 
 

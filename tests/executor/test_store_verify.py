@@ -213,6 +213,7 @@ def test_the_manifest_of_another_model(store: ModelStore, model: StoredModel) ->
     [
         {"version": 2},
         {"version": "1"},
+        {"version": True},
         {"version": None},
         {"name": None},
         {"name": "../x"},
