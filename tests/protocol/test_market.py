@@ -114,6 +114,7 @@ def test_an_offer_that_asks_for_nothing(view: MarketView, change: str) -> None:
 
 @pytest.mark.parametrize("window", [0, -1, MAX_BID_WINDOW_MS + 1])
 def test_a_bid_window_that_is_none_or_too_long(view: MarketView, window: int) -> None:
+    assert MAX_BID_WINDOW_MS == 10_000
     refuse_offer(view, Maker().offer(bid_deadline=NOW + window).data, Decision.REJECT, Reason.BAD_DEADLINE)
 
 
