@@ -24,6 +24,7 @@ from aci_p2p.network.libp2p import host, identify, yamux
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.negotiation import NegotiationError, encode_message, select_outbound
+from aci_p2p.network.libp2p.network import Libp2pNetwork
 from aci_p2p.network.libp2p.secure import ConnectionLost, TcpChannel
 from aci_p2p.network.libp2p.varint import encode_varint, prefixed
 from aci_p2p.network.libp2p.yamux import YamuxStream
@@ -137,7 +138,7 @@ YAMUX_GARBAGE = {
     "other version": b"\x01" + frame(DATA, SYN, 1, 0)[1:],
     "other type": frame(9, 0, 1, 0),
     "stream zero": frame(WINDOW_UPDATE, SYN, 0, 0),
-    "id of the other side": frame(WINDOW_UPDATE, SYN, 2, 0),
+    "id of the other side": frame(WINDOW_UPDATE, SYN, 1000, 0),
     "same stream twice": frame(WINDOW_UPDATE, SYN, 1, 0) * 2,
     "data of four gigabytes": frame(DATA, SYN, 1, 2**32 - 1),
     "data of one byte too many": frame(DATA, SYN, 1, yamux.WINDOW_BYTES + 1),
@@ -319,6 +320,9 @@ async def test_same_peer_connects_again_and_again(victim: Victim) -> None:
         for _ in range(10):
             await stack.enter_async_context(victim.attacked_by_host())
         assert list(victim.network.peers) == [ATTACKER.node_id]
+        assert isinstance(victim.network, Libp2pNetwork)
+        kept = victim.network._host._connections[ATTACKER.node_id]
+        await eventually(lambda: len(kept) == 1)
 
 
 @pytest.mark.slow

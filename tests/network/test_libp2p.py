@@ -17,7 +17,10 @@ from aci_p2p.network import AddressInUse, Network, PeerUnreachable
 from aci_p2p.network.libp2p import host, open_libp2p_network
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.yamux import YamuxStream
+from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import NodeId
 from aci_p2p.tasks import open_background
 from tests.network.driver import (
     ECHO,
@@ -197,6 +200,42 @@ async def test_oldest_idle_connection_makes_room(monkeypatch: pytest.MonkeyPatch
                 connection.muxer.open_stream()
         with pytest.raises(PeerUnreachable, match="in use"):
             await dialler.dial(others[0].node_id)
+
+
+async def test_nothing_is_kept_of_streams_that_are_over() -> None:
+    served = trio.Event()
+
+    async def serve(_peer: NodeId, _stream: YamuxStream) -> None:
+        await trio.lowlevel.checkpoint()
+        served.set()
+
+    async with open_background() as nursery:
+        a, b = Host(make_key(1), nursery), Host(make_key(2), nursery)
+        await b.listen(TcpAddress.parse("/ip4/127.0.0.1/tcp/0"))
+        await a.dial(b.node_id, b.addresses)
+        with b.serve(ECHO, serve):
+            await a.open_stream(b.node_id, ECHO)
+            await served.wait()
+            await eventually(lambda: not b._inbound_streams)
+
+
+async def test_address_book() -> None:
+    peer = STRANGER
+    told, own = (TcpAddress("ip4", f"192.0.2.{number}", 4001) for number in (1, 2))
+    async with open_background() as nursery:
+        book = Host(make_key(1), nursery)
+        book.learn(peer, [told], hearsay=True)
+        book.learn(peer, [own])
+        assert book.known(peer) == (own, told)
+        hearsay = [TcpAddress("ip4", f"198.51.100.{number}", 1) for number in range(50)]
+        book.learn(peer, hearsay, hearsay=True)
+        assert book.known(peer) == (own, told, *hearsay[: MAX_ADDRESSES_PER_PEER - 2])
+        book.learn(peer, [TcpAddress("ip4", "192.0.2.3", 0), TcpAddress("ip4", "192.0.2.4", 1, book.node_id)])
+        assert book.known(peer)[0] == own
+        for number in range(MAX_KNOWN_PEERS):
+            book.learn(NodeId(number.to_bytes(32)), [own])
+        assert book.known(peer) == ()
+        assert len(book._known) == MAX_KNOWN_PEERS
 
 
 async def test_star_of_five_finds_providers_quickly(open_libp2p: Opener) -> None:

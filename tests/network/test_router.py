@@ -45,7 +45,9 @@ class Node:
     def neighbours(self, *peers: NodeId, topic: str = TOPIC) -> None:
         """Peers connect and subscribe to a topic."""
         for peer in peers:
-            self.router.add_peer(peer)
+            if peer not in self.router._neighbours:
+                self.router.add_peer(peer)
+                self.router.greet(peer)
             self.receive(peer, RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=topic)]))
 
     def receive(self, peer: NodeId, rpc: RPC, now: float = NOW) -> list[bytes]:
@@ -62,7 +64,10 @@ class Node:
 def node() -> Node:
     """A router that has joined the topic."""
     node = Node()
+    for peer in PEERS:
+        node.router.add_peer(peer)
     node.router.join(TOPIC, NOW)
+    node.sent.clear()
     return node
 
 
@@ -82,7 +87,7 @@ def prune(backoff: int, topic: str = TOPIC) -> RPC:
 
 
 def test_new_neighbour_hears_of_our_subscriptions(node: Node) -> None:
-    node.router.add_peer(PEER)
+    node.router.greet(PEER)
     assert [option.topicid for option in node.take(PEER).subscriptions] == [TOPIC]
 
 
@@ -107,7 +112,7 @@ def test_subscriber_is_grafted_at_once(node: Node) -> None:
 def test_graft_is_repeated_when_the_stream_opens_late(node: Node) -> None:
     node.receive(PEER, RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=TOPIC)]))
     node.sent.clear()  # the stream was not open yet
-    node.router.add_peer(PEER)
+    node.router.greet(PEER)
     assert [one.topicID for one in node.take(PEER).control.graft] == [TOPIC]
 
 
@@ -130,14 +135,11 @@ def test_full_mesh_refuses_a_graft(node: Node) -> None:
 
 
 def test_graft_for_a_topic_we_have_not_joined_is_ignored(node: Node) -> None:
-    node.router.add_peer(PEER)
-    node.take(PEER)
     node.receive(PEER, graft("test/other"))
     assert not node.sent
 
 
 def test_graft_without_a_subscription_is_refused(node: Node) -> None:
-    node.router.add_peer(PEER)
     node.receive(PEER, graft())
     assert PEER not in node.router.mesh(TOPIC)
     assert node.take(PEER).control.prune
@@ -177,7 +179,6 @@ def test_unsubscribing_leaves_the_mesh(node: Node) -> None:
 
 def test_own_message_floods_to_all_subscribers_once(node: Node) -> None:
     node.neighbours(*PEERS[:20])
-    node.router.add_peer(PEERS[20])
     node.sent.clear()
     node.router.publish(TOPIC, b"hello", NOW)
     node.router.publish(TOPIC, b"hello", NOW + 1)
@@ -315,6 +316,7 @@ def test_leaving_prunes_the_mesh(node: Node) -> None:
 def test_nothing_is_kept_of_a_peer_that_left(node: Node) -> None:
     node.neighbours(PEER)
     node.router.remove_peer(PEER)
+    assert node.receive(PEER, RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=TOPIC)])) == []
     assert not node.router.subscribers(TOPIC)
     assert not node.router.mesh(TOPIC)
     node.heartbeats(1, NOW + gossipsub.MAX_BACKOFF_SECONDS + 1)

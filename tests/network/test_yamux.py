@@ -175,6 +175,36 @@ async def test_stalled_stream_does_not_hold_up_others(autojump_clock: MockClock)
         assert await theirs.read_exactly(5) == b"hello"
 
 
+async def test_what_waits_to_be_sent_is_bounded(autojump_clock: MockClock) -> None:
+    left, right = wires(chunks=0)
+    listener, inbound = Yamux(right, is_initiator=False), Served()
+    async with open_background() as nursery:
+        nursery.start_soon(run, listener, inbound)
+        await left.write(frame(WINDOW_UPDATE, SYN, 1, 0) + frame(WINDOW_UPDATE, 0, 1, 2**31))
+        stream = await inbound.receive.receive()
+        with trio.move_on_after(10) as scope:
+            await stream.write(bytes(16 << 20))
+        assert scope.cancelled_caught
+        assert listener._queued <= yamux.HIGH_WATER_BYTES + yamux.FRAME_PAYLOAD_BYTES + 2 * HEADER.size
+
+
+async def test_tiny_frames_leave_others_their_turn(autojump_clock: MockClock) -> None:
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with by_hand() as (wire, _, _), trio.open_nursery() as nursery:
+        nursery.start_soon(count_turns)
+        await wire.write(frame(PING, SYN, 0, 7) * 5000)
+        await frames(wire, 5000)
+        assert turns >= 5000 // yamux.FRAMES_A_TURN
+        nursery.cancel_scope.cancel()
+
+
 async def test_half_close(autojump_clock: MockClock) -> None:
     async with pair() as (dialler, _, inbound):
         ours = dialler.open_stream()

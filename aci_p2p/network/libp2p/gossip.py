@@ -123,6 +123,7 @@ class Gossip:
             self._router.heartbeat(trio.current_time())
 
     def _on_connected(self, connection: Connection) -> None:
+        self._router.add_peer(connection.peer)
         self._outboxes[connection.peer] = _Outbox()
         self._nursery.start_soon(self._write_to, connection.peer, self._outboxes[connection.peer])
 
@@ -151,7 +152,7 @@ class Gossip:
             stream = await self._host.open_stream(peer, PROTOCOL)
         except PeerUnreachable:
             return
-        self._router.add_peer(peer)
+        self._router.greet(peer)
         try:
             while True:
                 rpc = await outbox.take()
@@ -185,8 +186,6 @@ class Gossip:
             except (DecodeError, ValueError):
                 await self._refuse(peer, _MALFORMED)
                 stream.reset()
-                return
-            if peer not in self._outboxes:
                 return
             for incoming in self._router.receive(peer, rpc, trio.current_time()):
                 await self._judge(peer, incoming)

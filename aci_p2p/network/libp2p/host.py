@@ -425,8 +425,6 @@ class Host:
             stream.reset()
         finally:
             protocol.scopes.discard(scope)
-            if scope.cancelled_caught:
-                stream.reset()
             stream.close()
 
     async def close(self) -> None:

@@ -139,8 +139,11 @@ class Router:
         return frozenset(self._mesh.get(topic, ()))
 
     def add_peer(self, peer: NodeId) -> None:
+        """A peer has connected."""
+        self._neighbours[peer] = _Neighbour()
+
+    def greet(self, peer: NodeId) -> None:
         """A stream to a neighbour is open: tell it our subscriptions, and of which meshes we count it a part."""
-        self._neighbours.setdefault(peer, _Neighbour())
         if self._mesh:
             grafts = [ControlGraft(topicID=topic) for topic, mesh in self._mesh.items() if peer in mesh]
             hello = _control(graft=grafts)
@@ -184,7 +187,9 @@ class Router:
 
     def receive(self, peer: NodeId, rpc: RPC, now: float) -> list[Incoming]:
         """Handle what a neighbour sent; returns its messages that are new, for us to judge."""
-        neighbour = self._neighbours.setdefault(peer, _Neighbour())
+        neighbour = self._neighbours.get(peer)
+        if neighbour is None:
+            return []
         for option in rpc.subscriptions:
             self._subscribe(peer, neighbour, option.topicid, subscribe=option.subscribe, now=now)
         incoming: list[Incoming] = []
