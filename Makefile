@@ -79,8 +79,11 @@ $(TORCH): $(DEV)
 test-torch: model $(DEV) $(TORCH) ## run the tests that need torch
 	@ACI_REQUIRE_MODEL=1 $(BIN)/python -m pytest -m "torch and not gpu" $(ARGS)
 
-bench: model $(DEV) $(TORCH) ## measure
-	@ACI_REQUIRE_MODEL=1 $(BIN)/python -m pytest -m benchmark --capture=no $(ARGS)
+bench: model $(DEV) $(TORCH) ## print the figures that the documents quote
+	@for script in tests/benchmarks/*.py; do \
+		printf '\n==> %s\n' "$$script"; \
+		$(BIN)/python "$$script" || exit; \
+	done
 
 clean: ## remove what make and the tools made, except .aci (models and keys)
 	rm -rf .venv $(LINKS) build dist *.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache \

@@ -19,8 +19,8 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def aci_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`ACI_HOME`: an empty folder, or where the default model is for tests marked `model` and `benchmark`."""
-    needs_model = any(request.node.get_closest_marker(name) for name in ("model", "benchmark"))
+    """`ACI_HOME`: an empty folder, or where the default model is for tests marked `model`."""
+    needs_model = request.node.get_closest_marker("model") is not None
     home = MODEL_HOME if needs_model else tmp_path / "aci-home"
     if needs_model and not (home / "models").is_dir():
         if os.environ.get("ACI_REQUIRE_MODEL"):
