@@ -82,7 +82,7 @@ def workers() -> set[int]:
     found: set[int] = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"aci_p2p.executor.worker" in (folder / "cmdline").read_bytes():
+            if b"aci_p2p.executor import worker" in (folder / "cmdline").read_bytes():
                 found.add(int(folder.name))
         except OSError:
             continue
