@@ -96,19 +96,18 @@ def rotary_frequencies(path: Path, architecture: Architecture) -> npt.NDArray[np
     kind = fields.get("rope_type") or fields.get("type") or "default"
     if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise _unsupported(path, "partial_rotary_factor", fields.get("partial_rotary_factor"))
-    if kind == "default":
-        return frequencies
     if kind == "linear":
-        return (frequencies / np.float32(fields.real("factor"))).astype(np.float32)
-    if kind == "llama3":
+        frequencies /= np.float32(fields.real("factor"))
+    elif kind == "llama3":
         factor, low, high = (fields.real(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-        original = fields.real("original_max_position_embeddings")
+        turns = fields.real("original_max_position_embeddings") * frequencies / (2 * math.pi)
         if low >= high:
             raise malformed(path, "has low_freq_factor above high_freq_factor")
-        turns = original * frequencies / (2 * math.pi)
-        weight = np.clip((turns - low) / (high - low), 0, 1)
-        return ((1 - weight) * frequencies / factor + weight * frequencies).astype(np.float32)
-    raise _unsupported(path, "rope_type", kind)
+        unscaled = np.clip((turns - low) / (high - low), 0, 1)
+        frequencies *= unscaled + (1 - unscaled) / factor
+    elif kind != "default":
+        raise _unsupported(path, "rope_type", kind)
+    return frequencies
 
 
 class _Fields:

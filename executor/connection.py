@@ -46,10 +46,7 @@ EXIT_S: Final = 0.5
 _BOOT = f"import os; os.nice({NICENESS}); from aci_p2p.executor import worker; worker.main()"
 """The priority is set before anything starts threads, which inherit it."""
 _THREAD_COUNTS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-"""Read by numpy's BLAS libraries when they are loaded."""
-_SPINNING = {"OPENBLAS_THREAD_TIMEOUT": "4"}
-"""Logarithm of the cycles that an idle OpenBLAS thread spins before it sleeps, the least allowed: spinning threads take
-the cores away from those that compute when other processes are busy too, which made it ten times slower."""
+"""Read by BLAS libraries when they are loaded: 1, as the worker shares products among threads itself (parallel.py)."""
 _ERRORS: Final[dict[str, type[AciError]]] = {
     kind.code: kind for kind in (ModelUnavailable, PromptTooLong, TemplateRefused, ExecutorFailed, LocalError)
 }
@@ -99,13 +96,13 @@ class WorkerProcess:
     """One worker. `run` it in a nursery; it is `alive` until it dies, however that comes."""
 
     def __init__(self, store: Path, *, threads: int, max_batch: int) -> None:
-        """`store` is the model store's path."""
+        """`store` is the model store's path; `threads` compute, at most `max_batch` generations in one step."""
         self.alive = True
         self.jobs: dict[int, Job] = {}
         self.produced = 0
         self.process: trio.Process | None = None
-        self._arguments = [str(store), str(max_batch)]
-        self._environment = {**os.environ, **_SPINNING, **dict.fromkeys(_THREAD_COUNTS, str(threads))}
+        self._arguments = [str(store), str(threads), str(max_batch)]
+        self._environment = {**os.environ, **dict.fromkeys(_THREAD_COUNTS, "1")}
         self._next = 0
         # Unbounded, as giving up a job must not wait. A job posts its request, one cancellation, and credit only for
         # chunks that arrived; the number of jobs is bounded.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
@@ -76,7 +76,7 @@ def default_threads() -> int:
 @asynccontextmanager
 async def open_process_executor(
     store: ModelStore, *, threads: int | None = None, max_batch: int = MAX_BATCH
-) -> AsyncIterator[Executor]:
+) -> AsyncGenerator[Executor]:
     """The numpy reference in a process of its own, which the first job starts and the end of the block ends.
 
     `threads` compute (default: one less than there are cores), at most `max_batch` generations in one step. Models are
@@ -126,7 +126,7 @@ class _ProcessExecutor(Executor):
         return self._generate(model, request)
 
     @asynccontextmanager
-    async def _generate(self, model: str, request: GenerationRequest) -> AsyncIterator[AsyncIterator[TokenChunk]]:
+    async def _generate(self, model: str, request: GenerationRequest) -> AsyncGenerator[AsyncIterator[TokenChunk]]:
         turns = _turns(request.messages)
         sampling, max_tokens = request.sampling, request.max_tokens
         if max_tokens < 1:
@@ -190,7 +190,7 @@ class _ProcessExecutor(Executor):
         )
 
     @asynccontextmanager
-    async def _job(self, start: Callable[[int], Start], capacity: int) -> AsyncIterator[Job]:
+    async def _job(self, start: Callable[[int], Start], capacity: int) -> AsyncGenerator[Job]:
         """A job within the block; leaving it gives the job up."""
         await self._places.acquire()
         try:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from aci_p2p.executor.api import ModelUnavailable
 from aci_p2p.executor.architecture import Architecture, rotary_frequencies
+from aci_p2p.executor.parallel import Array, Matrix, Team
 from aci_p2p.executor.safetensors import read_model_tensors
 from aci_p2p.executor.store import CONFIG_FILE
 
@@ -29,12 +30,9 @@ being decoded wait less."""
 CACHE_BLOCK: Final = 256
 """Tokens by which a sequence's key and value cache grows: 11 MiB in SmolLM2-135M."""
 
-_TILE_BYTES = 8 << 20
-"""A weight matrix that several rows pass over is cut into tiles that stay in a usual last-level cache meanwhile."""
 _ROTATION_BLOCK = 1024
 """Positions by which the table of rotations grows."""
 
-Array: TypeAlias = npt.NDArray[np.float32]
 Rotations: TypeAlias = npt.NDArray[np.complex64]
 Stop: TypeAlias = Callable[[], bool]
 """Asked before every layer; True ends the computation for its sequence."""
@@ -71,42 +69,43 @@ class KeyValueCache:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Weights of one block; matrices have the shape (inputs, outputs)."""
+    """Weights of one block."""
 
     attention_norm: Array
     """Shape (hidden,)."""
-    query_key_value: Array
+    query_key_value: Matrix
     """Outputs: all query heads, then all key heads, then all value heads; rotated pairs are neighbours."""
     query_key_value_bias: Array | None
     """As the outputs."""
-    attention_output: Array
+    attention_output: Matrix
     """Inputs: the query heads."""
     attention_output_bias: Array | None
     """Shape (hidden,)."""
     feed_forward_norm: Array
     """Shape (hidden,)."""
-    gate_up: Array
+    gate_up: Matrix
     """Outputs: the gate, then what it lets through."""
-    down: Array
+    down: Matrix
     """Inputs: the gated values."""
 
 
 class LlamaModel:
     """A loaded model. One thread at a time may use it, as the working memory is shared between calls."""
 
-    def __init__(self, path: Path, architecture: Architecture, tensors: dict[str, Array]) -> None:
+    def __init__(self, path: Path, architecture: Architecture, tensors: dict[str, Array], team: Team) -> None:
         """Take the weights out of `tensors`, which is empty of them afterwards; `path` is where they were read.
 
-        Raises ModelUnavailable when one is missing or has another shape.
+        `team` computes the matrix products. Raises ModelUnavailable when a weight is missing or has another shape.
         """
         self.architecture = architecture
         weights = _Weights(path, architecture, tensors)
         self._layers = [weights.layer(index) for index in range(architecture.layers)]
         self._norm = weights.take("model.norm.weight", architecture.hidden)
         shape = (architecture.vocabulary, architecture.hidden)
-        # (hidden, vocabulary): the output projection is most of the traffic; looking a token up gathers one column.
-        self._embedding = _for_products(weights.take("model.embed_tokens.weight", *shape))
-        self._head = self._embedding if architecture.tied else _for_products(weights.take("lm_head.weight", *shape))
+        # Laid out for the output projection, which reads all of it; looking a token up gathers one column.
+        self._embedding = Matrix(weights.take("model.embed_tokens.weight", *shape))
+        self._head = self._embedding if architecture.tied else Matrix(weights.take("lm_head.weight", *shape))
+        self._team = team
         self._frequencies = rotary_frequencies(path, architecture)
         self._rotations = np.empty((0, architecture.head_size // 2), np.complex64)
         self._scratch: dict[str, Array] = {}
@@ -114,10 +113,10 @@ class LlamaModel:
         self._mask = np.triu(triangle, 1)
 
     @classmethod
-    def load(cls, directory: Path) -> Self:
-        """Read a Hugging Face directory. Raises ModelUnavailable, MemoryError."""
+    def load(cls, directory: Path, team: Team) -> Self:
+        """Read a Hugging Face directory; `team` computes the matrix products. Raises ModelUnavailable, MemoryError."""
         architecture = Architecture.read(directory)
-        return cls(directory / CONFIG_FILE, architecture, read_model_tensors(directory))
+        return cls(directory / CONFIG_FILE, architecture, read_model_tensors(directory), team)
 
     def new_cache(self) -> KeyValueCache:
         """The cache of a new sequence."""
@@ -151,7 +150,7 @@ class LlamaModel:
             cache.reserve(length)
         rows = list(range(count))
         with np.errstate(over="ignore", under="ignore"):
-            states = self._embedding.T[tokens]
+            states = self._embedding.values.T[tokens]
             rotations = self._rotations_of(caches, length)
             for index in range(self.architecture.layers):
                 going = [place for place, row in enumerate(rows) if not stops[row]()]
@@ -175,7 +174,7 @@ class LlamaModel:
         count, length, _ = states.shape
         heads, kv_heads, width = sizes.heads, sizes.kv_heads, sizes.head_size
         projected = self._work("projected", count, length, (heads + 2 * kv_heads) * width)
-        self._project(self._normalised(states, layer.attention_norm), layer.query_key_value, projected)
+        self._team.multiply(self._normalised(states, layer.attention_norm), layer.query_key_value, projected)
         if layer.query_key_value_bias is not None:
             projected += layer.query_key_value_bias
         by_head = projected.reshape(count, length, heads + 2 * kv_heads, width)
@@ -191,7 +190,7 @@ class LlamaModel:
             values[:, start:end] = by_head[place, :, heads + kv_heads :].transpose(1, 0, 2)
             self._attend(queries[place], keys[:, :end], values[:, :end], attended[place])
         output = self._work("output", *states.shape)
-        self._project(attended, layer.attention_output, output)
+        self._team.multiply(attended, layer.attention_output, output)
         if layer.attention_output_bias is not None:
             output += layer.attention_output_bias
         states += output
@@ -225,7 +224,7 @@ class LlamaModel:
         layer, width = self._layers[index], self.architecture.intermediate
         count, length, _ = states.shape
         projected = self._work("projected", count, length, 2 * width)
-        self._project(self._normalised(states, layer.feed_forward_norm), layer.gate_up, projected)
+        self._team.multiply(self._normalised(states, layer.feed_forward_norm), layer.gate_up, projected)
         gate, up = projected[..., :width], projected[..., width:]
         gated = self._work("gated", count, length, width)
         # SiLU: gate / (1 + exp(-gate)); an overflow to infinity gives the right limit.
@@ -235,14 +234,14 @@ class LlamaModel:
         np.divide(gate, gated, out=gated)
         gated *= up
         output = self._work("output", *states.shape)
-        self._project(gated, layer.down, output)
+        self._team.multiply(gated, layer.down, output)
         states += output
 
     def _logits(self, states: Array, outputs: int) -> Array:
         """Shape (sequences, outputs, vocabulary), new memory; those after the last `outputs` tokens of each."""
         logits = np.empty((len(states), outputs, self.architecture.vocabulary), np.float32)
         if outputs:
-            self._project(self._normalised(states[:, -outputs:], self._norm), self._head, logits)
+            self._team.multiply(self._normalised(states[:, -outputs:], self._norm), self._head, logits)
         return logits
 
     def _normalised(self, states: Array, weight: Array) -> Array:
@@ -255,16 +254,6 @@ class LlamaModel:
         np.divide(states, scale, out=out)
         out *= weight
         return out
-
-    def _project(self, rows: Array, weight: Array, out: Array) -> None:
-        """`out = rows @ weight`, sequence by sequence: one token each is a product of a vector and a matrix, whose
-        result does not depend on how many sequences there are."""
-        if len(rows) == 1 or weight.nbytes <= _TILE_BYTES:
-            np.matmul(rows, weight, out=out)
-            return
-        tile = max(1, _TILE_BYTES // weight[:, 0].nbytes)
-        for start in range(0, weight.shape[1], tile):
-            np.matmul(rows, weight[:, start : start + tile], out=out[..., start : start + tile])
 
     def _rotations_of(self, caches: Sequence[KeyValueCache], length: int) -> Rotations:
         """Factors of the next `length` tokens, shape (sequences, length, 1, head_size / 2)."""
@@ -311,13 +300,13 @@ class _Weights:
         output_bias = prefix + "self_attn.o_proj.bias"
         return _Layer(
             attention_norm=self.take(prefix + "input_layernorm.weight", sizes.hidden),
-            query_key_value=_for_products(self._query_key_value(prefix + "self_attn.", "weight", sizes.hidden)),
+            query_key_value=Matrix(self._query_key_value(prefix + "self_attn.", "weight", sizes.hidden)),
             query_key_value_bias=self._query_key_value(prefix + "self_attn.", "bias") if has_bias else None,
-            attention_output=_for_products(self.take(prefix + "self_attn.o_proj.weight", sizes.hidden, queries)),
+            attention_output=Matrix(self.take(prefix + "self_attn.o_proj.weight", sizes.hidden, queries)),
             attention_output_bias=self.take(output_bias, sizes.hidden) if output_bias in self._tensors else None,
             feed_forward_norm=self.take(prefix + "post_attention_layernorm.weight", sizes.hidden),
-            gate_up=_for_products(np.concatenate([self.take(n, sizes.intermediate, sizes.hidden) for n in mlp])),
-            down=_for_products(self.take(prefix + "mlp.down_proj.weight", sizes.hidden, sizes.intermediate)),
+            gate_up=Matrix(np.concatenate([self.take(n, sizes.intermediate, sizes.hidden) for n in mlp])),
+            down=Matrix(self.take(prefix + "mlp.down_proj.weight", sizes.hidden, sizes.intermediate)),
         )
 
     def _query_key_value(self, prefix: str, kind: str, *inputs: int) -> Array:
@@ -331,13 +320,3 @@ class _Weights:
             parts.append(halves.swapaxes(1, 2).reshape(tensor.shape))
         parts.append(self.take(f"{prefix}v_proj.{kind}", sizes.kv_heads * sizes.head_size, *inputs))
         return np.concatenate(parts)
-
-
-def _for_products(weight: Array) -> Array:
-    """A stored matrix (outputs, inputs) as (inputs, outputs), laid out so that a vector passes over it fastest.
-
-    BLAS reads a matrix in the order of its memory: accumulating into all outputs runs at memory bandwidth unless there
-    are few of them, when a product per output is better.
-    """
-    outputs, inputs = weight.shape
-    return weight.T if inputs > outputs else np.ascontiguousarray(weight.T)

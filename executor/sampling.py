@@ -61,4 +61,5 @@ def gumbel_noise(seed: bytes, index: int, size: int) -> npt.NDArray[np.float64]:
     draws = np.random.Philox(key=words[:2], counter=counter).random_raw(size)
     uniform = (draws >> np.uint64(11)) * 2.0**-53
     uniform += 2.0**-54
-    return -np.log(-np.log(uniform))
+    noise: npt.NDArray[np.float64] = -np.log(-np.log(uniform))
+    return noise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -38,7 +38,8 @@ from aci_p2p.executor.frames import (
     Start,
     Turn,
 )
-from aci_p2p.executor.reference import PREFILL_CHUNK, Array, KeyValueCache, LlamaModel
+from aci_p2p.executor.parallel import Array, Team
+from aci_p2p.executor.reference import PREFILL_CHUNK, KeyValueCache, LlamaModel
 from aci_p2p.executor.sampling import check_sampling, choose
 from aci_p2p.executor.store import ModelStore, StoredModel
 from aci_p2p.executor.tokenizer import ChatTokenizer, Detokenizer
@@ -129,6 +130,8 @@ class Scheduler:
     """Gives a reply to the node; may block."""
     max_batch: int
     """Most generations computed in one step."""
+    team: Team
+    """Computes the matrix products."""
     _models: OrderedDict[str, _Model] = field(default_factory=OrderedDict[str, _Model])
     """In memory, the one used longest ago first."""
     _waiting: deque[_Generation] = field(default_factory=deque[_Generation])
@@ -272,7 +275,7 @@ class Scheduler:
             self._make_room()
             stored = self.store.open(name)
             stored.verify()
-            llama = LlamaModel.load(stored.directory)
+            llama = LlamaModel.load(stored.directory, self.team)
             tokenizer = ChatTokenizer(stored.directory, llama.architecture.vocabulary)
             # What was read is what was verified only if nothing was written meanwhile.
             stored.verify()
@@ -292,7 +295,7 @@ class Scheduler:
         raise ExecutorFailed(msg, hint="try again when one is done")
 
     @contextmanager
-    def _reporting(self, job: int, sequence: _Generation | _Check | None = None) -> Iterator[None]:
+    def _reporting(self, job: int, sequence: _Generation | _Check | None = None) -> Generator[None]:
         """Let an error in the block fail the job alone."""
         try:
             yield

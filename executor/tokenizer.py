@@ -130,7 +130,9 @@ class _Markup:
         self._texts = {placeholder: text for text, placeholder in self._placeholders.items()}
         self._placeholder_pattern = re.compile(f"{nonce}u[0-9]+;")
         tokenizer.encode_special_tokens = True
-        tokenizer.add_tokens([_marker(token, self._markers[token.content]) for token in special.values()])
+        tokenizer.add_tokens(  # pyright: ignore[reportUnknownMemberType] - the stub says `list`
+            [_marker(token, self._markers[token.content]) for token in special.values()]
+        )
         self._ids = {tokenizer.token_to_id(self._markers[text]): index for text, index in texts.items()}
 
     def shield(self, content: str) -> str:
@@ -171,9 +173,8 @@ class _ChatTemplate:
             extensions=["jinja2.ext.loopcontrols"],
         )
         environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.from_string(source, globals={"raise_exception": _refuse})
         except jinja2.TemplateError as error:
             raise malformed(self._path, f"has a broken chat template: {printable(str(error))}") from None
         self._tokens = {name: _token_text(config.get(name)) for name in _NAMED_TOKENS}

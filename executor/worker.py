@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -31,6 +32,7 @@ from aci_p2p.executor.frames import (
     Start,
     encode_frame,
 )
+from aci_p2p.executor.parallel import Team
 from aci_p2p.executor.scheduling import Flag, Scheduler
 from aci_p2p.executor.store import ModelStore
 from aci_p2p.protocol.errors import AciError
@@ -44,7 +46,7 @@ _Inbox: TypeAlias = "queue.SimpleQueue[tuple[Start, Flag] | Credit | Cancel]"
 
 
 def main() -> None:
-    """Run until standard input ends. Arguments: the model store's path and the largest batch."""
+    """Run until standard input ends. Arguments: the model store's path, the threads and the largest batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):  # only Linux has it
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE, "ascii")
@@ -54,15 +56,17 @@ def main() -> None:
     inbox: _Inbox = queue.SimpleQueue()
     flags: dict[int, Flag] = {}
     threading.Thread(target=_read, args=(inbox, flags), daemon=True).start()
+    store, threads, max_batch = ModelStore(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
     try:
-        _serve(ModelStore(Path(sys.argv[1])), int(sys.argv[2]), inbox, flags, output)
+        with Team(threads) as team:
+            _serve(Scheduler(store, _sender(output, flags), max_batch, team), inbox)
     except BaseException:  # noqa: BLE001 - the reading thread would keep a broken worker alive
         traceback.print_exc()
         os._exit(1)
 
 
-def _serve(store: ModelStore, max_batch: int, inbox: _Inbox, flags: dict[int, Flag], output: int) -> None:
-    """Take requests and compute, for ever."""
+def _sender(output: int, flags: dict[int, Flag]) -> Callable[[Reply], None]:
+    """Writes replies to a file descriptor; a job that is over loses its flag."""
 
     def send(reply: Reply) -> None:
         if isinstance(reply, Ended | Failed):
@@ -74,7 +78,11 @@ def _serve(store: ModelStore, max_batch: int, inbox: _Inbox, flags: dict[int, Fl
         except OSError:  # the node is gone
             os._exit(0)
 
-    scheduler = Scheduler(store, send, max_batch)
+    return send
+
+
+def _serve(scheduler: Scheduler, inbox: _Inbox) -> None:
+    """Take requests and compute, for ever."""
     working = False
     while True:
         while not working or not inbox.empty():

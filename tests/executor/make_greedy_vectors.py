@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
-import transformers
+# Imported so that the type checkers do not need what is an extra.
+torch: Any = import_module("torch")
+transformers: Any = import_module("transformers")
 
 VECTORS = Path(__file__).with_name("vectors") / "greedy_smollm2.json"
 MAX_TOKENS = 64
 WANTED = 20
 MARGIN_MIN = 1e-3
 """Logits; a hundred times the rounding differences between fp32 implementations."""
+
+Turns: TypeAlias = tuple[tuple[str, str], ...]
+"""Roles and contents."""
 
 QUESTIONS = (
     "Write two sentences about the moon, then two about the sun.",
@@ -47,7 +52,7 @@ QUESTIONS = (
     "   Spaces   before,\tbetween\n\nand after   ",
     "How does a bicycle stay upright?",
 )
-CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
+CONVERSATIONS: tuple[Turns, ...] = (
     (("system", "You answer like a pirate."), ("user", "How do ships stay afloat?")),
     (
         ("user", "Name a river in Africa."),
@@ -64,7 +69,7 @@ CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
 )
 
 
-def answer(model: Any, tokenizer: Any, turns: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+def answer(model: Any, tokenizer: Any, turns: Turns) -> dict[str, Any]:  # noqa: ANN401 - of transformers
     """One conversation with its greedy answer."""
     messages = [{"role": role, "content": content} for role, content in turns]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +12,14 @@ import pytest
 
 from aci_p2p.executor.api import ModelUnavailable
 from aci_p2p.executor.architecture import Architecture
-from aci_p2p.executor.reference import CACHE_BLOCK, PREFILL_CHUNK, Array, KeyValueCache, LlamaModel
+from aci_p2p.executor.parallel import Array, Team
+from aci_p2p.executor.reference import CACHE_BLOCK, PREFILL_CHUNK, KeyValueCache, LlamaModel
 from aci_p2p.executor.safetensors import read_tensors
 from tests.executor.tiny import CONTEXT, LAYERS, VARIANTS, write_tiny_model
 
 VECTORS = json.loads((Path(__file__).with_name("vectors") / "tiny_logits.json").read_text())
 TOKENS: list[int] = VECTORS["tokens"]
+ALONE = Team(1)
 ROUNDING = 1e-4
 """Logits; the tiny models' reach 5."""
 
@@ -54,12 +53,12 @@ def fill(model: LlamaModel, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
-    return LlamaModel.load(write_tiny_model(tmp_path_factory.mktemp("tiny")))
+    return LlamaModel.load(write_tiny_model(tmp_path_factory.mktemp("tiny")), ALONE)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_of_transformers(tmp_path: Path, variant: str) -> None:
-    model = LlamaModel.load(write_tiny_model(tmp_path, changes=VARIANTS[variant]))
+    model = LlamaModel.load(write_tiny_model(tmp_path, changes=VARIANTS[variant]), ALONE)
     _, logits = fill(model, TOKENS)
     assert np.abs(logits - np.array(VECTORS["last_logits"][variant])).max() < ROUNDING
 
@@ -185,54 +184,22 @@ def test_memory_is_taken_as_needed(model: LlamaModel) -> None:
     assert {keys.shape[1] for keys, _ in cache.layers} == {CACHE_BLOCK}
 
 
-def test_large_matrices_are_tiled_without_a_trace(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    caches = [fill(model, TOKENS[:count])[0] for count in (4, 9)]
-    whole = model.decode([1, 2], caches, [never] * 2)
-    monkeypatch.setattr("aci_p2p.executor.reference._TILE_BYTES", 48 * 4 * 16)
-    caches = [fill(model, TOKENS[:count])[0] for count in (4, 9)]
-    tiled = model.decode([1, 2], caches, [never] * 2)
-    for one, other in zip(whole, tiled, strict=True):
-        assert one is not None
-        assert other is not None
-        assert np.abs(one - other).max() < ROUNDING
-
-
-def test_threads_change_no_token(tmp_path: Path) -> None:
-    write_tiny_model(tmp_path)
-    program = (
-        "import sys, pathlib; from tests.executor.test_reference import greedy, TOKENS; "
-        "from aci_p2p.executor.reference import LlamaModel; model = LlamaModel.load(pathlib.Path(sys.argv[1])); "
-        "print([int(row.argmax()) for row in greedy(model, TOKENS, 40)])"
-    )
-    answers = {
-        subprocess.run(
-            [sys.executable, "-c", program, tmp_path],
-            env={**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads},
-            cwd=Path(__file__).parents[2],
-            check=True,
-            capture_output=True,
-        ).stdout
-        for threads in ("1", "2", "3")
-    }
-    assert len(answers) == 1
-
-
 def test_a_missing_tensor(tmp_path: Path) -> None:
     tensors: dict[str, Any] = read_tensors(write_tiny_model(tmp_path) / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ModelUnavailable, match=r"lack the tensor model\.layers\.1\.mlp\.up_proj\.weight"):
-        LlamaModel(tmp_path, Architecture.read(tmp_path), tensors)
+        LlamaModel(tmp_path, Architecture.read(tmp_path), tensors, ALONE)
 
 
 def test_a_tensor_of_another_shape(tmp_path: Path) -> None:
     tensors: dict[str, Any] = read_tensors(write_tiny_model(tmp_path) / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1]
     with pytest.raises(ModelUnavailable, match=r"has the shape \(47,\), not \(48,\)"):
-        LlamaModel(tmp_path, Architecture.read(tmp_path), tensors)
+        LlamaModel(tmp_path, Architecture.read(tmp_path), tensors, ALONE)
 
 
 def test_loading_takes_the_tensors(tmp_path: Path) -> None:
     """Or the peak of memory would be twice the model."""
     tensors: dict[str, Any] = read_tensors(write_tiny_model(tmp_path) / "model.safetensors")
-    LlamaModel(tmp_path, Architecture.read(tmp_path), tensors)
+    LlamaModel(tmp_path, Architecture.read(tmp_path), tensors, ALONE)
     assert tensors == {}

@@ -1,0 +1,104 @@
+"""Products shared by threads: right, the same for any number of threads, and safe against errors."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from aci_p2p.executor import parallel
+from aci_p2p.executor.parallel import Array, Matrix, Team
+
+SHAPES = [(40, 24), (24, 40), (1, 8), (16, 8), (17, 8), (1000, 3)]
+"""Outputs and inputs."""
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 columns."""
+    monkeypatch.setattr(parallel, "TILE_BYTES", 64)
+
+
+def random(*shape: int) -> Array:
+    return np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_product(shape: tuple[int, int], sequences: int, tokens: int) -> None:
+    weight, rows = random(*shape), random(sequences, tokens, shape[1])
+    expected = rows.astype(np.float64) @ weight.astype(np.float64).T
+    matrix = Matrix(weight)
+    results: list[bytes] = []
+    for threads in (1, 2, 5):
+        out = np.full((sequences, tokens, shape[0]), np.nan, np.float32)
+        with Team(threads) as team:
+            team.multiply(rows, matrix, out)
+        assert np.abs(out - expected).max() < 1e-4
+        results.append(out.tobytes())
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiles_cover_every_column_once(shape: tuple[int, int]) -> None:
+    covered = [column for tile in Matrix(random(*shape)).tiles for column in range(tile.start, tile.stop)]
+    assert covered == list(range(shape[0]))
+
+
+def test_tiles_are_about_as_large_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "TILE_BYTES", 24 * 4 * 100)
+    assert [tile.stop - tile.start for tile in Matrix(random(1000, 24)).tiles] == [112] * 8 + [104]
+
+
+def test_layout_follows_the_shape() -> None:
+    assert Matrix(random(40, 24)).values.flags.c_contiguous
+    assert Matrix(random(24, 40)).values.flags.f_contiguous
+
+
+def test_many_products_in_a_row() -> None:
+    """Helpers that come late find another product, or none."""
+    matrices = [Matrix(random(size, 8)) for size in (16, 300, 32, 100)]
+    with Team(4) as team:
+        for turn in range(400):
+            matrix = matrices[turn % 4]
+            rows = np.full((2, 1, 8), turn, np.float32)
+            out = np.empty((2, 1, matrix.values.shape[1]), np.float32)
+            team.multiply(rows, matrix, out)
+            assert np.array_equal(out[0, 0], out[1, 0])
+            assert np.allclose(out[0, 0], turn * matrix.values.sum(0), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_comes_out_and_the_team_works_on(threads: int) -> None:
+    matrix = Matrix(random(200, 8))
+    with Team(threads) as team:
+        with pytest.raises(ValueError, match="mismatch"):
+            team.multiply(random(1, 1, 9), matrix, np.empty((1, 1, 200), np.float32))
+        out = np.empty((1, 1, 200), np.float32)
+        team.multiply(random(1, 1, 8), matrix, out)
+        assert np.allclose(out, random(1, 1, 8) @ matrix.values, atol=1e-5)
+
+
+def test_helpers_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tiles at once: each waits for the other to have begun."""
+    barrier = threading.Barrier(2, timeout=5)
+    matmul = np.matmul
+
+    def met(rows: Array, values: Array, *, out: Array) -> Array:
+        barrier.wait()
+        return matmul(rows, values, out=out)
+
+    matrix = Matrix(random(32, 8))
+    assert len(matrix.tiles) == 2
+    monkeypatch.setattr(np, "matmul", met)
+    with Team(2) as team:
+        team.multiply(random(1, 1, 8), matrix, np.empty((1, 1, 32), np.float32))
+
+
+def test_leaving_ends_the_helpers() -> None:
+    before = threading.active_count()
+    with Team(4):
+        assert threading.active_count() == before + 3
+    assert threading.active_count() == before
