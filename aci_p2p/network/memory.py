@@ -285,12 +285,12 @@ class MemoryNetwork(Network):
         check_gossip(data)
         await trio.lowlevel.checkpoint()
         if self._seen.add(message_id(topic, data), trio.current_time()):
-            self._forward(topic, data, source=self._node_id)
+            self._forward(topic, data)
 
-    def _forward(self, topic: str, data: bytes, *, source: NodeId) -> None:
+    def _forward(self, topic: str, data: bytes) -> None:
         for peer in self._links:
             remote = self._hub.endpoint(peer)
-            if peer != source and remote is not None:
+            if remote is not None:
                 remote.enqueue_gossip(self._node_id, topic, data)
 
     def enqueue_gossip(self, forwarder: NodeId, topic: str, data: bytes) -> None:
@@ -326,7 +326,7 @@ class MemoryNetwork(Network):
         self._journal.accepted += 1
         if not subscription.deliver(GossipMessage(forwarder, data)):
             self._journal.dropped += 1
-        self._forward(topic, data, source=forwarder)
+        self._forward(topic, data)
 
     async def put_record(self, key: str, value: bytes) -> None:
         check_record(key, value)

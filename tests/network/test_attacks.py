@@ -27,7 +27,7 @@ from aci_p2p.network.libp2p.negotiation import NegotiationError, encode_message,
 from aci_p2p.network.libp2p.network import Libp2pNetwork
 from aci_p2p.network.libp2p.secure import ConnectionLost, TcpChannel
 from aci_p2p.network.libp2p.varint import encode_varint, prefixed
-from aci_p2p.network.libp2p.yamux import YamuxStream
+from aci_p2p.network.libp2p.yamux import StreamReset, YamuxStream
 from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.tasks import open_background
@@ -269,15 +269,21 @@ async def test_bad_frame_on_a_stream(victim: Victim, data: bytes) -> None:
 
 
 async def test_bad_frame_from_a_server(victim: Victim) -> None:
+    refused = trio.Event()
+
     async def misbehave(_peer: NodeId, stream: YamuxStream) -> None:
         await stream.write(encode_varint(MAX_FRAME_BYTES + 1) + noise(1000))
-        await trio.sleep_forever()
+        with pytest.raises(StreamReset):
+            await stream.read(1)
+        refused.set()
 
     async with victim.attacked_by_host() as attacker:
         with attacker.serve(ECHO, misbehave):
             async with victim.network.open_stream(ATTACKER.node_id, ECHO) as stream:
                 with pytest.raises(StreamClosed, match="bad frame"), trio.fail_after(5):
                     await stream.receive()
+                with trio.fail_after(5):
+                    await refused.wait()
 
 
 async def test_truncated_frame(victim: Victim) -> None:

@@ -11,11 +11,13 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Record
 
 from aci_p2p.network.libp2p import kademlia
 from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.varint import encode_varint, prefixed
 from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.tasks import open_background
 from tests.network.attack import Victim, noise, until_ended
-from tests.network.driver import STRANGER, Opener
+from tests.network.driver import STRANGER, Opener, make_key
 
 KAD_GARBAGE = {
     "bad protobuf": prefixed(b"\xff" * 60),
@@ -96,6 +98,22 @@ KAD_ANSWERS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+async def test_longest_answer_is_read(victim: Victim, open_libp2p: Opener) -> None:
+    names = [TcpAddress("dns", f"{number:03}.{'x' * 240}.invalid", 1).to_bytes() for number in range(8)]
+    async with open_libp2p(4) as honest:
+        for number in range(100, 140):
+            async with open_background() as nursery:
+                provider = Host(make_key(number), nursery)
+                await provider.dial(victim.network.node_id, (TcpAddress.parse(victim.address),))
+                stream = await provider.open_stream(victim.network.node_id, kademlia.PROTOCOL)
+                ourselves = KadMessage.Peer(id=provider.node_id.peer_id, addrs=names)
+                claim = KadMessage(type=KadMessage.ADD_PROVIDER, key=bytes(32), providerPeers=[ourselves])
+                await stream.write(prefixed(claim.SerializeToString()))
+                await stream.read(1000)
+        await honest.connect(victim.address)
+        assert len(await honest.find_providers(bytes(32), 100)) == 40
+
+
 @pytest.mark.parametrize("answer", KAD_ANSWERS.values(), ids=KAD_ANSWERS)
 async def test_bad_dht_answers_do_not_stop_a_lookup(
     victim: Victim, open_libp2p: Opener, answer: Callable[[bytes], bytes]
@@ -107,8 +125,8 @@ async def test_bad_dht_answers_do_not_stop_a_lookup(
     async with victim.attacked_by_host() as attacker, open_libp2p(4) as honest:
         with attacker.serve(kademlia.PROTOCOL, misbehave):
             await honest.connect(victim.address)
-            await honest.put_record("/aci/test/y", b"good")
+            await honest.put_record("/aci/test/y", b"a value")
             await honest.provide(bytes(32))
             with trio.fail_after(10):
-                assert await victim.network.get_record("/aci/test/y") == b"good"
+                assert await victim.network.get_record("/aci/test/y") == b"a value"
                 assert honest.node_id in await victim.network.find_providers(bytes(32), 100)

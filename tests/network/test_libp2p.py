@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 import pytest
 import trio
 
-from aci_p2p.network import AddressInUse, Network, PeerUnreachable
+from aci_p2p.network import MAX_FRAME_BYTES, AddressInUse, Network, PeerUnreachable, StreamClosed
 from aci_p2p.network.libp2p import host, open_libp2p_network
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
@@ -217,6 +217,18 @@ async def test_nothing_is_kept_of_streams_that_are_over() -> None:
             await a.open_stream(b.node_id, ECHO)
             await served.wait()
             await eventually(lambda: not b._inbound_streams)
+
+
+async def test_cancelled_send_spoils_the_stream(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a, open_libp2p(2) as b:
+        await a.connect(b.addresses[0])
+        with b.serve(ECHO, wait_for_ever):
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                with trio.move_on_after(0.1) as scope:
+                    await stream.send(bytes(MAX_FRAME_BYTES))
+                assert scope.cancelled_caught
+                with pytest.raises(StreamClosed):
+                    await stream.send(b"would be read as part of the frame before")
 
 
 async def test_address_book() -> None:

@@ -106,6 +106,17 @@ async def test_peer_that_is_cut_off(hub: MemoryHub, open_memory: Opener, autojum
         assert list(b.peers) == [a.node_id]
 
 
+async def test_what_is_on_its_way_when_the_cable_is_cut_is_lost(
+    hub: MemoryHub, open_memory: Opener, autojump_clock: MockClock
+) -> None:
+    async with open_memory(1) as a, open_memory(2) as b, b.subscribe(TOPIC, accept, capacity=8):
+        await a.connect(b.addresses[0])
+        await a.publish(TOPIC, b"in flight")
+        hub.cut_off(a.node_id)
+        await trio.sleep(10)
+        assert b.statistics().gossip_accepted == 0
+
+
 async def test_lost_connection_can_be_made_again(
     hub: MemoryHub, open_memory: Opener, autojump_clock: MockClock
 ) -> None:

@@ -52,12 +52,12 @@ LOOKUP_SECONDS = 12.0
 """Time for a whole lookup or store, seconds: three rounds of peers that do not answer."""
 ANSWERS_WANTED = 3
 """Answers with something in them after which a lookup ends: one stale or lying holder does not decide."""
-MAX_MESSAGE_BYTES = 64 << 10
-"""Longest message, bytes: twenty peers with eight addresses each and a record."""
+MAX_MESSAGE_BYTES = 256 << 10
+"""Longest message, bytes: sixty peers with eight addresses of the longest kind each, twice over."""
 MAX_KEY_BYTES = 128
 """Longest key, bytes."""
 MAX_PROVIDERS_PER_ANSWER = 40
-"""Providers in one answer: with their addresses they fit MAX_MESSAGE_BYTES."""
+"""Providers in one answer: with their addresses and twenty closer peers they fit MAX_MESSAGE_BYTES."""
 IDLE_SECONDS = 30.0
 """An inbound stream with nothing to answer for this long is ended, seconds."""
 SETTLE_SECONDS = 0.1
