@@ -78,12 +78,15 @@ class StreamPump:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             await trio.lowlevel.checkpoint()
 
+    def hurry(self) -> None:
+        """End within FAREWELL_S seconds, whatever is sent by then."""
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + FAREWELL_S)
+
     def close(self) -> None:
         """Send what is queued, then end; nothing more is reported."""
-        if not self._closing:
-            self._closing = True
-            self._outbox.close()
-            self._scope.deadline = trio.current_time() + FAREWELL_S
+        self._closing = True
+        self._outbox.close()
+        self.hurry()
 
     async def run(self, opening: AbstractAsyncContextManager[Stream]) -> None:
         """Open the stream and pump until it ends or `close` is called."""
@@ -124,6 +127,7 @@ class JobShell(Generic[E]):
         self._deadline = float("inf")
         self._pump: StreamPump | None = None
         self._leaving = False
+        self._leave_by = float("inf")
 
     async def tell(self, event: E | SharedEvent, source: StreamPump | None = None) -> None:
         """Hand an event to the job; without effect when it is over, or has done with the stream it comes from."""
@@ -139,8 +143,7 @@ class JobShell(Generic[E]):
             while not self._machine.over:
                 await self._handle(await self._next())
         except trio.Cancelled:
-            self._leaving = True
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S):
+            with self._farewell():
                 await self._handle(Cancel())
             raise
         finally:
@@ -149,13 +152,13 @@ class JobShell(Generic[E]):
                 self._pump.close()
 
     async def _next(self) -> E | SharedEvent:
-        result: E | SharedEvent = TimerFired()
         with trio.move_on_at(self._deadline):
             async for event, source in self._events:
                 if source is None or not source.closing:
-                    result = event
-                    break
-        return result
+                    return event
+        # A timer fires once, whatever the machine makes of it.
+        self._deadline = float("inf")
+        return TimerFired()
 
     async def _handle(self, event: E | SharedEvent) -> None:
         effects = deque(self._machine.handle(event, self._clock()))
@@ -163,10 +166,18 @@ class JobShell(Generic[E]):
             await self._perform_all(effects)
         except trio.Cancelled:
             # The machine has moved on: what it decided is carried out, or its record would fall behind its peer's.
-            self._leaving = True
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + FAREWELL_S):
+            with self._farewell():
                 await self._perform_all(effects)
             raise
+
+    def _farewell(self) -> trio.CancelScope:
+        """What a cancelled job still has to do: FAREWELL_S seconds in all, storing excepted, which comes first."""
+        if not self._leaving:
+            self._leaving = True
+            self._leave_by = trio.current_time() + FAREWELL_S
+            if self._pump:
+                self._pump.hurry()
+        return trio.CancelScope(shield=True)
 
     async def _perform_all(self, effects: deque[Effect]) -> None:
         while effects:
@@ -184,7 +195,8 @@ class JobShell(Generic[E]):
                 case SetTimer(at):
                     self._deadline = trio_deadline(at, self._clock())
                 case _:
-                    await self._perform(effect)
+                    with trio.move_on_at(self._leave_by):
+                        await self._perform(effect)
             effects.popleft()
 
     async def _persist(self, effects: deque[Effect]) -> None:
