@@ -250,9 +250,8 @@ class Job:
         """Move, and store the move; the timer of the new state is set behind it."""
         self._state = advance(self._state, trigger)
         effects: list[Effect] = [self._persist(now)]
-        limit = LIMITS.get(self._state)
-        if limit and not self.over:
-            effects.append(SetTimer(now + limit.timeout_ms))
+        if not self.over:
+            effects.append(SetTimer(now + LIMITS[self._state].timeout_ms))
         return effects
 
     def _persist(self, now: int) -> Persist:

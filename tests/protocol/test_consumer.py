@@ -552,6 +552,14 @@ def test_an_abort_before_the_first_token(bench: ConsumerBench, code: AbortCode) 
     assert_over(bench)
 
 
+@pytest.mark.parametrize("code", [AbortCode.PROMPT_TOO_LONG, AbortCode.INVALID_PROMPT])
+def test_a_prompt_that_was_answered_is_not_at_fault(bench: ConsumerBench, code: AbortCode) -> None:
+    bench.reach(State.STREAMING)
+    bench.receive(Commit(bench.job.job_id, bytes(32)))
+    bench.receive(abort(bench.job, code, "on second thoughts"))
+    assert_fault(bench, "on second thoughts", tokens=0)
+
+
 @pytest.mark.parametrize("state", RESTING)
 def test_cancel(bench: ConsumerBench, state: State) -> None:
     bench.reach(state)

@@ -201,6 +201,7 @@ def test_parts_are_streamed_and_renew_the_timer(bench: ProviderBench) -> None:
 def test_a_part_with_nothing_in_it_is_not_sent(bench: ProviderBench) -> None:
     bench.reach(State.STREAMING)
     assert bench.feed(Produced((), "")) == []
+    assert sent(bench.feed(Produced((1,), ""))) == sent(bench.feed(Produced((), "a"))) == [Kind.TOKENS]
 
 
 def test_the_end_is_committed_and_revealed(bench: ProviderBench) -> None:
