@@ -6,12 +6,13 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, TypeVar
 
 import trio
 
 from aci_p2p.network.api import Network, Subscription
 from aci_p2p.protocol.envelope import Envelope
+from aci_p2p.protocol.errors import ResourceError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MarketView
 from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
@@ -25,6 +26,7 @@ MAX_WAITING_JOBS: Final = 1_024
 READY_POLL_S: Final = 0.02
 """Seconds between looks at who has joined a topic."""
 
+T = TypeVar("T")
 Clock = Callable[[], int]
 """Unix milliseconds."""
 
@@ -53,7 +55,8 @@ class Market:
         self._view = MarketView(network_id)
         self.offer_topic = f"/aci/{network_id}/offers/1"
         self.bid_topic = f"/aci/{network_id}/bids/1"
-        self._checked: OrderedDict[bytes, Envelope[Any]] = OrderedDict()
+        self._checked_offers: OrderedDict[bytes, Envelope[Offer]] = OrderedDict()
+        self._checked_bids: OrderedDict[bytes, Envelope[Bid]] = OrderedDict()
         self._offers_in, self._offers_out = trio.open_memory_channel[Envelope[Offer]](OFFER_QUEUE)
         self._waiting: dict[bytes, trio.MemorySendChannel[Envelope[Bid]]] = {}
         self._offers_dropped = 0
@@ -73,7 +76,10 @@ class Market:
 
     @contextmanager
     def bids(self, job_id: bytes) -> Generator[trio.MemoryReceiveChannel[Envelope[Bid]]]:
-        """The bids for a job of ours that arrive within the block."""
+        """The bids for a job of ours that arrive within the block. Raises ResourceError over MAX_WAITING_JOBS."""
+        if len(self._waiting) >= MAX_WAITING_JOBS:
+            msg = f"{len(self._waiting)} jobs wait for bids already"
+            raise ResourceError(msg, hint="wait for some of them, or run another node")
         send, receive = trio.open_memory_channel[Envelope[Bid]](MAX_BIDS)
         self._waiting[job_id] = send
         try:
@@ -99,26 +105,28 @@ class Market:
 
     def validate_offer(self, _forwarder: NodeId, data: bytes) -> Validation:
         """Judge a message on the offers' topic."""
-        return self._validate(self._view.check_offer, data)
+        return self._validate(self._view.check_offer, self._checked_offers, data)
 
     def validate_bid(self, _forwarder: NodeId, data: bytes) -> Validation:
         """Judge a message on the bids' topic."""
-        return self._validate(self._view.check_bid, data)
+        return self._validate(self._view.check_bid, self._checked_bids, data)
 
-    def _validate(self, check: Callable[[bytes, int], Envelope[Any]], data: bytes) -> Validation:
+    def _validate(
+        self, check: Callable[[bytes, int], Envelope[T]], checked: OrderedDict[bytes, Envelope[T]], data: bytes
+    ) -> Validation:
         try:
-            self._checked[data] = check(data, self._clock())
+            checked[data] = check(data, self._clock())
         except MessageRefused as error:
             return error.validation
-        # As many as both subscriptions can hold; older ones were dropped there too.
-        while len(self._checked) > 2 * OFFER_QUEUE:
-            self._checked.popitem(last=False)
+        # As many as the subscription can hold; older ones were dropped there too.
+        if len(checked) > OFFER_QUEUE:
+            checked.popitem(last=False)
         return ACCEPTED
 
     async def deliver_offers(self, subscription: Subscription) -> None:
         """Hand accepted offers to our provider, until cancelled."""
         async for message in subscription:
-            offer = self._checked.pop(message.data, None)
+            offer = self._checked_offers.pop(message.data, None)
             if offer is None or offer.sender == self._network.node_id:
                 continue
             try:
@@ -129,7 +137,7 @@ class Market:
     async def deliver_bids(self, subscription: Subscription) -> None:
         """Hand accepted bids to the jobs of ours that wait for them, until cancelled."""
         async for message in subscription:
-            bid = self._checked.pop(message.data, None)
+            bid = self._checked_bids.pop(message.data, None)
             waiting = self._waiting.get(bid.body.job_id) if bid else None
             if bid is None or waiting is None:
                 continue
