@@ -168,7 +168,10 @@ class Network(ABC):
 
     @abstractmethod
     async def put_record(self, key: str, value: bytes) -> None:
-        """Store a value of at most MAX_RECORD_BYTES under `/aci/...` at the closest DHT nodes. Best effort."""
+        """Store a value of at most MAX_RECORD_BYTES under `/aci/...` at the closest DHT nodes. Best effort.
+
+        It is kept for two days at most: repeat it daily.
+        """
 
     @abstractmethod
     async def get_record(self, key: str) -> bytes | None:
@@ -176,7 +179,10 @@ class Network(ABC):
 
     @abstractmethod
     async def provide(self, key: bytes) -> None:
-        """Announce in the DHT that we provide `key` (a SHA-256 digest, 32 bytes). Best effort."""
+        """Announce in the DHT that we provide `key` (a SHA-256 digest, 32 bytes). Best effort.
+
+        It is kept for a day: repeat it some hours earlier.
+        """
 
     @abstractmethod
     async def find_providers(self, key: bytes, limit: int) -> Sequence[NodeId]:
