@@ -4,12 +4,6 @@ Identity, Noise and the protobuf messages are py-libp2p's. What lies between the
 peer end or starve the node; each module says what it takes the place of and why.
 """
 
-import logging
-
 from aci_p2p.network.libp2p.network import open_libp2p_network
 
 __all__ = ["open_libp2p_network"]
-
-# py-libp2p logs peers' mistakes as errors; without a handler Python would print them on the user's terminal.
-logging.getLogger("libp2p").addHandler(logging.NullHandler())
-logging.getLogger("libp2p").propagate = False

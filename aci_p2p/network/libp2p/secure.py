@@ -6,6 +6,7 @@ proves must be an Ed25519 key; whoever has another kind of key is refused.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import trio
@@ -19,6 +20,10 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 
 from aci_p2p.network.libp2p.negotiation import select_inbound, select_outbound
 from aci_p2p.protocol.identity import KeyPair, NodeId
+
+# py-libp2p logs peers' mistakes as errors; without a handler Python would print them on the user's terminal.
+logging.getLogger("libp2p").addHandler(logging.NullHandler())
+logging.getLogger("libp2p").propagate = False
 
 RECEIVE_BYTES = 64 << 10
 """Read from the socket at once, bytes: about one Noise message of the largest size."""
