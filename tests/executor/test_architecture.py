@@ -24,7 +24,7 @@ def read(directory: Path, changes: Mapping[str, object] = {}, *, without: tuple[
 
 
 def frequencies(directory: Path, changes: Mapping[str, object]) -> list[float]:
-    return rotary_frequencies(directory, read(directory, changes)).tolist()
+    return [float(frequency) for frequency in rotary_frequencies(directory, read(directory, changes))]
 
 
 def test_sizes(tmp_path: Path) -> None:
