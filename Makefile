@@ -1,6 +1,7 @@
 # `make demo` runs the main job and `make test` the tests; each sets up whatever it needs. `make help` lists the rest.
 
-SHELL := /bin/sh
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -11,6 +12,10 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 # Only what the lock names is installed, and nothing is built with tools from outside it (spec/decisions/0002).
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation --use-pep517
+# pip's hundreds of lines as one that counts; where it fails, its last lines say why.
+COUNT := 2>&1 | tee .venv/pip.log | awk '/^ *(Collecting|Processing|Obtaining) / { \
+	sub(/.*\//, "", $$2); printf "\r\033[K    package %d: %s", ++n, $$2; fflush() } /^Installing/ { printf "\r\033[K    unpacking %d packages", n; \
+	fflush() } END { if (n) print "" }' || { tail -n 15 .venv/pip.log >&2; exit 1; }
 LOCK := $(BIN)/uv pip compile --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	--no-emit-index-url --annotation-style line --custom-compile-command "make lock" --quiet $(if $(UPGRADE),--upgrade)
 
@@ -73,7 +78,7 @@ lock: $(STAMPS)/venv ## bring requirements/*.txt in line with pyproject.toml; UP
 torch: $(TORCH) ## add torch and transformers
 $(TORCH): $(DEV)
 	@printf '\n==> Installing torch and transformers\n'
-	@$(BIN)/python -m pip --disable-pip-version-check install --requirement requirements/torch.txt
+	@$(BIN)/python -m pip --disable-pip-version-check install --requirement requirements/torch.txt $(COUNT)
 	@touch $@
 
 test-torch: model $(DEV) $(TORCH) ## run the tests that need torch
@@ -122,8 +127,8 @@ $(STAMPS)/venv:
 
 $(BASE): | $(STAMPS)/venv
 	@printf '\n==> Installing the locked dependencies\n'
-	@$(INSTALL) --require-hashes --requirement requirements/build.txt
-	@$(INSTALL) --require-hashes --requirement requirements/base.txt
+	@$(INSTALL) --require-hashes --requirement requirements/build.txt $(COUNT)
+	@$(INSTALL) --require-hashes --requirement requirements/base.txt $(COUNT)
 	@touch $@
 
 $(PACKAGE): $(BASE) | $(LINKS)
@@ -134,7 +139,7 @@ $(PACKAGE): $(BASE) | $(LINKS)
 # One after the other, also under -j: two pips in one environment trip over each other.
 $(DEV): $(BASE) | $(PACKAGE)
 	@printf '\n==> Installing the locked test tools\n'
-	@$(INSTALL) --require-hashes --requirement requirements/dev.txt
+	@$(INSTALL) --require-hashes --requirement requirements/dev.txt $(COUNT)
 # trio-typing, which libp2p imports, brings stubs of an old trio, and they would hide trio's own types.
 	@rm -rf .venv/lib/python3*/site-packages/trio-stubs .venv/lib/python3*/site-packages/outcome-stubs
 	@touch $@
