@@ -86,15 +86,19 @@ class Discovery:
 
     async def find_providers(self, model_root: bytes, limit: int = MAX_PROVIDERS) -> list[Envelope[CapabilityRecord]]:
         """Providers of a model whose signed records we could check, connected where possible; maybe none."""
+        found: dict[NodeId, Envelope[CapabilityRecord]] = {}
 
-        async def check(node: NodeId) -> Envelope[CapabilityRecord] | None:
-            return await self._capability(model_root, node)
+        async def look_up(node: NodeId) -> None:
+            record = await self._capability(model_root, node)
+            if record is not None:
+                # Counts from now on, however long the node takes to answer.
+                found[node] = record
+                await self._reach(node, record.body.addresses)
 
-        found: list[Envelope[CapabilityRecord] | None] = []
         with trio.move_on_after(LOOKUP_TIMEOUT_S):
             nodes = await self._network.find_providers(model_root, limit)
-            found = await _gather(check, [node for node in nodes if node != self._network.node_id][:limit])
-        return [record for record in found if record is not None]
+            await _gather(look_up, [node for node in nodes if node != self._network.node_id][:limit])
+        return list(found.values())
 
     async def _capability(self, model_root: bytes, node: NodeId) -> Envelope[CapabilityRecord] | None:
         key = capability_key(model_root, node)
@@ -102,14 +106,16 @@ class Discovery:
         if value is None:
             return None
         try:
-            record: Envelope[CapabilityRecord] = self._rules.open(key, value)
+            return self._rules.open(key, value)
         except AciError:
             return None
-        self._network.learn_addresses(node, record.body.addresses)
-        for address in record.body.addresses:
-            if node not in self._network.peers:
+
+    async def _reach(self, node: NodeId, addresses: Sequence[str]) -> None:
+        """Connect to a node at one of the addresses that it claims for itself."""
+        self._network.learn_addresses(node, addresses)
+        for address in addresses:
+            if node not in self._network.peers and address.endswith(f"/p2p/{node}"):
                 await self._dial(address)
-        return record
 
     async def _dial(self, address: str) -> NodeId | AciError:
         try:

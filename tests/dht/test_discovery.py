@@ -1,0 +1,365 @@
+"""Joining, announcing and finding over the in-memory network, in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from aci_p2p.clock import virtual_clock
+from aci_p2p.dht import BootstrapFailed, Discovery, RecordRules, capability_key, node_key, open_discovery
+from aci_p2p.dht.discovery import DIAL_TIMEOUT_S, LOOKUP_TIMEOUT_S, MAX_PROVIDERS, REANNOUNCE_S, RECORD_LIFETIME_MS
+from aci_p2p.network import Network
+from aci_p2p.network.memory import MemoryHub
+from aci_p2p.protocol.envelope import Sealer
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
+from tests.protocol.driver import ENGINE, NETWORK, NOW, PRICES
+
+ROOT: Final = bytes([5]) * 32
+OTHER_ROOT: Final = bytes([6]) * 32
+HOUR_S: Final = 3_600
+
+
+def clock() -> int:
+    """Virtual time, from NOW."""
+    return NOW + virtual_clock()
+
+
+RULES: Final = RecordRules(NETWORK, clock)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A node that discovers."""
+
+    network: Network
+    discovery: Discovery
+    sealer: Sealer
+
+    @property
+    def node_id(self) -> NodeId:
+        return self.network.node_id
+
+    @property
+    def address(self) -> str:
+        return self.network.addresses[0]
+
+    def capability(self, root: bytes = ROOT, addresses: Sequence[str] | None = None) -> CapabilityRecord:
+        return CapabilityRecord(
+            model_root=root, model_name="model", context=8_192, engine=ENGINE, **PRICES, slots=4,
+            addresses=tuple(self.network.addresses if addresses is None else addresses),
+        )  # fmt: skip
+
+    async def announce(self, *capabilities: CapabilityRecord) -> None:
+        await self.discovery.announce(NodeRecord((self.address,), (), "aci-p2p/1"), capabilities)
+
+    async def found(self, root: bytes = ROOT, **limit: int) -> list[NodeId]:
+        """The providers of a model, each with its own record."""
+        records = await self.discovery.find_providers(root, **limit)
+        assert all(record.body.model_root == root for record in records)
+        return [record.sender for record in records]
+
+
+OpenPeers = Callable[[int], AbstractAsyncContextManager[list[Peer]]]
+
+
+@pytest.fixture
+def hub() -> MemoryHub:
+    return MemoryHub(latency=0.01)
+
+
+@asynccontextmanager
+async def open_peer(hub: MemoryHub, number: int) -> AsyncGenerator[Peer]:
+    key = KeyPair(number.to_bytes(32))
+    sealer = Sealer(key, NETWORK)
+    async with (
+        hub.open_network(key, record_validator=RULES.validate, record_selector=RULES.select) as network,
+        open_discovery(network, sealer, RULES, clock) as discovery,
+    ):
+        yield Peer(network, discovery, sealer)
+
+
+@pytest.fixture
+def open_peers(hub: MemoryHub) -> OpenPeers:
+    """Opens peers of which each has joined through the first."""
+
+    @asynccontextmanager
+    async def open_all(count: int) -> AsyncGenerator[list[Peer]]:
+        async with AsyncExitStack() as stack:
+            peers = [await stack.enter_async_context(open_peer(hub, number)) for number in range(1, count + 1)]
+            for peer in peers[1:]:
+                await peer.discovery.join([peers[0].address])
+            yield peers
+
+    return open_all
+
+
+def dead(number: int) -> str:
+    """The address of nobody."""
+    return f"/memory/{number}/p2p/{KeyPair(number.to_bytes(32)).node_id}"
+
+
+# Joining.
+
+
+async def test_joining_through_all_bootstrap_nodes(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_peer(hub, 1) as a, open_peer(hub, 2) as b, open_peer(hub, 3) as c:
+        assert await c.discovery.join([b.address, a.address]) == (b.node_id, a.node_id)
+        assert set(c.network.peers) == {a.node_id, b.node_id}
+        assert await c.discovery.join([]) == ()
+
+
+async def test_joining_with_a_dead_bootstrap_node(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_peer(hub, 1) as a, open_peer(hub, 2) as b:
+        assert await b.discovery.join([dead(99), a.address]) == (a.node_id,)
+        assert await b.discovery.join([a.address, dead(99)]) == (a.node_id,)
+
+
+async def test_joining_when_all_bootstrap_nodes_are_dead(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_peer(hub, 1) as peer:
+        addresses = [dead(98), dead(99)]
+        with pytest.raises(BootstrapFailed) as caught:
+            await peer.discovery.join(addresses)
+        error = caught.value
+        assert [address for address, _ in error.failures] == addresses
+        for address, reason in error.failures:
+            assert f"{address}: {reason.message}" in error.message
+            assert "cannot be reached" in reason.message
+        assert "\n" not in error.message
+        assert error.message.startswith("no bootstrap node answers (")
+        assert error.hint == "check the address, and that the node runs"
+
+
+async def test_bootstrap_nodes_that_do_not_answer_are_waited_for_together(
+    autojump_clock: MockClock, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(_address: str) -> NodeId:
+        await trio.sleep_forever()
+
+    async with open_peer(hub, 1) as peer:
+        monkeypatch.setattr(peer.network, "connect", hang)
+        with pytest.raises(BootstrapFailed, match=r": no answer within 5 s; .*: no answer within 5 s\)"):
+            await peer.discovery.join([dead(98), dead(99)])
+        assert trio.current_time() == DIAL_TIMEOUT_S
+
+
+async def test_an_address_that_is_none_is_named(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_peer(hub, 1) as a, open_peer(hub, 2) as b:
+        for addresses in ([a.address, "nowhere"], ["nowhere"], [dead(99), "nowhere"]):
+            with pytest.raises(LocalError, match="'nowhere' is not"):
+                await b.discovery.join(addresses)
+
+
+# Finding.
+
+
+async def test_a_provider_is_found_and_connected(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
+    async with open_peers(3) as (_, provider, consumer):
+        await provider.announce(provider.capability(), provider.capability(OTHER_ROOT))
+        assert provider.node_id not in consumer.network.peers
+        (record,) = await consumer.discovery.find_providers(ROOT)
+        assert (record.sender, record.body) == (provider.node_id, provider.capability())
+        assert provider.node_id in consumer.network.peers
+        assert await consumer.found(OTHER_ROOT) == [provider.node_id]
+        assert await consumer.found(bytes(32)) == []
+
+
+async def test_a_node_record_is_announced_too(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
+    async with open_peers(2) as (a, b):
+        await b.announce()
+        key = node_key(b.node_id)
+        value = await a.network.get_record(key)
+        assert value is not None
+        record = RULES.open(key, value)
+        assert record.body == NodeRecord((b.address,), (), "aci-p2p/1")
+        assert record.header.expires_at - record.header.issued_at == RECORD_LIFETIME_MS
+
+
+async def test_a_provider_does_not_find_itself(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
+    async with open_peers(3) as (_, a, b):
+        await a.announce(a.capability())
+        assert await a.found() == []
+        await b.announce(b.capability())
+        assert await a.found() == [b.node_id]
+        assert await b.found() == [a.node_id]
+
+
+async def test_no_more_providers_than_asked_for(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
+    async with open_peers(6) as (consumer, *providers):
+        for provider in providers:
+            await provider.announce(provider.capability())
+        nodes = {provider.node_id for provider in providers}
+        assert set(await consumer.found()) == nodes
+        some = await consumer.found(limit=3)
+        assert len(some) == 3
+        assert set(some) < nodes
+        assert len(nodes) <= MAX_PROVIDERS
+
+
+async def test_who_announces_without_a_record_is_not_found(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
+    async with open_peers(3) as (consumer, liar, provider):
+        await liar.network.provide(ROOT)
+        await provider.announce(provider.capability())
+        assert await consumer.found() == [provider.node_id]
+
+
+async def test_a_record_that_does_not_hold_is_ignored(
+    autojump_clock: MockClock, open_peers: OpenPeers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the nodes answer that keep the records."""
+    async with open_peers(4) as (consumer, provider, victim, stranger):
+        for peer in (provider, victim):
+            await peer.announce(peer.capability())
+        honest = consumer.network.get_record
+        seal = stranger.sealer.seal
+        answers: list[bytes] = [
+            b"",
+            b"\xff" * 9_000,
+            seal(stranger.capability(), clock()).data,
+            victim.sealer.seal(victim.capability(OTHER_ROOT), clock()).data,
+            victim.sealer.seal(victim.capability(), clock() - RECORD_LIFETIME_MS).data,
+            Sealer(victim.sealer._key, "aci-other").seal(victim.capability(), clock()).data,
+            victim.sealer.seal(NodeRecord((), (), ""), clock()).data,
+        ]
+
+        async def get_record(key: str) -> bytes | None:
+            return answers[0] if key == capability_key(ROOT, victim.node_id) else await honest(key)
+
+        monkeypatch.setattr(consumer.network, "get_record", get_record)
+        while answers:
+            assert await consumer.found() == [provider.node_id]
+            del answers[0]
+        monkeypatch.undo()
+        assert set(await consumer.found()) == {provider.node_id, victim.node_id}
+
+
+async def test_a_provider_that_is_gone_hides_nobody(
+    autojump_clock: MockClock, open_peers: OpenPeers, hub: MemoryHub
+) -> None:
+    async with open_peers(5) as (_, consumer, a, gone, b):
+        for provider in (a, gone, b):
+            await provider.announce(provider.capability())
+        hub.cut_off(gone.node_id)
+        # Its record holds; whether it can be reached is another matter.
+        assert set(await consumer.found()) == {a.node_id, gone.node_id, b.node_id}
+        assert gone.node_id not in consumer.network.peers
+
+
+@pytest.mark.parametrize("slow", ["connect", "get_record"])
+async def test_a_provider_that_is_slow_hides_nobody(
+    autojump_clock: MockClock, open_peers: OpenPeers, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    async with open_peers(5) as (_, consumer, a, tarpit, b):
+        addresses = [tarpit.address] * 8
+        await a.announce(a.capability())
+        await tarpit.announce(tarpit.capability(addresses=addresses))
+        await b.announce(b.capability())
+        quick = getattr(consumer.network, slow)
+
+        async def answer(key: str) -> object:
+            if str(tarpit.node_id) in key:
+                await trio.sleep_forever()
+            return await quick(key)
+
+        monkeypatch.setattr(consumer.network, slow, answer)
+        start = trio.current_time()
+        found = await consumer.found()
+        assert trio.current_time() - start <= LOOKUP_TIMEOUT_S
+        assert {a.node_id, b.node_id} <= set(found)
+        assert {a.node_id, b.node_id} <= set(consumer.network.peers)
+        # With a record that holds it counts, though it could not be dialled.
+        assert (tarpit.node_id in found) is (slow == "connect")
+
+
+async def test_a_record_makes_nobody_dial_another(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
+    async with open_peers(4) as (_, consumer, liar, victim):
+        await liar.announce(liar.capability(addresses=[victim.address, "nowhere", liar.address]))
+        assert await consumer.found() == [liar.node_id]
+        assert victim.node_id not in consumer.network.peers
+        assert liar.node_id in consumer.network.peers
+
+
+async def test_a_lookup_ends_in_time(
+    autojump_clock: MockClock, open_peers: OpenPeers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_peers(2) as (consumer, _):
+
+        async def hang(_key: bytes, _limit: int) -> Sequence[NodeId]:
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(consumer.network, "find_providers", hang)
+        start = trio.current_time()
+        assert await consumer.found() == []
+        assert trio.current_time() - start == LOOKUP_TIMEOUT_S
+
+
+# Renewal.
+
+
+async def test_announcements_are_renewed(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
+    async with open_peers(3) as (_, provider, consumer):
+        await provider.announce(provider.capability())
+        issued: list[int] = []
+        for _ in range(4):
+            (record,) = await consumer.discovery.find_providers(ROOT)
+            issued.append(record.header.issued_at - NOW)
+            await trio.sleep(REANNOUNCE_S)
+        gaps = [later - earlier for earlier, later in pairwise(issued)]
+        assert all(abs(gap - REANNOUNCE_S * 1_000) < 1_000 for gap in gaps)
+        await trio.sleep(30 * HOUR_S)
+        assert await consumer.found() == [provider.node_id]
+
+
+async def test_what_is_renewed_is_the_latest(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
+    async with open_peers(3) as (_, provider, consumer):
+        await provider.announce(provider.capability())
+        await provider.announce(provider.capability(OTHER_ROOT))
+        await trio.sleep(2 * HOUR_S)
+        assert await consumer.found() == []
+        assert await consumer.found(OTHER_ROOT) == [provider.node_id]
+
+
+async def test_a_newcomer_keeps_what_is_renewed(
+    autojump_clock: MockClock, open_peers: OpenPeers, hub: MemoryHub
+) -> None:
+    async with open_peers(1) as (provider,), open_peer(hub, 9) as newcomer:
+        await provider.announce(provider.capability())
+        await newcomer.discovery.join([provider.address])
+        hub.cut_off(provider.node_id)
+        assert await newcomer.found() == []
+        hub.restore(provider.node_id)
+        await newcomer.discovery.join([provider.address])
+        await trio.sleep(REANNOUNCE_S + 1)
+        hub.cut_off(provider.node_id)
+        assert await newcomer.found() == [provider.node_id]
+        assert await newcomer.network.get_record(node_key(provider.node_id)) is not None
+
+
+async def test_records_expire_when_nobody_renews_them(
+    autojump_clock: MockClock, open_peers: OpenPeers, hub: MemoryHub
+) -> None:
+    async with open_peers(2) as (_, consumer):
+        async with open_peer(hub, 9) as provider:
+            await provider.discovery.join([consumer.address])
+            await provider.announce(provider.capability())
+        start = trio.current_time()
+        await trio.sleep(HOUR_S - 10)
+        assert await consumer.found() == [provider.node_id]
+        await trio.sleep(start + HOUR_S - trio.current_time() + 1)
+        assert await consumer.found() == []
+        assert await consumer.network.get_record(node_key(provider.node_id)) is None
+
+
+async def test_who_announced_nothing_renews_nothing(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
+    async with open_peers(2) as (a, b):
+        await trio.sleep(2 * REANNOUNCE_S)
+        assert await a.network.get_record(node_key(b.node_id)) is None
+        assert await a.found() == []
