@@ -274,8 +274,8 @@ async def test_broken_workers(store: ModelStore, monkeypatch: pytest.MonkeyPatch
 
 
 async def test_a_worker_that_sends_more_than_asked_for(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunks = [Chunk(0, index, (1,), "a", Ending.NONE) for index in range(CREDIT + 3)]
-    monkeypatch.setattr(connection, "_BOOT", sends(b"".join(encode_frame(reply) for reply in (Accepted(0), *chunks))))
+    chunks = [encode_frame(Chunk(0, index, (1,), "a", Ending.NONE)) for index in range(CREDIT + 3)]
+    monkeypatch.setattr(connection, "_BOOT", sends(encode_frame(Accepted(0)) + b"".join(chunks)))
     async with open_process_executor(store) as executor, executor.generate("tiny", request()) as taken:
         await trio.testing.wait_all_tasks_blocked(0.1)
         with pytest.raises(ExecutorFailed, match="more replies to job 0 than asked for"):
