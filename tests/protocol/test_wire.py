@@ -83,6 +83,10 @@ GOOD: list[tuple[Codec[Any], Any, Value]] = [
 ]
 
 
+def test_integers_end_at_64_bits() -> None:
+    assert UINT64_MAX == 2**64 - 1
+
+
 @pytest.mark.parametrize(("codec", "value", "wire_value"), GOOD)
 def test_codecs_within_bounds(codec: Codec[Any], value: object, wire_value: Value) -> None:
     encoded = codec.encode(value)
