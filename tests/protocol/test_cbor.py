@@ -182,6 +182,12 @@ def test_simple_values_but_booleans(argument: int) -> None:
     refuse(bytes([7 << 5 | argument]) + bytes(8), "simple value" if argument < 24 else "floating point", 0)
 
 
+@pytest.mark.parametrize("number", range(24))
+def test_tags(number: int) -> None:
+    refuse(bytes([6 << 5 | number]), "tag", 0)
+    refuse(bytes([6 << 5 | number, 0]), "tag", 0)
+
+
 def test_keys_in_bytewise_order() -> None:
     """RFC 8949 4.2.1 sorts -1 (20) behind 24 (1818); RFC 7049 sorted the shorter one first."""
     assert cbor.encode({-1: 0, 24: 0, 10: 0}).hex() == "a30a001818002000"
