@@ -172,6 +172,23 @@ async def test_a_provider_is_found_and_connected(autojump_clock: MockClock, open
         assert await consumer.found(bytes(32)) == []
 
 
+async def test_the_addresses_of_a_record_are_learnt(
+    autojump_clock: MockClock, open_peers: OpenPeers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For when the connection is lost."""
+    async with open_peers(3) as (_, provider, consumer):
+        addresses = (provider.address, f"/memory/99/p2p/{provider.node_id}")
+        await provider.announce(provider.capability(addresses=addresses))
+        learnt: list[tuple[NodeId, Sequence[str]]] = []
+
+        def learn(node: NodeId, addresses: Sequence[str]) -> None:
+            learnt.append((node, addresses))
+
+        monkeypatch.setattr(consumer.network, "learn_addresses", learn)
+        assert await consumer.found() == [provider.node_id]
+        assert (provider.node_id, addresses) in learnt
+
+
 async def test_a_node_record_is_announced_too(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
     async with open_peers(2) as (a, b):
         await b.announce()

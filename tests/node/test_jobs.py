@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, assert_checkpoints
 
 from aci_p2p.clock import virtual_clock
 from aci_p2p.jobs import FAREWELL_S, INBOX, OUTBOX, STALL_S, JobShell, SharedEvent, StreamPump
@@ -226,11 +226,18 @@ async def test_a_timer_fires_at_its_time_and_once(autojump_clock: MockClock) -> 
     assert shell.script.times == [0, 3_000, 100_000]
 
 
+async def test_of_the_timers_between_transitions_the_last_counts(autojump_clock: MockClock) -> None:
+    shell = Shell({"go": [persist(State.AWARDED), SetTimer(1_000), persist(State.ACCEPTED), SetTimer(9_000)]})
+    with trio.move_on_after(20):
+        await shell.run("go")
+    assert shell.script.heard == ["go", TimerFired(), Cancel()]
+    assert shell.script.times == [0, 9_000, 20_000]
+
+
 async def test_a_timer_replaces_the_one_before(autojump_clock: MockClock) -> None:
     shell = Shell(
         {
-            # Of the timers between two transitions only the last counts.
-            "go": [persist(State.AWARDED), SetTimer(1_000), persist(State.ACCEPTED), SetTimer(9_000)],
+            "go": [SetTimer(9_000)],
             "sooner": [SetTimer(5_000)],
             "amid": [SetTimer(20_000)],
         }
@@ -298,6 +305,8 @@ async def test_frames_for_a_stream_that_ended_are_lost(autojump_clock: MockClock
         await trio.sleep(1)
         assert shell.log.entries[-1] == "behind"
         await shell.tell(END)
+        with assert_checkpoints():
+            await pump.send(b"lost")
     assert pump.closing
 
 
@@ -309,6 +318,16 @@ async def test_a_job_ends_and_sends_what_is_left(autojump_clock: MockClock) -> N
         await shell.run(END)
         assert len(stream.read) < 10
     assert stream.read == [b"%d" % number for number in range(10)]
+    assert trio.current_time() == pytest.approx(1)
+
+
+async def test_a_job_that_ends_does_not_wait_for_a_dead_peer(autojump_clock: MockClock) -> None:
+    shell = Shell({END: [Send(b"unread"), CloseStream()]})
+    async with trio.open_nursery() as nursery:
+        shell.attach(nursery, nullcontext(PacedStream(NEVER)))
+        await shell.run(END)
+        assert trio.current_time() == 0
+    assert trio.current_time() == FAREWELL_S
 
 
 async def test_events_of_a_stream_that_was_left_are_ignored(autojump_clock: MockClock) -> None:
@@ -342,7 +361,9 @@ async def test_a_job_that_is_over_hears_nothing(autojump_clock: MockClock) -> No
         await shell.run(END)
         with trio.fail_after(1):
             for _ in range(2 * INBOX):
-                await shell.tell("late")
+                # A loop of a peer's making must not starve others.
+                with assert_checkpoints():
+                    await shell.tell("late")
                 await theirs.send(b"late")
     assert shell.script.heard == [END]
 
@@ -489,8 +510,9 @@ async def test_cancelled_amid_effects_the_rest_is_performed_once(autojump_clock:
 
 async def test_cancelled_at_its_end_a_job_is_not_cancelled(autojump_clock: MockClock) -> None:
     shell = Shell({END: [note("slow"), persist(State.PENDING), note("finished")], Cancel(): FAREWELL}, pace=0.5)
-    with trio.move_on_after(0.2):
+    with trio.move_on_after(0.2) as scope:
         await shell.run(END)
+    assert scope.cancelled_caught
     assert shell.script.heard == [END]
     assert shell.log.entries == ["slow", [State.PENDING], "finished"]
 
