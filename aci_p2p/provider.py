@@ -11,10 +11,11 @@ from typing import Final
 
 import trio
 
-from aci_p2p.clock import Clock
+from aci_p2p.clock import MS_PER_S, Clock
 from aci_p2p.executor import (
     EngineDescription,
     Executor,
+    ExecutorFailed,
     FinishReason,
     GenerationRequest,
     Message,
@@ -37,6 +38,7 @@ from aci_p2p.protocol.job import (
     StopGeneration,
 )
 from aci_p2p.protocol.messages import (
+    MAX_LATENCY_MS,
     NONCE_BYTES,
     SECOND,
     Abort,
@@ -49,6 +51,7 @@ from aci_p2p.protocol.messages import (
     Finish,
     Offer,
 )
+from aci_p2p.protocol.pricing import format_amount
 from aci_p2p.protocol.provider import (
     GenerationEnded,
     GenerationFailed,
@@ -111,7 +114,7 @@ class ProviderStatistics:
 
 
 class ProviderRole:
-    """Serves models to the market. `run` it in a nursery."""
+    """Serves models to the market: `bid_on_offers` answers offers, `serve` runs what was won."""
 
     def __init__(
         self,
@@ -168,11 +171,14 @@ class ProviderRole:
         """Answer every offer that we can serve with a firm bid, until cancelled."""
         while True:
             offer = await self._market.next_offer()
-            bid = self._bid(offer)
-            if bid is not None:
-                self._forget_expired()
-                self._outstanding[bid.digest] = (offer, bid)
-                await self._market.publish_bid(bid)
+            try:
+                bid = self._bid(offer)
+                if bid is not None:
+                    self._forget_expired()
+                    self._outstanding[bid.digest] = (offer, bid)
+                    await self._market.publish_bid(bid)
+            except AciError as error:
+                log.warning("no bid for job %s: %s", offer.body.job_id.hex()[:8], error)
 
     async def hand_back(self) -> None:
         """Cancel the running jobs, and wait until their consumers were told or FAREWELL_S seconds are over."""
@@ -219,7 +225,12 @@ class ProviderRole:
         except MessageRefused as error:
             log.info("no award from %s: %s", stream.peer.short, error)
             return
-        known = self._outstanding.pop(award.body.bid_digest, None)
+        known = self._outstanding.get(award.body.bid_digest)
+        if known and award.sender != known[0].sender:
+            # Bids are public: whoever heard ours must not be able to use it up.
+            log.info("award from %s for a bid to %s", award.sender.short, known[0].sender.short)
+            return
+        self._outstanding.pop(award.body.bid_digest, None)
         if known is None:
             await self._decline(stream, award.body.job_id, AbortCode.TIMEOUT, "there is no such bid, or it expired")
         elif len(self._jobs) >= self._slots:
@@ -247,13 +258,16 @@ class ProviderRole:
         try:
             await running.serve(stream, frame)
         finally:
+            name = f"job {job.job_id.hex()[:8]} of {offer.sender.short}"
             if running.error is None:
                 self._finished += 1
+                log.info("%s: done for %s", name, format_amount(job.price))
             else:
                 self._failed += 1
-                log.info("job %s: %s", job.job_id.hex()[:8], running.error)
-        if running.latency_ms is not None:
-            self._latency_ms += (running.latency_ms - self._latency_ms) // LATENCY_WEIGHT
+                log.info("%s: %s", name, running.error)
+        if running.latency_s is not None:
+            measured = min(round(running.latency_s * MS_PER_S), MAX_LATENCY_MS)
+            self._latency_ms += (measured - self._latency_ms) // LATENCY_WEIGHT
 
 
 class _ServedJob(JobShell[ProviderEvent]):
@@ -265,8 +279,7 @@ class _ServedJob(JobShell[ProviderEvent]):
         self._model = model
         self._generation = trio.CancelScope()
         self._tasks: trio.Nursery | None = None
-        self._started_at = clock()
-        self.latency_ms: int | None = None
+        self.latency_s: float | None = None
         self.error: AciError | None = LocalError("the job did not run to its end")
 
     async def serve(self, stream: Stream, frame: bytes) -> None:
@@ -297,30 +310,40 @@ class _ServedJob(JobShell[ProviderEvent]):
         with self._generation:
             try:
                 await self._stream_answer(run)
-            except PromptTooLong as error:
-                await self.tell(GenerationFailed(AbortCode.PROMPT_TOO_LONG, error.message))
-            except (ModelUnavailable, WeightsMismatch) as error:
-                await self.tell(GenerationFailed(AbortCode.MODEL_UNAVAILABLE, error.message))
-            except LocalError as error:
-                await self.tell(GenerationFailed(AbortCode.INVALID_PROMPT, error.message))
             except AciError as error:
-                await self.tell(GenerationFailed(AbortCode.EXECUTOR_FAILED, error.message))
+                log.warning("generation failed: %s", error)
+                await self.tell(_failure(error))
 
     async def _stream_answer(self, run: StartGeneration) -> None:
         messages = _messages(run.conversation)
         seed = run.seed if run.temperature_milli else b""
         request = GenerationRequest(messages, run.max_tokens, Sampling(run.temperature_milli, seed))
-        finish = FinishReason.LENGTH
-        async with self._executor.generate(self._model, request) as chunks:
-            async for chunk in chunks:
+        finish: FinishReason | None = None
+        async with self._executor.generate(self._model, request) as generation:
+            async for chunk in generation:
                 if self.latency_ms is None:
                     self.latency_ms = self._clock() - self._started_at
                 if chunk.tokens or chunk.text:
                     await self.tell(Produced(chunk.tokens, chunk.text))
                 finish = chunk.finish or finish
-        input_tokens = len(await self._executor.encode(self._model, messages))
+        if finish is None:
+            msg = "the executor did not say why it ended"
+            raise ExecutorFailed(msg)
         engine = _engine(self._executor.describe(self._model))
-        await self.tell(GenerationEnded(_FINISH[finish], input_tokens, engine))
+        await self.tell(GenerationEnded(_FINISH[finish], generation.input_tokens, engine))
+
+
+def _failure(error: AciError) -> GenerationFailed:
+    """What the consumer is told: nothing of our files and machine, which the messages of other errors may name."""
+    match error:
+        case PromptTooLong():
+            return GenerationFailed(AbortCode.PROMPT_TOO_LONG, error.message)
+        case ModelUnavailable() | WeightsMismatch():
+            return GenerationFailed(AbortCode.MODEL_UNAVAILABLE, "the provider cannot serve the model any more")
+        case LocalError():
+            return GenerationFailed(AbortCode.INVALID_PROMPT, "the model's chat template refuses the conversation")
+        case _:
+            return GenerationFailed(AbortCode.EXECUTOR_FAILED, "the computation failed")
 
 
 def _messages(conversation: Conversation) -> tuple[Message, ...]:

@@ -113,6 +113,15 @@ class TokenChunk:
     """Set in the last chunk only."""
 
 
+class Generation(AsyncIterator[TokenChunk]):
+    """A generation that runs: its chunks, in order, until one has `finish` set. Made by `Executor.generate` only."""
+
+    @property
+    @abstractmethod
+    def input_tokens(self) -> int:
+        """Tokens of the prompt, those of the chat template included: what the model has read."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A loaded model."""
@@ -170,16 +179,19 @@ class Executor(ABC):
     async def load(self, model: str) -> ModelInfo:
         """Verify the files of a model in the store against its root, then load it; cheap when loaded already.
 
+        Loading takes seconds, in which the generations that already run on the same worker stand still: load the
+        models that are served before work is taken.
+
         Raises ModelUnavailable, WeightsMismatch, ExecutorFailed.
         """
 
     @abstractmethod
-    def generate(
-        self, model: str, request: GenerationRequest
-    ) -> AbstractAsyncContextManager[AsyncIterator[TokenChunk]]:
+    def generate(self, model: str, request: GenerationRequest) -> AbstractAsyncContextManager[Generation]:
         """Stream a generation within the block; leaving it (or cancelling) stops the computation within 50 ms.
 
-        Raises ModelUnavailable, PromptTooLong, ExecutorFailed.
+        Entering the block loads the model if need be. It raises ModelUnavailable, WeightsMismatch, TemplateRefused,
+        PromptTooLong, ExecutorFailed, and LocalError for a request that makes no sense (a message without a known
+        role, a temperature out of range, sampling without a seed). Iterating raises ExecutorFailed.
         """
 
     @abstractmethod

@@ -54,7 +54,7 @@ _ERRORS: Final[dict[str, type[AciError]]] = {
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class WorkerJob:
     """A job that the worker has, from its request to its end."""
 
     number: int
@@ -98,7 +98,7 @@ class WorkerProcess:
     def __init__(self, store: Path, *, threads: int, max_batch: int) -> None:
         """`store` is the model store's path; `threads` compute, at most `max_batch` generations in one step."""
         self.alive = True
-        self.jobs: dict[int, Job] = {}
+        self.jobs: dict[int, WorkerJob] = {}
         self.produced = 0
         self.process: trio.Process | None = None
         self._arguments = [str(store), str(threads), str(max_batch)]
@@ -110,7 +110,7 @@ class WorkerProcess:
         self._errors = bytearray()
         self._garbage = ""
 
-    def start(self, request: Callable[[int], Start], capacity: int, on_end: Callable[[], None]) -> Job:
+    def start(self, request: Callable[[int], Start], capacity: int, on_end: Callable[[], None]) -> WorkerJob:
         """Begin a job: `request` makes its request from its number; `capacity` is the most replies it may have waiting.
 
         Raises LocalError when a field of the request is out of bounds.
@@ -120,11 +120,11 @@ class WorkerProcess:
         frame = encode_frame(message)
         self._next += 1
         arrivals, replies = trio.open_memory_channel[Reply](capacity)
-        job = self.jobs[number] = Job(number, message.model, replies, arrivals, self._post, on_end)
+        job = self.jobs[number] = WorkerJob(number, message.model, replies, arrivals, self._post, on_end)
         self._outbox.send_nowait(frame)
         return job
 
-    def abandon(self, job: Job) -> None:
+    def abandon(self, job: WorkerJob) -> None:
         """Take no more replies of a job, and cancel it unless it is over."""
         job.abandoned = True
         job.replies.close()

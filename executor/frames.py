@@ -173,6 +173,8 @@ class Accepted:
 
     job: JobNumber
     """Of the request."""
+    input_tokens: Annotated[int, Wire(1, Uint())]
+    """Tokens of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)

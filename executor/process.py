@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
@@ -22,18 +22,20 @@ from aci_p2p.executor.api import (
     ExecutorStatistics,
     FinishReason,
     ForwardResult,
+    Generation,
     GenerationRequest,
     Message,
     ModelInfo,
     PromptTooLong,
     TokenChunk,
 )
-from aci_p2p.executor.connection import Job, WorkerProcess
+from aci_p2p.executor.connection import WorkerJob, WorkerProcess
 from aci_p2p.executor.frames import (
     CONVERSATION_BYTES_MAX,
     MESSAGES_MAX,
     TOKEN_BYTES,
     TOKENS_MAX,
+    Accepted,
     Chunk,
     Credit,
     Encode,
@@ -120,13 +122,11 @@ class _ProcessExecutor(Executor):
                 case reply:
                     raise _out_of_turn(reply)
 
-    def generate(
-        self, model: str, request: GenerationRequest
-    ) -> AbstractAsyncContextManager[AsyncIterator[TokenChunk]]:
+    def generate(self, model: str, request: GenerationRequest) -> AbstractAsyncContextManager[Generation]:
         return self._generate(model, request)
 
     @asynccontextmanager
-    async def _generate(self, model: str, request: GenerationRequest) -> AsyncGenerator[AsyncIterator[TokenChunk]]:
+    async def _generate(self, model: str, request: GenerationRequest) -> AsyncGenerator[Generation]:
         turns = _turns(request.messages)
         sampling, max_tokens = request.sampling, request.max_tokens
         if max_tokens < 1:
@@ -138,8 +138,11 @@ class _ProcessExecutor(Executor):
 
         # Besides the chunks: Accepted and Ended or Failed.
         async with self._job(start, capacity=CREDIT + 2) as job:
-            await job.next()
-            yield _Chunks(job)
+            match await job.next():
+                case Accepted(input_tokens=input_tokens):
+                    yield _ProcessGeneration(job, input_tokens)
+                case reply:
+                    raise _out_of_turn(reply)
 
     async def encode(self, model: str, messages: Sequence[Message]) -> tuple[int, ...]:
         turns = _turns(messages)
@@ -190,7 +193,7 @@ class _ProcessExecutor(Executor):
         )
 
     @asynccontextmanager
-    async def _job(self, start: Callable[[int], Start], capacity: int) -> AsyncGenerator[Job]:
+    async def _job(self, start: Callable[[int], Start], capacity: int) -> AsyncGenerator[WorkerJob]:
         """A job within the block; leaving it gives the job up."""
         await self._places.acquire()
         try:
@@ -224,13 +227,18 @@ class _ProcessExecutor(Executor):
             return self._worker
 
 
-class _Chunks(AsyncIterator[TokenChunk]):
-    """The chunks of one generation, with credit sent for those taken."""
+class _ProcessGeneration(Generation):
+    """One generation, with credit sent for the chunks taken."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: WorkerJob, input_tokens: int) -> None:
         self._job = job
+        self._input_tokens = input_tokens
         self._taken = 0
         self._finished = False
+
+    @property
+    def input_tokens(self) -> int:
+        return self._input_tokens
 
     async def __anext__(self) -> TokenChunk:
         if self._finished:

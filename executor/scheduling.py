@@ -160,8 +160,9 @@ class Scheduler:
                 case Forward():
                     self._prefilling.append(_check(request, model, cancelled))
                 case Generate():
-                    self._waiting.append(_generation(request, model, cancelled))
-                    self.send(Accepted(request.job))
+                    generation = _generation(request, model, cancelled)
+                    self._waiting.append(generation)
+                    self.send(Accepted(request.job, len(generation.tokens)))
 
     def add_credit(self, credit: Credit) -> None:
         """Let a generation send more chunks; one that is over needs none."""

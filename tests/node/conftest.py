@@ -23,6 +23,7 @@ from aci_p2p.executor.api import (
     ExecutorStatistics,
     FinishReason,
     ForwardResult,
+    Generation,
     GenerationRequest,
     Message,
     ModelInfo,
@@ -38,6 +39,21 @@ ROOT = hashlib.sha256(b"scripted model").digest()
 MODEL = "scripted"
 
 
+class ScriptedGeneration(Generation):
+    """Chunks with the length of a prompt."""
+
+    def __init__(self, chunks: AsyncIterator[TokenChunk], input_tokens: int) -> None:
+        self._chunks = chunks
+        self._input_tokens = input_tokens
+
+    @property
+    def input_tokens(self) -> int:
+        return self._input_tokens
+
+    async def __anext__(self) -> TokenChunk:
+        return await anext(self._chunks)
+
+
 @dataclass
 class ScriptedExecutor(Executor):
     """Says a fixed text one word a chunk, at a fixed pace; can fail or hang at a chosen chunk."""
@@ -50,6 +66,8 @@ class ScriptedExecutor(Executor):
     """Chunk before which `error` is raised."""
     error: AciError = field(default_factory=lambda: ExecutorFailed("the worker died"))
     """What is raised at `fail_at`."""
+    input_tokens: int = 10
+    """Tokens of every prompt."""
     running: int = 0
     """Generations in progress."""
 
@@ -57,10 +75,10 @@ class ScriptedExecutor(Executor):
         return ModelInfo(model, ROOT, 4096, 1000)
 
     @asynccontextmanager
-    async def generate(self, model: str, request: GenerationRequest) -> AsyncGenerator[AsyncIterator[TokenChunk]]:
+    async def generate(self, model: str, request: GenerationRequest) -> AsyncGenerator[Generation]:
         self.running += 1
         try:
-            yield self._chunks(request)
+            yield ScriptedGeneration(self._chunks(request), self.input_tokens)
         finally:
             self.running -= 1
 
@@ -74,7 +92,7 @@ class ScriptedExecutor(Executor):
             yield TokenChunk(index, (index,), word + ("" if last else " "), last)
 
     async def encode(self, model: str, messages: Sequence[Message]) -> tuple[int, ...]:
-        return tuple(range(10))
+        return tuple(range(self.input_tokens))
 
     async def forward(self, model: str, tokens: Sequence[int], *, start: int = 0) -> ForwardResult:
         return ForwardResult(np.zeros((len(tokens) - start, 1000), np.float32))
