@@ -45,7 +45,7 @@ MESSAGES: st.SearchStrategy[Request | Reply] = st.one_of(
     st.builds(Cancel, NUMBERS),
     st.builds(Credit, NUMBERS, NUMBERS),
     st.builds(Loaded, NUMBERS, DIGESTS, NUMBERS, NUMBERS),
-    st.builds(Accepted, NUMBERS),
+    st.builds(Accepted, NUMBERS, NUMBERS),
     st.builds(Begun, NUMBERS),
     st.builds(Chunk, NUMBERS, NUMBERS, st.lists(NUMBERS, max_size=3).map(tuple), NAMES, st.sampled_from(Ending)),
     st.builds(Encoded, NUMBERS, st.binary(max_size=40)),

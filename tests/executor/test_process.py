@@ -94,7 +94,9 @@ async def test_everything_that_an_executor_does(store: ModelStore) -> None:
         assert tokens_of(await collect(executor, request(sampling=other_seed))) != tokens_of(chunks)
 
         prompt = await executor.encode("tiny", [Message("user", "the")])
-        greedy = tokens_of(await collect(executor, request(sampling=Sampling())))
+        async with executor.generate("tiny", request(sampling=Sampling())) as generation:
+            assert generation.input_tokens == len(prompt)
+            greedy = tokens_of([chunk async for chunk in generation])
         result = await executor.forward("tiny", [*prompt, *greedy[:-1]], start=len(prompt) - 1)
         assert result.logits.dtype == np.float32
         assert result.logits.shape == (10, len(vocabulary()))
@@ -273,9 +275,16 @@ async def test_broken_workers(store: ModelStore, monkeypatch: pytest.MonkeyPatch
             await executor.load("tiny")
 
 
+async def test_a_worker_that_does_not_accept_a_generation(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_BOOT", sends(encode_frame(Chunk(0, 0, (1,), "a", Ending.LENGTH))))
+    async with open_process_executor(store) as executor:
+        with pytest.raises(ExecutorFailed, match="Chunk out of turn"):
+            await collect(executor, request())
+
+
 async def test_a_worker_that_sends_more_than_asked_for(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = [encode_frame(Chunk(0, index, (1,), "a", Ending.NONE)) for index in range(CREDIT + 3)]
-    monkeypatch.setattr(connection, "_BOOT", sends(encode_frame(Accepted(0)) + b"".join(chunks)))
+    monkeypatch.setattr(connection, "_BOOT", sends(encode_frame(Accepted(0, 1)) + b"".join(chunks)))
     async with open_process_executor(store) as executor, executor.generate("tiny", request()) as taken:
         await trio.testing.wait_all_tasks_blocked(0.1)
         with pytest.raises(ExecutorFailed, match="more replies to job 0 than asked for"):

@@ -99,6 +99,16 @@ def alone(store: ModelStore, text: str, count: int = 8, model: str = "one") -> l
     return node.tokens(1)
 
 
+def prompt_length(node: Node, text: str) -> int:
+    """Tokens of a prompt, by job 99."""
+    node.start(Encode(99, "one", (Turn("user", text),)))
+    encoded, ended = node.replies[-2:]
+    assert isinstance(encoded, Encoded)
+    assert ended == Ended(99)
+    del node.replies[-2:]
+    return len(encoded.tokens) // 4
+
+
 def test_load(node: Node, store: ModelStore) -> None:
     node.start(Load(7, "one"))
     assert node.replies == [Loaded(7, store.open("one").root, CONTEXT, len(vocabulary())), Ended(7)]
@@ -116,7 +126,7 @@ def test_encode(node: Node) -> None:
 
 def test_a_generation(node: Node) -> None:
     node.generate(3, "the", 5)
-    assert node.replies == [Accepted(3)]
+    assert node.replies == [Accepted(3, prompt_length(node, "the"))]
     node.run()
     begun, *chunks, ended = node.replies[1:]
     assert (begun, ended) == (Begun(3), Ended(3))
@@ -333,13 +343,11 @@ def test_an_unexpected_error_is_told_in_one_line(
 
 
 def test_prompts_and_answers_must_fit_the_context(node: Node) -> None:
-    node.start(Encode(1, "one", (Turn("user", "the"),)))
-    encoded = node.of(1)[0]
-    assert isinstance(encoded, Encoded)
-    room = CONTEXT - len(encoded.tokens) // 4
+    length = prompt_length(node, "the")
+    room = CONTEXT - length
     node.generate(2, "the", room)
     node.generate(3, "the", room + 1)
-    assert node.of(2) == [Accepted(2)]
+    assert node.of(2) == [Accepted(2, length)]
     assert node.failed(3).code == "prompt_too_long"
     node.run()
     assert node.of(2)[-1] == Ended(2)

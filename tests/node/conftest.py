@@ -68,6 +68,8 @@ class ScriptedExecutor(Executor):
     """What is raised at `fail_at`."""
     input_tokens: int = 10
     """Tokens of every prompt."""
+    finish: FinishReason | None = FinishReason.STOP
+    """What the last chunk says."""
     running: int = 0
     """Generations in progress."""
 
@@ -88,8 +90,8 @@ class ScriptedExecutor(Executor):
             await trio.sleep(self.pace)
             if index == self.fail_at:
                 raise self.error
-            last = FinishReason.STOP if index == len(words) - 1 else None
-            yield TokenChunk(index, (index,), word + ("" if last else " "), last)
+            last = index == len(words) - 1
+            yield TokenChunk(index, (index,), word + ("" if last else " "), self.finish if last else None)
 
     async def encode(self, model: str, messages: Sequence[Message]) -> tuple[int, ...]:
         return tuple(range(self.input_tokens))

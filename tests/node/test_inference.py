@@ -74,6 +74,22 @@ async def test_answer_with_proof_and_receipt(autojump_clock: MockClock, open_tes
         assert provider.provider.statistics().finished == 1
 
 
+async def test_the_prompt_is_as_long_as_the_executor_says(
+    autojump_clock: MockClock, open_test_node: OpenTestNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts the prompt when it reads it: nothing tokenises the conversation again."""
+    executor = ScriptedExecutor(input_tokens=37)
+    monkeypatch.setattr(executor, "encode", None)
+    async with (
+        open_test_node("provider", executor=executor, price=7) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        answer = await aci.inference(model=MODEL, prompt="count", max_tokens=10)
+        assert (await aci.verify_proof(answer.proof)).proof.body.input_tokens == 37
+        assert answer.receipt.body.price == 37 * 1 + 4 * 7
+
+
 async def test_a_client_with_its_own_node(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
     async with (
         open_test_node("provider", executor=ScriptedExecutor()) as provider,
@@ -155,6 +171,10 @@ async def test_sampling_seed_is_shared_and_only_used_when_sampling(
 FAILURES: list[tuple[ScriptedExecutor, type[Exception], str, State, State, Party]] = [
     (
         ScriptedExecutor(fail_at=2), ProviderFault, "after 2 tokens: the worker died",
+        State.PROVIDER_FAULT, State.PROVIDER_FAULT, Party.PROVIDER,
+    ),
+    (
+        ScriptedExecutor(finish=None), ProviderFault, "after 4 tokens: the executor did not say why it ended",
         State.PROVIDER_FAULT, State.PROVIDER_FAULT, Party.PROVIDER,
     ),
     (
