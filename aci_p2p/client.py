@@ -187,11 +187,11 @@ class ACI:
         if not 1 <= max_tokens <= MAX_TOKENS:
             msg = f"max_tokens is between 1 and {MAX_TOKENS}"
             raise LocalError(msg)
-        providers = await self.node.find_providers(root)
-        connected = [record for record in providers if record.sender in self.node.network.peers]
         if not self.node.network.peers:
             msg = "this node is connected to nobody"
             raise NotConnected(msg, hint="give the address of a running node with --bootstrap")
+        providers = await self.node.find_providers(root)
+        connected = {record.sender for record in providers} & set(self.node.network.peers)
         request = JobRequest(
             model_root=root,
             conversation=conversation,
@@ -200,7 +200,7 @@ class ACI:
             max_price=wanted.max_price,
             max_latency_ms=wanted.max_latency_ms,
             bid_window_ms=wanted.bid_window_ms,
-            expected_bids=len(connected),
+            expected_bidders=frozenset(connected),
         )
         async with self.node.open_job(request) as job:
             yield AnswerStream(job, providers)

@@ -319,10 +319,14 @@ class _ServedJob(JobShell[ProviderEvent]):
         seed = run.seed if run.temperature_milli else b""
         request = GenerationRequest(messages, run.max_tokens, Sampling(run.temperature_milli, seed))
         finish: FinishReason | None = None
+        started = trio.current_time()
         async with self._executor.generate(self._model, request) as generation:
+            if generation.input_tokens > run.max_input_tokens:
+                msg = f"the prompt takes {generation.input_tokens} tokens, the offer pays for {run.max_input_tokens}"
+                raise PromptTooLong(msg)
             async for chunk in generation:
-                if self.latency_ms is None:
-                    self.latency_ms = self._clock() - self._started_at
+                if self.latency_s is None:
+                    self.latency_s = trio.current_time() - started
                 if chunk.tokens or chunk.text:
                     await self.tell(Produced(chunk.tokens, chunk.text))
                 finish = chunk.finish or finish

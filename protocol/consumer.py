@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from aci_p2p.protocol.commitments import (
@@ -50,6 +50,7 @@ from aci_p2p.protocol.messages import (
     BidSummary,
     Commit,
     Conversation,
+    Finish,
     Input,
     Kind,
     Offer,
@@ -124,8 +125,8 @@ class JobRequest:
     """Longest promised time to the first token, milliseconds."""
     bid_window_ms: int
     """How long to wait for bids, milliseconds."""
-    expected_bids: int
-    """Bids after which to choose without waiting longer; 0: wait out the window."""
+    expected_bidders: frozenset[NodeId]
+    """Providers known to serve the model: once all have bid there is nobody to wait for. Empty: wait out the window."""
 
     def __post_init__(self) -> None:
         """Raise LocalError on what no node would forward."""
@@ -141,9 +142,9 @@ class JobRequest:
 class JobSecrets:
     """Fresh randomness for one job, 32 bytes each."""
 
-    salt: bytes
+    salt: bytes = field(repr=False)
     """Hides the prompt in the offer."""
-    nonce: bytes
+    nonce: bytes = field(repr=False)
     """Our part of the sampling seed."""
 
 
@@ -303,7 +304,8 @@ class ConsumerJob(Job):
         self._bids[bid.digest] = bid
         self._summaries.append(summary)
         effects: list[Effect] = [BidSeen(summary)]
-        if self._request.expected_bids and len(self._bids) >= self._request.expected_bids:
+        expected = self._request.expected_bidders
+        if expected and expected <= {summary.provider for summary in self._summaries}:
             effects += self._choose(now)
         return effects
 
@@ -340,7 +342,8 @@ class ConsumerJob(Job):
             message = f"nobody bid within {self._request.bid_window_ms / SECOND:g} s"
             hint = "check that a provider of this model is connected, or wait longer for bids"
         self._detail = message
-        return self._end(Trigger.NO_BID, NoBids(message, bids=len(self._bids), hint=hint), now)
+        trigger = Trigger.NO_BID if self._bids else Trigger.TIMEOUT
+        return self._end(trigger, NoBids(message, bids=len(self._bids), hint=hint), now)
 
     def _on_timer(self, now: int) -> list[Effect]:
         if self._state is State.OFFERED:
@@ -429,7 +432,7 @@ class ConsumerJob(Job):
         return [timer, Deliver(part.tokens, part.text)]
 
     def _on_reveal(self, reveal: Reveal, now: int) -> list[Effect]:
-        proof = open_envelope(reveal.proof, Proof, network=self._sealer.network, now=None)
+        proof = open_envelope(reveal.proof, Proof, network=self._sealer.network, now=now)
         self._check_proof(proof, reveal.salt)
         self._proof = proof
         self._proof_bytes = encode_proof(self.proof_file())
@@ -471,6 +474,10 @@ class ConsumerJob(Job):
         require(tokens_hold and body.output_tokens == len(self._tokens), Decision.REJECT, Reason.BAD_COMMITMENT)
         text_holds = body.text_hash == text_digest(self._job_id, "".join(self._text))
         require(text_holds, Decision.REJECT, Reason.BAD_COMMITMENT)
+        # An answer, and one that ended for the stated reason.
+        cut = body.finish is Finish.LENGTH
+        ended = body.output_tokens == self._request.max_tokens if cut else body.output_tokens > 0
+        require(ended, Decision.REJECT, Reason.BAD_COMMITMENT)
         # Opens the commitment made before.
         root = output_root(body.tokens_hash, body.text_hash)
         opened = output_commitment(self._job_id, provider, root, salt) == self._commitment

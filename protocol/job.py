@@ -140,6 +140,8 @@ class StartGeneration:
 
     conversation: Conversation
     """What the model is asked."""
+    max_input_tokens: int
+    """Most prompt tokens, template included, that the offer's price covers."""
     max_tokens: int
     """Most tokens to produce."""
     temperature_milli: int
@@ -231,6 +233,11 @@ class Job:
     def state(self) -> State:
         """Where the job stands."""
         return self._state
+
+    @property
+    def price(self) -> int:
+        """What the job costs, base units; 0 until its answer is complete."""
+        return self._price
 
     @property
     def over(self) -> bool:

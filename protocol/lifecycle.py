@@ -48,7 +48,7 @@ class Trigger(Enum):
     DECLINE = "decline"
     """The provider cannot take the award after all; the next bid may."""
     NO_BID = "no bid"
-    """No bid is left that meets the offer."""
+    """There were bids, and none is left that meets the offer."""
     INPUT = "input"
     """The provider has the prompt, and it opens the commitments."""
     TOKENS = "tokens"
@@ -106,7 +106,7 @@ CHALLENGE_WINDOW_MS: Final = 24 * _HOUR
 
 LIMITS: Final[dict[State, Limit]] = {
     State.DRAFT: Limit(60 * _SECOND, Party.CONSUMER, State.EXPIRED),
-    State.OFFERED: Limit(30 * _SECOND, Party.CONSUMER, State.EXPIRED),
+    State.OFFERED: Limit(10 * _SECOND, Party.CONSUMER, State.EXPIRED),
     State.AWARDED: Limit(5 * _SECOND, Party.PROVIDER, State.OFFERED),
     State.ACCEPTED: Limit(10 * _SECOND, Party.CONSUMER, State.CONSUMER_FAULT),
     State.STREAMING: Limit(60 * _SECOND, Party.PROVIDER, State.PROVIDER_FAULT),
@@ -116,7 +116,8 @@ LIMITS: Final[dict[State, Limit]] = {
     State.PENDING: Limit(CHALLENGE_WINDOW_MS, Party.NOBODY, State.FINAL),
     State.CHALLENGED: Limit(CHALLENGE_WINDOW_MS, Party.VALIDATORS, State.INCONCLUSIVE),
 }
-"""AWARDED: a round trip between continents takes under one second, a busy node under four.
+"""OFFERED: the longest bid window (`market.MAX_BID_WINDOW_MS`); an offer's own deadline may end it earlier.
+AWARDED: a round trip between continents takes under one second, a busy node under four.
 STREAMING: a large model loads and reads a long prompt within a minute; then each part of the answer renews it."""
 
 _PATH: Final[dict[tuple[State, Trigger], State]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from aci_p2p.protocol.commitments import (
@@ -49,7 +49,7 @@ from aci_p2p.protocol.messages import (
     Reveal,
     Tokens,
 )
-from aci_p2p.protocol.pricing import price
+from aci_p2p.protocol.pricing import max_input_tokens, price
 from aci_p2p.protocol.text import printable
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
@@ -74,9 +74,9 @@ class JobAborted(ResourceError):
 class ProviderSecrets:
     """Fresh randomness for one job, 32 bytes each."""
 
-    nonce: bytes
+    nonce: bytes = field(repr=False)
     """Our part of the sampling seed."""
-    salt: bytes
+    salt: bytes = field(repr=False)
     """Hides the output in our commitment until we reveal."""
 
 
@@ -206,7 +206,13 @@ class ProviderJob(Job):
         )
         require(holds, Decision.REJECT, Reason.BAD_COMMITMENT)
         self._seed = derive_seed(opening.consumer_nonce, self._secrets.nonce, self.job_id)
-        run = StartGeneration(opening.conversation, offer.max_tokens, offer.temperature_milli, self._seed)
+        run = StartGeneration(
+            conversation=opening.conversation,
+            max_input_tokens=max_input_tokens(offer),
+            max_tokens=offer.max_tokens,
+            temperature_milli=offer.temperature_milli,
+            seed=self._seed,
+        )
         return [*self._advance(Trigger.INPUT, now), run]
 
     def _on_produced(self, tokens: tuple[int, ...], text: str, now: int) -> list[Effect]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,12 +21,17 @@ from aci_p2p import (
     Turn,
     UnknownModel,
 )
+from aci_p2p.clock import virtual_clock
 from aci_p2p.consumer import Offered
-from aci_p2p.executor.api import ExecutorFailed, PromptTooLong
+from aci_p2p.executor.api import ExecutorFailed, ModelUnavailable, PromptTooLong
+from aci_p2p.network.api import StreamClosed
 from aci_p2p.network.memory import MemoryHub
-from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
+from aci_p2p.protocol.envelope import Envelope, Sealer
+from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.identity import KeyPair
+from aci_p2p.protocol.job import JOB_PROTOCOL, BidSeen, Chosen, Deliver
 from aci_p2p.protocol.lifecycle import Party, State
+from aci_p2p.protocol.messages import Award, Bid, Offer
 from aci_p2p.protocol.proof import ProofInvalid, encode_proof
 from tests.node.conftest import ROOT, OpenTestNode, ScriptedExecutor
 
@@ -170,11 +175,11 @@ async def test_sampling_seed_is_shared_and_only_used_when_sampling(
 
 FAILURES: list[tuple[ScriptedExecutor, type[Exception], str, State, State, Party]] = [
     (
-        ScriptedExecutor(fail_at=2), ProviderFault, "after 2 tokens: the worker died",
+        ScriptedExecutor(fail_at=2), ProviderFault, "after 2 tokens: the computation failed",
         State.PROVIDER_FAULT, State.PROVIDER_FAULT, Party.PROVIDER,
     ),
     (
-        ScriptedExecutor(finish=None), ProviderFault, "after 4 tokens: the executor did not say why it ended",
+        ScriptedExecutor(finish=None), ProviderFault, "after 4 tokens: the computation failed",
         State.PROVIDER_FAULT, State.PROVIDER_FAULT, Party.PROVIDER,
     ),
     (
@@ -310,7 +315,7 @@ async def test_nobody_bids(autojump_clock: MockClock, open_test_node: OpenTestNo
             await aci.inference(model=MODEL, prompt="count")
         assert caught.value.bids == 0
         (mine,) = await consumer.store.jobs()
-        assert mine.state is State.REJECTED
+        assert mine.state is State.EXPIRED
 
 
 async def test_every_bid_is_too_dear(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
@@ -381,3 +386,79 @@ async def test_an_executor_error_does_not_harm_the_next_job(
         executor.fail_at = None
         assert (await aci.inference(model=MODEL, prompt="count")).text == "one two three four"
         assert isinstance(executor.error, ExecutorFailed)
+
+
+async def test_a_stranger_cannot_use_up_a_bid(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    def award(bid: Envelope[Bid]) -> bytes:
+        stranger = Sealer(KeyPair(bytes(range(32))), "aci-test")
+        return stranger.seal(Award(bid.body.job_id, bid.digest), virtual_clock()).data
+
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor()) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        open_test_node("stranger", provider.addresses[:1]) as stranger,
+        ACI(consumer) as aci,
+    ):
+        assert provider.provider is not None
+        real = provider.provider._bid
+
+        def robbed(offer: Envelope[Offer]) -> Envelope[Bid] | None:
+            bid = real(offer)
+            if bid is not None:
+                nursery.start_soon(rob, award(bid))
+            return bid
+
+        async def rob(frame: bytes) -> None:
+            with suppress(StreamClosed):
+                async with stranger.network.open_stream(provider.node_id, JOB_PROTOCOL) as stream:
+                    await stream.send(frame)
+                    await stream.receive()
+
+        provider.provider._bid = robbed  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            # Two bidders are waited for, so that the stranger comes first.
+            request = Requirements(bid_window_ms=500)
+            async with open_test_node("slow", provider.addresses[:1], executor=ScriptedExecutor(), slots=1):
+                answer = await aci.inference(model=MODEL, prompt="count", requirements=request)
+            assert answer.text == "one two three four"
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_clock_that_jumps_does_not_end_a_provider(
+    autojump_clock: MockClock, open_test_node: OpenTestNode
+) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor()) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        assert provider.provider is not None
+        provider.provider._latency_ms = 10**9
+        with pytest.raises(NoBids):
+            await aci.inference(model=MODEL, prompt="count")
+        provider.provider._latency_ms = 10
+        assert (await aci.inference(model=MODEL, prompt="count")).text == "one two three four"
+
+
+async def test_the_peer_is_not_told_our_paths(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    for error in (ExecutorFailed("/home/me"), ModelUnavailable("/home/me"), LocalError("/home/me")):
+        async with (
+            open_test_node("provider", executor=ScriptedExecutor(fail_at=0, error=error)) as provider,
+            open_test_node("consumer", provider.addresses[:1]) as consumer,
+            ACI(consumer) as aci,
+        ):
+            with pytest.raises(AciError) as caught:
+                await aci.inference(model=MODEL, prompt="count")
+            assert "/home" not in str(caught.value)
+
+
+async def test_a_prompt_of_more_tokens_than_the_price_covers_is_refused(
+    autojump_clock: MockClock, open_test_node: OpenTestNode
+) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor(input_tokens=1_000)) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with pytest.raises(PromptRefused, match="the offer pays for 153"):
+            await aci.inference(model=MODEL, prompt="count")

@@ -84,7 +84,7 @@ REQUEST: Final = JobRequest(
     max_price=10**18,
     max_latency_ms=5_000,
     bid_window_ms=2_000,
-    expected_bids=0,
+    expected_bidders=frozenset(),
 )
 PARTS: Final = (((11, 12), "Tout "), ((13,), "droit"), ((), "."))
 """The answer of the fake model: tokens and text of each part."""

@@ -69,7 +69,7 @@ def test_every_pair(state: State) -> None:
 def test_limits() -> None:
     assert {state: (limit.timeout_ms, limit.blame) for state, limit in LIMITS.items()} == {
         S.DRAFT: (60_000, Party.CONSUMER),
-        S.OFFERED: (30_000, Party.CONSUMER),
+        S.OFFERED: (10_000, Party.CONSUMER),
         S.AWARDED: (5_000, Party.PROVIDER),
         S.ACCEPTED: (10_000, Party.CONSUMER),
         S.STREAMING: (60_000, Party.PROVIDER),

@@ -52,6 +52,7 @@ from aci_p2p.protocol.messages import (
     Tokens,
     Turn,
 )
+from aci_p2p.protocol.pricing import max_input_tokens
 from aci_p2p.protocol.provider import (
     ConsumerFault,
     GenerationEnded,
@@ -181,7 +182,9 @@ def test_prompt_starts_the_model(bench: ProviderBench) -> None:
     assert effects == [
         Persist(bench.last),
         SetTimer(bench.now + LIMITS[State.STREAMING].timeout_ms),
-        StartGeneration(CONVERSATION, REQUEST.max_tokens, REQUEST.temperature_milli, seed),
+        StartGeneration(
+            CONVERSATION, max_input_tokens(bench.offer.body), REQUEST.max_tokens, REQUEST.temperature_milli, seed
+        ),
     ]
     assert bench.last.state is State.STREAMING
 
