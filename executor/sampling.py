@@ -25,19 +25,18 @@ import numpy.typing as npt
 
 from aci_p2p.executor.api import Sampling
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.messages import MAX_TEMPERATURE_MILLI
 
 SEED_BYTES: Final = 32
 """Bytes of a seed."""
-TEMPERATURE_MILLI_MAX: Final = 100_000
-"""Thousandths; at 100 every model draws almost evenly from its vocabulary."""
 
 _MILLI = 1000.0
 
 
 def check_sampling(sampling: Sampling) -> None:
     """Raise LocalError unless the settings can be used: a temperature in range and, when sampling, a whole seed."""
-    if not 0 <= sampling.temperature_milli <= TEMPERATURE_MILLI_MAX:
-        msg = f"a temperature of {sampling.temperature_milli} thousandths is not between 0 and {TEMPERATURE_MILLI_MAX}"
+    if not 0 <= sampling.temperature_milli <= MAX_TEMPERATURE_MILLI:
+        msg = f"a temperature of {sampling.temperature_milli} thousandths is not between 0 and {MAX_TEMPERATURE_MILLI}"
         raise LocalError(msg)
     if sampling.temperature_milli and len(sampling.seed) != SEED_BYTES:
         msg = f"sampling needs a seed of {SEED_BYTES} bytes, not {len(sampling.seed)}"

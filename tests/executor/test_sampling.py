@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aci_p2p.executor.api import Sampling
-from aci_p2p.executor.sampling import SEED_BYTES, TEMPERATURE_MILLI_MAX, check_sampling, choose, gumbel_noise
+from aci_p2p.executor.sampling import SEED_BYTES, check_sampling, choose, gumbel_noise
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.messages import MAX_TEMPERATURE_MILLI
 
 MASK = (1 << 64) - 1
 SEED = bytes(range(32))
@@ -94,7 +95,7 @@ def test_positions_draw_apart() -> None:
     assert len(set(draws)) == len(draws)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1, SEED), Sampling(TEMPERATURE_MILLI_MAX, SEED)])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1, SEED), Sampling(MAX_TEMPERATURE_MILLI, SEED)])
 def test_usable(sampling: Sampling) -> None:
     check_sampling(sampling)
 
@@ -103,7 +104,7 @@ def test_usable(sampling: Sampling) -> None:
     "sampling",
     [
         Sampling(-1, SEED),
-        Sampling(TEMPERATURE_MILLI_MAX + 1, SEED),
+        Sampling(MAX_TEMPERATURE_MILLI + 1, SEED),
         Sampling(500),
         Sampling(500, SEED[1:]),
         Sampling(500, SEED + b"\0"),
