@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -16,11 +17,14 @@ DEFAULT_NETWORK: Final = "aci-main"
 DEFAULT_INPUT_PRICE: Final = ONE_ACI // 1_000_000
 """Base units for each prompt token: 1 ACI for a million."""
 DEFAULT_OUTPUT_PRICE: Final = 4 * ONE_ACI // 1_000_000
-"""Base units for each output token: 4 ACI for a million, the worked example of the design (0.0020 for 500)."""
+"""Base units for each output token: 4 ACI for a million."""
 DEFAULT_SLOTS: Final = 4
 """Jobs at once; the default executor decodes as many in one batch with little loss."""
 LOOPBACK: Final = "/ip4/127.0.0.1/tcp/0"
 """Any free port, reachable from this machine only."""
+
+
+_NETWORK_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 
 def default_home() -> Path:
@@ -82,6 +86,12 @@ class NodeConfig:
     """What to serve; None: consume only."""
     models: Path | None = None
     """Directory of the model store; None: below `home`."""
+
+    def __post_init__(self) -> None:
+        """Raises LocalError on a network id that topics and envelopes cannot carry."""
+        if not _NETWORK_ID.fullmatch(self.network):
+            msg = f"{self.network!r} is not a network id"
+            raise LocalError(msg, hint="use at most 32 lower-case letters, digits and -, such as aci-main")
 
     @property
     def keys_path(self) -> Path:

@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
+import trio
+
 from aci_p2p.clock import Clock, system_clock
 from aci_p2p.config import NodeConfig, ProviderConfig
 from aci_p2p.consumer import RunningJob, open_job
@@ -29,6 +31,9 @@ from aci_p2p.version import SOFTWARE
 
 REACH_WAIT_S: Final = 2.0
 """Seconds until found providers must have joined our gossip; two heartbeats."""
+
+SETTLE_S: Final = 600.0
+"""Seconds between looks for jobs whose challenge window of a day is over."""
 
 OpenNetwork: TypeAlias = Callable[[KeyPair, Sequence[str], RecordRules], AbstractAsyncContextManager[Network]]
 """Opens a network for a key, listen addresses and the rules of DHT records."""
@@ -107,7 +112,7 @@ class Node:
 
     async def announce(self) -> None:
         """Publish where we are and what we serve."""
-        roles = ("provider",) if self.provider else ("consumer",)
+        roles = ("provider",) if self.provider else ("bootstrap",)
         record = NodeRecord(tuple(self.addresses), roles, SOFTWARE)
         await self.discovery.announce(record, self.provider.capabilities() if self.provider else ())
 
@@ -128,19 +133,30 @@ async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None
             open_network(key, config.listen, rules) as network,
             open_market(network, config.network, parts.clock) as market,
             open_discovery(network, sealer, rules, parts.clock) as discovery,
+            open_background() as tasks,
         ):
             await store.note_key(parts.clock())
             await store.recover(parts.clock())
+            tasks.start_soon(_settle, store, parts.clock)
             await discovery.join(config.bootstrap)
             node = Node(
                 config=config, parts=parts, sealer=sealer, network=network, market=market, discovery=discovery,
                 store=store,
             )  # fmt: skip
-            if config.provider is None:
-                yield node
+            if config.provider is not None:
+                async with _providing(node, config.provider, parts, sealer):
+                    yield node
                 return
-            async with _providing(node, config.provider, parts, sealer):
-                yield node
+            if config.own_key:
+                await node.announce()
+            yield node
+
+
+async def _settle(store: Store, clock: Clock) -> None:
+    """Finalise jobs as their challenge windows end, until cancelled."""
+    while True:
+        await trio.sleep(SETTLE_S)
+        await store.settle(clock())
 
 
 @contextmanager

@@ -5,6 +5,7 @@ WAL with synchronous=FULL: a commit that returned survives power loss (NORMAL lo
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -19,7 +20,6 @@ from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import (
-    FINAL_STATES,
     LIMITS,
     TRANSITIONS,
     Party,
@@ -68,6 +68,8 @@ CREATE TABLE keys (
     last_used_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
+_OPEN_STATES: Final = tuple(state.value for state in LIMITS)
+"""States that something still leaves."""
 _COLUMNS: Final = "node, job_id, role, state, updated_at, model_root, peer, price, blame, detail, proof, receipt"
 """`price` is decimal text: base units go beyond SQLite's 64-bit integers."""
 _THIS_JOB: Final = "node = ? AND job_id = ? AND role = ?"
@@ -119,7 +121,16 @@ class Store:
 
         Returns what changed. Raises StoreError.
         """
-        changed = [record for job in await self.jobs() if (record := _recovered(job, now)) is not None]
+        return await self._change(_recovered, now)
+
+    async def settle(self, now: int) -> list[JobRecord]:
+        """Finalise the jobs whose challenge window is over; what changed. Raises StoreError."""
+        return await self._change(_settled, now)
+
+    async def _change(self, change: Callable[[JobRecord, int], JobRecord | None], now: int) -> list[JobRecord]:
+        marks = ", ".join("?" * len(_OPEN_STATES))
+        rows = await self._run(self._select, f"node = ? AND state IN ({marks})", (self._node.public_key, *_OPEN_STATES))
+        changed = [record for job in rows if (record := change(job, now)) is not None]
         await self.put_jobs(changed)
         return changed
 
@@ -184,14 +195,10 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
 def _recovered(job: JobRecord, now: int) -> JobRecord | None:
     """The job's record after a restart, if it changes: an interrupted one ends, as its table allows."""
     state, detail, blame = job.state, job.detail, job.blame
-    if state in FINAL_STATES:
-        return None
+    if state is State.PENDING:
+        return _settled(job, now)
     if state is State.RECEIPTED:
         state = advance(state, Trigger.RECORD)
-    elif state is State.PENDING:
-        if now < job.updated_at + LIMITS[state].timeout_ms:
-            return None
-        state = advance(state, Trigger.TIMEOUT)
     elif (state, Trigger.CANCEL) in TRANSITIONS:
         state, detail = advance(state, Trigger.CANCEL), "the node stopped"
     elif state is State.REVEALED:
@@ -201,8 +208,17 @@ def _recovered(job: JobRecord, now: int) -> JobRecord | None:
     return replace(job, state=state, updated_at=now, blame=blame, detail=detail)
 
 
+def _settled(job: JobRecord, now: int) -> JobRecord | None:
+    """The job's record when nobody has challenged it in time."""
+    if job.state is not State.PENDING or now < job.updated_at + LIMITS[State.PENDING].timeout_ms:
+        return None
+    return replace(job, state=advance(State.PENDING, Trigger.TIMEOUT), updated_at=now)
+
+
 def _open(path: Path) -> sqlite3.Connection:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Prompts and answers are in it: for the owner alone, like the keys beside it.
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
     try:
         _write_ahead(connection)
@@ -252,7 +268,8 @@ async def open_store(path: Path, node: NodeId, *, threads: bool = True) -> Async
     try:
         connection = await trio.to_thread.run_sync(_open, path) if threads else _open(path)
     except (sqlite3.Error, OSError) as error:
-        msg = f"cannot open {path}: {error}"
+        problem = error.strerror if isinstance(error, OSError) else error
+        msg = f"cannot open {path}: {problem}"
         raise StoreError(msg, hint="check the disk and the permissions of the folder") from error
     try:
         yield Store(connection, node, threads=threads)

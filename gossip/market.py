@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 
 import trio
 
+from aci_p2p.clock import Clock
 from aci_p2p.network.api import Network, Subscription
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import ResourceError
@@ -27,8 +28,6 @@ READY_POLL_S: Final = 0.02
 """Seconds between looks at who has joined a topic."""
 
 T = TypeVar("T")
-Clock = Callable[[], int]
-"""Unix milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,9 @@ class Market:
         return await self._offers_out.receive()
 
     async def publish_offer(self, offer: Envelope[Offer]) -> None:
-        """Broadcast our offer."""
+        """Broadcast our offer. Raises MessageRefused when others would refuse it too."""
+        # We hear most of its bids first, and check them against it before we forward them.
+        self._view.check_offer(offer.data, self._clock())
         await self._network.publish(self.offer_topic, offer.data)
 
     async def publish_bid(self, bid: Envelope[Bid]) -> None:

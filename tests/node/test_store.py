@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -130,7 +131,27 @@ async def test_no_folder_to_write_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     await refused(tmp_path / "file" / "aci.sqlite3", "cannot open .*: .*(File exists|Not a directory)")
     (tmp_path / "folder").mkdir()
-    await refused(tmp_path / "folder", "cannot open .*: unable to open database file")
+    await refused(tmp_path / "folder", "cannot open .*: Is a directory")
+
+
+async def test_nobody_else_may_read_it(path: Path) -> None:
+    """Prompts and answers are in it."""
+    async with open_store(path, NODE) as store:
+        await store.put_jobs([record(1)])
+        for file in (path, path.with_name(path.name + "-wal")):
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+async def test_settling_touches_only_what_waited_long_enough(path: Path) -> None:
+    async with open_store(path, NODE) as store:
+        old = replace(record(1), state=State.PENDING, updated_at=1)
+        new = replace(record(2), state=State.PENDING, updated_at=CHALLENGE_WINDOW_MS)
+        running = replace(record(3), state=State.STREAMING, updated_at=1)
+        await store.put_jobs([old, new, running])
+        (settled,) = await store.settle(CHALLENGE_WINDOW_MS + 1)
+        assert settled == replace(old, state=State.FINAL, updated_at=CHALLENGE_WINDOW_MS + 1)
+        assert {job.state for job in await store.jobs()} == {State.FINAL, State.PENDING, State.STREAMING}
 
 
 async def test_a_full_disk(path: Path) -> None:
