@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import trio
 
@@ -32,9 +33,6 @@ from aci_p2p.protocol.messages import Bid, Offer, Proof, Receipt
 from aci_p2p.protocol.proof import ProofFile
 from aci_p2p.store import Store
 from aci_p2p.tasks import open_background
-
-UPDATES: Final = 32
-"""Updates waiting for the user; a slow reader then slows the provider down by flow control."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,9 @@ class RunningJob(JobShell[ConsumerEvent]):
         self._job = job
         self._network = network
         self._market = market
-        self._updates_in, self._updates = trio.open_memory_channel[JobUpdate](UPDATES)
+        # Unbounded: a user who reads slowly must not make the job late. The machine bounds the answer, and keeps all of
+        # it for the proof anyway.
+        self._updates_in, self._updates = trio.open_memory_channel[JobUpdate](math.inf)
         self._outcome: JobResult | AciError = JobCancelled("the job did not run to its end")
         self._streams: trio.Nursery | None = None
 
@@ -120,14 +120,14 @@ class RunningJob(JobShell[ConsumerEvent]):
         match effect:
             case Broadcast(offer):
                 await self._market.publish_offer(offer)
-                await self._update(Offered(offer))
+                self._updates_in.send_nowait(Offered(offer))
             case OpenStream(provider, addresses):
                 self._network.learn_addresses(provider, addresses)
                 self._pump = StreamPump(self.tell)
                 assert self._streams is not None  # set before the first event
                 self._streams.start_soon(self._pump.run, self._network.open_stream(provider, JOB_PROTOCOL))
             case BidSeen() | Chosen() | Deliver():
-                await self._update(effect)
+                self._updates_in.send_nowait(effect)
             case Finished():
                 file, proof, receipt = self._job.proof_file(), self._job.proof, self._job.receipt
                 self._outcome = JobResult(file, proof, receipt, proof.sender)
@@ -136,11 +136,6 @@ class RunningJob(JobShell[ConsumerEvent]):
             case _:
                 msg = f"a consumer's job has no {type(effect).__name__}"
                 raise AssertionError(msg)
-
-    async def _update(self, update: JobUpdate) -> None:
-        # A user who leaves reads no more, and must not hold up the farewell.
-        if not self._leaving:
-            await self._updates_in.send(update)
 
 
 @asynccontextmanager
