@@ -132,6 +132,8 @@ class KeyRing:
             try:
                 key = context.__enter__()
             except KeyFileError:
+                if not self._path(name).exists():
+                    raise
                 self.load(name)  # a bad file is an error; a busy one is not
                 continue
             try:

@@ -435,3 +435,12 @@ def test_an_error_of_the_block_is_not_taken_for_a_busy_key(ring: KeyRing) -> Non
     assert caught.value is error
     with ring.use_any("client"):
         assert files(ring) == ["client.key"]
+
+
+def test_why_no_key_can_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(KeyFileError, match="cannot make its folder"),
+        KeyRing(tmp_path / "file" / "keys").use_any("client"),
+    ):
+        pass
