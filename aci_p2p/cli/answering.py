@@ -91,7 +91,9 @@ class Show:
                 case Deliver(tokens, text):
                     self.timing.note(len(tokens), now)
                     if self.answer:
-                        self.answer.print(printable_lines(text), end="", markup=False, highlight=False)
+                        # Not through rich, which expands tabs and turns `:x:` into an emoji.
+                        self.answer.file.write(printable_lines(text))
+                        self.answer.file.flush()
         if self.answer:
             self.answer.print()
         return stream.answer

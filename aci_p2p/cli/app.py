@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Final, cast
 
 import click
 
-from aci_p2p.protocol.errors import AciError
+from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.version import VERSION
 
 EXIT_INTERRUPTED: Final = 130
 """128 + SIGINT, as shells report it."""
 EXIT_INTERNAL: Final = 70
 """EX_SOFTWARE of sysexits.h: a bug of ours."""
+
+_OUTPUT_FAILS: Final = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""The reader of our output closed it early, or the file that it goes to cannot take it."""
 
 _COMMANDS: Final = ("demo", "infer", "join", "keys", "models", "verify")
 
@@ -50,12 +55,23 @@ def app() -> None:
 
 def main() -> None:
     """Run the command line; never returns."""
+    _prepare_output()
     try:
         code = app.main(standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the edge: everything becomes a line and a code
         code = _report(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _prepare_output() -> None:
+    if cast("object", sys.stdout) is None:
+        # It was closed before we began.
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for as long as we run
+    # A terminal that cannot show a character gets another one for it, not an error.
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(errors="replace")
 
 
 def _report(error: BaseException) -> int:
@@ -73,15 +89,22 @@ def _report(error: BaseException) -> int:
         if isinstance(cause, AciError):
             _say(cause.message + (f"; {cause.hint}" if cause.hint else ""))
             return cause.exit_code
-        if isinstance(cause, BrokenPipeError):
-            # The reader closed our output early; Python's own flush at exit must not complain again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+        if isinstance(cause, OSError) and cause.errno in _OUTPUT_FAILS:
+            return _report_output(cause)
     if os.environ.get("ACI_DEBUG"):
         raise error
     cause = causes[0]
     _say(f"internal error: {type(cause).__name__}: {cause}; please report it, with the output of ACI_DEBUG=1")
     return EXIT_INTERNAL
+
+
+def _report_output(error: OSError) -> int:
+    # Python's own flush at exit must not complain again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return 1
+    _say(f"cannot write the output: {error.strerror}")
+    return LocalError.exit_code
 
 
 def _say(message: str) -> None:

@@ -53,5 +53,5 @@ class AmountType(click.ParamType[int]):
 
 
 def print_json(value: object) -> None:
-    """Print a JSON document on standard output."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a JSON document on standard output; in ASCII, which every encoding of it can carry."""
+    click.echo(json.dumps(value, indent=2))

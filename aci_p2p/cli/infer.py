@@ -24,6 +24,7 @@ from aci_p2p.client import (
 from aci_p2p.config import NodeConfig
 from aci_p2p.files import write_atomically
 from aci_p2p.protocol.catalogue import DEFAULT_MODEL
+from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.messages import MAX_INPUT_BYTES, MAX_LATENCY_MS, MAX_TEMPERATURE_MILLI, MAX_TOKENS
 from aci_p2p.protocol.pricing import ONE_ACI, format_amount
 from aci_p2p.protocol.proof import encode_proof
@@ -91,7 +92,7 @@ def command(
     as_json: bool,  # noqa: FBT001 - click passes flags so
 ) -> None:
     """Ask a model of the network PROMPT ('-' reads it from standard input), stream the answer, save its proof."""
-    text = sys.stdin.read(MAX_INPUT_BYTES + 1) if prompt == "-" else prompt
+    text = _read_prompt() if prompt == "-" else prompt
     requirements = Requirements(max_price, max_latency, bid_window)
     request = _Request(text, model, max_tokens, temperature, requirements, proof, as_json)
     config = NodeConfig(home=home, network=network, bootstrap=bootstrap)
@@ -104,6 +105,18 @@ def command(
         await _infer(config, request, stop)
 
     run(work)
+
+
+def _read_prompt() -> str:
+    data = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1) if sys.stdin else b""
+    if len(data) > MAX_INPUT_BYTES:
+        msg = f"the prompt is longer than {MAX_INPUT_BYTES} bytes"
+        raise LocalError(msg)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        msg = "the prompt is not UTF-8 text"
+        raise LocalError(msg) from None
 
 
 async def _infer(config: NodeConfig, request: _Request, stop: Stop) -> None:
@@ -123,9 +136,15 @@ async def _infer(config: NodeConfig, request: _Request, stop: Stop) -> None:
     if answer is None:
         return
     path = request.proof or config.home / "proofs" / f"{answer.receipt.body.job_id.hex()[:16]}.aciproof"
-    write_atomically(path, encode_proof(answer.proof))
+    saved: str | None = None
+    try:
+        write_atomically(path, encode_proof(answer.proof))
+        saved = str(path)
+    finally:
+        # What was paid for is shown, also when its proof cannot be saved.
+        if request.as_json:
+            print_json({**summary(answer, show), "proof_file": saved})
     if request.as_json:
-        print_json({**summary(answer, show), "proof_file": str(path)})
         return
     price = format_amount(answer.receipt.body.price)
     status.print(f"{speed_line(show.timing)}; {price}", style="dim")
