@@ -21,7 +21,15 @@ from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
 from aci_p2p.protocol.hashing import DIGEST_BYTES
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Deliver
-from aci_p2p.protocol.messages import MAX_LATENCY_MS, MAX_TOKENS, CapabilityRecord, Conversation, Receipt, Turn
+from aci_p2p.protocol.messages import (
+    MAX_LATENCY_MS,
+    MAX_TEMPERATURE_MILLI,
+    MAX_TOKENS,
+    CapabilityRecord,
+    Conversation,
+    Receipt,
+    Turn,
+)
 from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.proof import ProofFile, VerifiedProof, encode_proof, verify_proof
 
@@ -186,6 +194,10 @@ class ACI:
         conversation = conversation_of(prompt)
         if not 1 <= max_tokens <= MAX_TOKENS:
             msg = f"max_tokens is between 1 and {MAX_TOKENS}"
+            raise LocalError(msg)
+        # Not a number is neither below nor above.
+        if not 0 <= temperature * MILLI <= MAX_TEMPERATURE_MILLI:
+            msg = f"the temperature is between 0 and {MAX_TEMPERATURE_MILLI // MILLI}"
             raise LocalError(msg)
         if not self.node.network.peers:
             msg = "this node is connected to nobody"

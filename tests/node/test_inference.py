@@ -343,6 +343,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"model": "gpt-17", "prompt": "count"}, UnknownModel, "unknown model 'gpt-17'"),
     ({"model": MODEL, "prompt": " "}, LocalError, "empty"),
     ({"model": MODEL, "prompt": "count", "max_tokens": 0}, LocalError, "max_tokens"),
+    ({"model": MODEL, "prompt": "count", "temperature": float("nan")}, LocalError, "temperature is between 0 and 10"),
     ({"model": MODEL, "prompt": "x" * 600_000}, LocalError, "longer than"),
     ({"model": MODEL, "prompt": "count", "temperature": -1}, LocalError, "temperature"),
     ({"model": MODEL, "prompt": "count\ud800"}, LocalError, "surrogate"),
