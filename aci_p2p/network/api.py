@@ -112,7 +112,10 @@ class NetworkStatistics:
 StreamHandler = Callable[[Stream], Awaitable[None]]
 """Serves one inbound stream; the stream is closed when it returns, reset when it raises."""
 GossipValidator = Callable[[NodeId, bytes], Validation]
-"""Judges one message before it is delivered or forwarded: (forwarder, data). Must not block; raising means REJECT."""
+"""Judges one message before it is delivered or forwarded: (forwarder, data). Must not block or raise.
+
+One that raises is a bug of ours, for which no neighbour is to blame: the error is logged, and the message IGNOREd.
+"""
 
 
 class Network(ABC):
@@ -126,7 +129,11 @@ class Network(ABC):
     @property
     @abstractmethod
     def addresses(self) -> Sequence[str]:
-        """Our dialable multiaddrs, each ending in `/p2p/<peer id>`."""
+        """Our dialable multiaddrs, each ending in `/p2p/<peer id>`: at most MAX_ADDRESSES (protocol/messages.py).
+
+        Those come first that most others can dial. Loopback is left out when there are others, but for one address at
+        the end if there is room: for nodes on the same machine.
+        """
 
     @property
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter, OrderedDict, deque
 
 import trio
@@ -17,6 +18,8 @@ from aci_p2p.network.limits import (
 )
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import Decision, Reason, Validation
+
+log = logging.getLogger("aci_p2p.network")
 
 
 def message_id(topic: str, data: bytes) -> bytes:
@@ -55,13 +58,14 @@ class QueuedSubscription(Subscription):
 
 
 def judge(validator: GossipValidator, forwarder: NodeId, data: bytes) -> Validation:
-    """Run a validator contained: one that raises means REJECT."""
+    """Run a validator contained: one that raises has a bug, and the message is ignored."""
     if len(data) > MAX_GOSSIP_BYTES:
         return Validation(Decision.REJECT, Reason.TOO_LARGE)
     try:
         return validator(forwarder, data)
-    except Exception:  # noqa: BLE001 - the contract of GossipValidator: any exception is a refusal
-        return Validation(Decision.REJECT, Reason.VALIDATOR_FAILED)
+    except Exception:
+        log.exception("the validator failed on a message of %d bytes from %s", len(data), forwarder.short)
+        return Validation(Decision.IGNORE, Reason.VALIDATOR_FAILED)
 
 
 class SeenCache:

@@ -10,6 +10,7 @@ Under `trio.testing.MockClock` a run takes no real time.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -43,6 +44,8 @@ INBOX_MESSAGES = 4096
 """Gossip messages on their way to one endpoint; more are lost."""
 REPLICAS = 20
 """Endpoints that keep a DHT record (Kademlia's k)."""
+
+log = logging.getLogger("aci_p2p.network")
 
 
 class RecordRules(NamedTuple):
@@ -238,7 +241,8 @@ class MemoryNetwork(Network):
                         await handler(stream)
         except StreamClosed:
             pass
-        except Exception:  # noqa: BLE001 - a handler never raises into the network's task tree
+        except Exception:  # a handler never raises into the network's task tree
+            log.debug("serving %s failed", stream.peer.short, exc_info=True)
             self._handler_failures += 1
         finally:
             scopes.discard(scope)

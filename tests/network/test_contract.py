@@ -280,7 +280,9 @@ async def test_slow_reader_holds_the_writer_back(open_line: OpenLine) -> None:
                     await done.wait()
 
 
-async def test_failing_handler_is_contained(open_line: OpenLine) -> None:
+async def test_failing_handler_is_contained(open_line: OpenLine, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "aci_p2p.network")
+
     async def fail(_stream: Stream) -> None:
         raise ZeroDivisionError
 
@@ -290,6 +292,7 @@ async def test_failing_handler_is_contained(open_line: OpenLine) -> None:
                 with pytest.raises(StreamClosed):
                     await stream.receive()
             assert b.statistics().handler_failures == 1
+            assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
             async with a.open_stream(b.node_id, ECHO) as stream:
                 await stream.send(b"alive")
                 assert await stream.receive() == b"alive"

@@ -152,6 +152,22 @@ async def test_forwarder_of_ignored_messages_stays(open_line: OpenLine) -> None:
         assert list(b.peers) == [a.node_id]
 
 
+async def test_a_validator_that_raises_is_our_bug_and_nobody_is_blamed(
+    open_line: OpenLine, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_line(2) as (a, b), b.subscribe(TOPIC, Judge(), capacity=8):
+        await joined(a, b)
+        for number in range(3 * MAX_REJECTS_PER_MINUTE):
+            await a.publish(TOPIC, b"raise %d" % number)
+        await eventually(lambda: b.statistics().gossip_refused == {"validator_failed": 3 * MAX_REJECTS_PER_MINUTE})
+        assert list(b.peers) == [a.node_id]
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 3 * MAX_REJECTS_PER_MINUTE
+    assert errors[0].name == "aci_p2p.network"
+    assert errors[0].exc_info is not None
+    assert errors[0].exc_info[0] is ZeroDivisionError
+
+
 async def test_full_subscription_loses_the_oldest(open_line: OpenLine) -> None:
     async with open_line(2) as (a, b), b.subscribe(TOPIC, accept, capacity=3) as subscription:
         await joined(a, b)

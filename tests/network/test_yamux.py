@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from aci_p2p.network.libp2p import yamux
-from aci_p2p.network.libp2p.yamux import StreamEnded, StreamReset, Yamux, YamuxError, YamuxStream
+from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, Yamux, YamuxError, YamuxStream
 from aci_p2p.tasks import open_background
 from tests.network.attack import ACK, DATA, FIN, HEADER, PING, RST, SYN, WINDOW_UPDATE, frame
 
@@ -135,7 +135,7 @@ def test_any_bytes_arrive_in_any_pieces(chunks: list[bytes], limit: int) -> None
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(write)
                 theirs = await inbound.receive.receive()
-                with pytest.raises(StreamEnded):
+                with pytest.raises(EndOfStream):
                     while True:
                         received += await theirs.read(limit)
             assert received == b"".join(chunks)
@@ -212,7 +212,7 @@ async def test_half_close(autojump_clock: MockClock) -> None:
         ours.close()
         theirs = await inbound.receive.receive()
         assert await theirs.read(100) == b"last words"
-        with pytest.raises(StreamEnded):
+        with pytest.raises(EndOfStream):
             await theirs.read(100)
         with pytest.raises(StreamReset):
             await ours.write(b"more")
