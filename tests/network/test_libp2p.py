@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Container, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from pathlib import Path
+from typing import Final
 
 import pytest
 import trio
 
 from aci_p2p.network import MAX_FRAME_BYTES, AddressInUse, Network, PeerUnreachable, StreamClosed
-from aci_p2p.network.libp2p import host, open_libp2p_network
+from aci_p2p.network.libp2p import addresses, host, kademlia, network, open_libp2p_network
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
-from aci_p2p.network.libp2p.yamux import YamuxStream
+from aci_p2p.network.libp2p.negotiation import select_inbound
+from aci_p2p.network.libp2p.secure import Security, TcpChannel
+from aci_p2p.network.libp2p.yamux import Yamux, YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.messages import MAX_ADDRESSES
 from aci_p2p.tasks import open_background
 from tests.network.driver import (
     ECHO,
@@ -70,8 +76,44 @@ async def test_all_interfaces_are_named_with_the_port() -> None:
         ports = {address.split("/")[4] for address in network.addresses}
         assert len(ports) == 1
         assert "0" not in ports
-        assert any(address.startswith("/ip4/127.0.0.1/") for address in network.addresses)
         assert not any("/0.0.0.0/" in address for address in network.addresses)
+
+
+OWN: Final = [
+    "/ip4/127.0.0.1/tcp/1",
+    "/ip4/169.254.7.7/tcp/1",
+    "/ip4/10.0.0.7/tcp/1",
+    "/ip4/8.8.4.4/tcp/1",
+    "/ip4/127.0.0.2/tcp/1",
+    "/ip4/192.168.1.7/tcp/1",
+]
+MANY: Final = [f"/ip4/10.0.0.{number}/tcp/1" for number in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "announced"),
+    [
+        # From the whole internet, from the local network in the machine's order, from the cable, from the machine.
+        (OWN, [OWN[3], OWN[2], OWN[5], OWN[1], OWN[0]]),
+        ([OWN[0], *MANY], MANY[:MAX_ADDRESSES]),
+        ([OWN[0], *MANY[: MAX_ADDRESSES - 1]], [*MANY[: MAX_ADDRESSES - 1], OWN[0]]),
+        ([OWN[0], *MANY[:MAX_ADDRESSES]], MANY[:MAX_ADDRESSES]),
+        ([OWN[0], OWN[4]], [OWN[0], OWN[4]]),
+        ([f"/ip4/127.0.0.{number}/tcp/1" for number in range(1, 20)], [f"/ip4/127.0.0.{n}/tcp/1" for n in range(1, 9)]),
+        ([], []),
+    ],
+    ids=["order", "many", "room for loopback", "no room for loopback", "loopback only", "much loopback", "none"],
+)
+async def test_the_most_useful_addresses_are_announced(
+    monkeypatch: pytest.MonkeyPatch, interfaces: list[str], announced: list[str]
+) -> None:
+    def get_interfaces(_port: int) -> list[str]:
+        return [*interfaces, "/ip6/2001:db8::1/tcp/1"]
+
+    monkeypatch.setattr(addresses, "get_available_interfaces", get_interfaces)
+    async with open_at(1, ["/ip4/0.0.0.0/tcp/0"]) as network:
+        assert network.addresses == tuple(f"{address}/p2p/{network.node_id}" for address in announced)
+        assert len(announced) <= MAX_ADDRESSES
 
 
 async def test_several_listen_addresses() -> None:
@@ -289,6 +331,96 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str], open_libp2p: Open
 
     trio.run(quarrel)
     assert capfd.readouterr() == ("", "")
+
+
+async def fail(*_: object, **__: object) -> None:
+    """A bug of ours."""
+    raise ZeroDivisionError
+
+
+def fail_at_once(*_: object) -> bytes:
+    """The same where nothing is awaited."""
+    raise ZeroDivisionError
+
+
+async def fail_on_streams(channel: TcpChannel | YamuxStream, protocols: Container[str]) -> str:
+    """A bug of ours in the negotiation of streams; that of connections works."""
+    if isinstance(channel, YamuxStream):
+        raise ZeroDivisionError
+    return await select_inbound(channel, protocols)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "bug", "message"),
+    [
+        (Security, "secure_inbound", fail, "the connection from 127.0.0.1 failed"),
+        (Security, "secure_outbound", fail, "the handshake with /ip4/127.0.0.1/tcp/"),
+        (Yamux, "_read_frames", fail, "the connection to "),
+        (host, "select_inbound", fail_on_streams, "a stream from "),
+        (network, "serve_identify", fail, "serving "),
+        (network, "request_identify", fail, " does not say what it serves"),
+        (kademlia, "prefixed", fail_at_once, " did not answer a DHT query"),
+    ],
+    ids=["inbound", "outbound", "connection", "stream", "server", "identify", "lookup"],
+)
+async def test_our_own_bugs_can_be_seen(
+    open_libp2p: Opener,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: object,
+    name: str,
+    bug: object,
+    message: str,
+) -> None:
+    def seen() -> bool:
+        return any(
+            message in record.getMessage() and "ZeroDivisionError" in (record.exc_text or "")
+            for record in caplog.records
+            if (record.name, record.levelname) == ("aci_p2p.network", "DEBUG")
+        )
+
+    caplog.set_level("DEBUG", "aci_p2p.network")
+    monkeypatch.setattr(place, name, bug)
+    async with open_libp2p(1) as a, open_libp2p(2) as b:
+        with suppress(PeerUnreachable):
+            await a.connect(b.addresses[0])
+            await a.find_providers(bytes(32), 1)
+        await eventually(seen)
+
+
+LOGGING = """
+import logging
+root = logging.getLogger()
+before = [root.level, list(root.handlers)]
+import aci_p2p.network.libp2p
+assert [root.level, list(root.handlers)] == before
+log, ours = logging.getLogger("libp2p"), logging.getLogger("aci_p2p.network")
+assert log.level == logging.WARNING and ours.level == logging.NOTSET
+assert ours.propagate and logging.getLogger("aci_p2p").propagate
+logging.getLogger("libp2p.security.noise").error("a peer's mistake")
+class Keep(logging.Handler):
+    def emit(self, record):
+        print(record.getMessage())
+log.addHandler(Keep())
+root.addHandler(Keep())
+logging.getLogger("libp2p.security.noise").error("another")
+ours.error("our bug")
+"""
+
+
+@pytest.mark.parametrize("debug", [None, "DEBUG"])
+def test_logging_is_left_to_the_program(debug: str | None, tmp_path: Path) -> None:
+    """Nothing is printed unasked; handlers of the program get all; what LIBP2P_DEBUG does, it does."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LIBP2P_DEBUG")}
+    program = LOGGING
+    if debug is not None:
+        environment |= {"LIBP2P_DEBUG": debug, "LIBP2P_DEBUG_FILE": str(tmp_path / "log")}
+        program = program.replace("log.level == logging.WARNING", "log.level == logging.DEBUG")
+    arguments = [sys.executable, "-c", program]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout == "another\nour bug\n"
+    assert ("a peer's mistake" in done.stderr) == (debug is not None)
+    assert debug is not None or done.stderr == ""
 
 
 INTERRUPTED = """

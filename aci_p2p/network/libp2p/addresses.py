@@ -19,6 +19,7 @@ from libp2p.utils.address_validation import get_available_interfaces
 from aci_p2p.network.libp2p.varint import encode_varint, split_varint
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.messages import MAX_ADDRESSES
 
 MAX_ADDRESS_TEXT = 512
 """Characters of a multiaddr that we are willing to parse."""
@@ -153,6 +154,25 @@ def expand_unspecified(protocol: str, host: str, port: int) -> list[TcpAddress]:
         return [TcpAddress(protocol, host, port)]
     interfaces = [str(address) for address in cast("list[object]", get_available_interfaces(port))]
     return [TcpAddress.parse(address) for address in interfaces if address.startswith(f"/{protocol}/")]
+
+
+def most_useful(addresses: Iterable[TcpAddress]) -> list[TcpAddress]:
+    """What a node with these IP addresses announces: at most MAX_ADDRESSES, those that most others can dial first.
+
+    Globally routable ones, then those of local networks, then link-local ones. Of the loopback addresses, which other
+    machines cannot use, one comes last if there is room, for nodes on the same machine; all of them if there are only
+    such.
+    """
+    all_addresses = list(addresses)
+    reachable = sorted((address for address in all_addresses if not address.is_loopback), key=_narrowness)
+    loopback = [address for address in all_addresses if address.is_loopback]
+    return [*reachable, *(loopback[:1] if reachable else loopback)][:MAX_ADDRESSES]
+
+
+def _narrowness(address: TcpAddress) -> int:
+    """The larger, the fewer machines can dial it."""
+    ip = ipaddress.ip_address(address.host)
+    return 2 if ip.is_link_local else int(not ip.is_global)
 
 
 def parse_all(raw_addresses: Iterable[bytes], limit: int) -> list[TcpAddress]:

@@ -20,7 +20,7 @@ from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, judge
 from aci_p2p.network.libp2p.host import Connection, Host
 from aci_p2p.network.libp2p.router import HEARTBEAT_SECONDS, Incoming, Router
 from aci_p2p.network.libp2p.varint import prefixed, split_prefixed
-from aci_p2p.network.libp2p.yamux import StreamEnded, StreamReset, YamuxStream
+from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import Decision, Reason, Validation
@@ -181,7 +181,7 @@ class Gossip:
                 while (encoded := split_prefixed(buffer, MAX_RPC_BYTES)) is None:
                     buffer += await stream.read(READ_BYTES)
                 rpc = _parse(encoded)
-            except (StreamEnded, StreamReset):
+            except (EndOfStream, StreamReset):
                 return
             except (DecodeError, ValueError):
                 await self._refuse(peer, _MALFORMED)

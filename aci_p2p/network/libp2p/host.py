@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import socket
 from collections import OrderedDict
@@ -23,11 +24,11 @@ from typing import cast
 import trio
 
 from aci_p2p.network.api import AddressInUse, PeerUnreachable
-from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified
+from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, most_useful
 from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound, select_outbound
 from aci_p2p.network.libp2p.secure import ConnectionLost, Security, TcpChannel
 from aci_p2p.network.libp2p.yamux import PROTOCOL as YAMUX
-from aci_p2p.network.libp2p.yamux import StreamEnded, StreamReset, Yamux, YamuxStream
+from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, Yamux, YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
@@ -54,6 +55,8 @@ BAN_SECONDS = 60.0
 """How long a peer that was thrown out is neither dialled nor let in, seconds."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
+
+log = logging.getLogger("aci_p2p.network")
 
 
 @dataclass(eq=False, slots=True)
@@ -108,10 +111,10 @@ class Host:
 
     @property
     def addresses(self) -> list[TcpAddress]:
-        """Where we can be dialled."""
-        return [
+        """Where we can be dialled, the most useful addresses first."""
+        return most_useful(
             address for bound in self._bound for address in expand_unspecified(bound.protocol, bound.host, bound.port)
-        ]
+        )
 
     async def listen(self, address: TcpAddress) -> None:
         """Accept connections at an address. Raises AddressInUse, LocalError."""
@@ -182,8 +185,8 @@ class Host:
             if connection is not None and connection.peer != self.node_id and not self._is_banned(connection.peer):
                 self._add(connection)
                 await self._serve_connection(connection)
-        except Exception:  # noqa: BLE001, S110 - whatever a stranger sends ends its own connection and nothing else
-            pass
+        except Exception:  # whatever a stranger sends ends its own connection and nothing else
+            log.debug("the connection from %s failed", address, exc_info=True)
         finally:
             await stream.aclose()
 
@@ -214,8 +217,8 @@ class Host:
         """Hold a connection until it ends."""
         try:
             await connection.muxer.run(lambda stream: self._accept_stream(connection.peer, stream))
-        except Exception:  # noqa: BLE001, S110 - a broken connection is a disconnected peer
-            pass
+        except Exception:  # a broken connection is a disconnected peer
+            log.debug("the connection to %s broke", connection.peer.short, exc_info=True)
         finally:
             self._remove(connection)
 
@@ -323,6 +326,7 @@ class Host:
             msg = f"{place} does not complete the handshake"
             raise PeerUnreachable(msg) from error
         except Exception as error:
+            log.debug("the handshake with %s failed", place, exc_info=True)
             await stream.aclose()
             msg = f"{place} is not {peer.short} speaking libp2p"
             raise PeerUnreachable(msg) from error
@@ -365,7 +369,7 @@ class Host:
         try:
             with trio.fail_after(NEGOTIATION_SECONDS):
                 await select_outbound(stream, protocol)
-        except (NegotiationError, StreamEnded, StreamReset, trio.TooSlowError) as error:
+        except (NegotiationError, EndOfStream, StreamReset, trio.TooSlowError) as error:
             stream.reset()
             msg = f"{peer.short} does not serve {protocol}"
             raise PeerUnreachable(msg) from error
@@ -400,7 +404,8 @@ class Host:
         try:
             with trio.fail_after(NEGOTIATION_SECONDS):
                 served = self._protocols.get(await select_inbound(stream, self._protocols))
-        except Exception:  # noqa: BLE001 - a stream without a protocol is nobody's but the peer's
+        except Exception:  # a stream without a protocol is nobody's but the peer's
+            log.debug("a stream from %s asked for nothing that we serve", peer.short, exc_info=True)
             served = None
         try:
             if served is None:
@@ -418,9 +423,10 @@ class Host:
         try:
             with scope:
                 await protocol.serve(peer, stream)
-        except (StreamEnded, StreamReset):
+        except (EndOfStream, StreamReset):
             pass
-        except Exception:  # noqa: BLE001 - a server never raises into the host's task tree
+        except Exception:  # a server never raises into the host's task tree
+            log.debug("serving %s failed", peer.short, exc_info=True)
             self.handler_failures += 1
             stream.reset()
         finally:

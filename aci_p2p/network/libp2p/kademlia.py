@@ -12,6 +12,7 @@ Source: https://github.com/libp2p/specs/tree/master/kad-dht
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum, auto
@@ -21,7 +22,7 @@ import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 
 from aci_p2p.network.api import MAX_RECORD_BYTES, RecordSelector, RecordValidator
-from aci_p2p.network.checks import check_provider_key, check_record
+from aci_p2p.network.checks import MAX_RECORD_KEY_BYTES, check_provider_key, check_record
 from aci_p2p.network.libp2p.addresses import parse_all
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.kad_table import (
@@ -54,8 +55,6 @@ ANSWERS_WANTED = 3
 """Answers with something in them after which a lookup ends: one stale or lying holder does not decide."""
 MAX_MESSAGE_BYTES = 256 << 10
 """Longest message, bytes: sixty peers with eight addresses of the longest kind each, twice over."""
-MAX_KEY_BYTES = 128
-"""Longest key, bytes."""
 MAX_PROVIDERS_PER_ANSWER = 40
 """Providers in one answer: with their addresses and twenty closer peers they fit MAX_MESSAGE_BYTES."""
 IDLE_SECONDS = 30.0
@@ -66,6 +65,8 @@ JOIN_INTERVAL_SECONDS = 15.0
 """Shortest time between two looks around, seconds: new peers come in crowds."""
 REFRESH_SECONDS = 600.0
 """Time between refreshes of the routing table, seconds (libp2p's usual value)."""
+
+log = logging.getLogger("aci_p2p.network")
 
 
 class KademliaError(Exception):
@@ -240,7 +241,8 @@ class Kademlia:
                     answer = Message.FromString(await read_prefixed(stream, MAX_MESSAGE_BYTES))
                 finally:
                     stream.close()
-        except Exception:  # noqa: BLE001 - whatever is wrong with one peer, the lookup goes on with the others
+        except Exception:  # whatever is wrong with one peer, the lookup goes on with the others
+            log.debug("%s did not answer a DHT query", peer.short, exc_info=True)
             self.avoid(peer)
             return None
         return answer if answer.type == message.type else None
@@ -279,7 +281,7 @@ class Kademlia:
                 await stream.write(prefixed(answer.SerializeToString()))
 
     def _answer(self, peer: NodeId, request: Message) -> Message:
-        if not 0 < len(request.key) <= MAX_KEY_BYTES:
+        if not 0 < len(request.key) <= MAX_RECORD_KEY_BYTES:
             msg = "the key is empty or too long"
             raise KademliaError(msg)
         now = trio.current_time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, asynccontextmanager
 from functools import partial
@@ -40,6 +41,8 @@ IDENTIFY_SECONDS = 10.0
 CLOSE_SECONDS = 0.5
 """How long leaving waits for queued frames to reach the peers, seconds."""
 
+log = logging.getLogger("aci_p2p.network")
+
 
 class Libp2pNetwork(Network):
     """A running libp2p endpoint. Made only by `open_libp2p_network`."""
@@ -69,7 +72,8 @@ class Libp2pNetwork(Network):
         try:
             with trio.fail_after(IDENTIFY_SECONDS):
                 identity = await request_identify(self._host, connection.peer)
-        except Exception:  # noqa: BLE001 - a peer that does not say stays out of the routing table
+        except Exception:  # a peer that does not say stays out of the routing table
+            log.debug("%s does not say what it serves", connection.peer.short, exc_info=True)
             self._kademlia.avoid(connection.peer)
             return
         self._host.learn(connection.peer, self._host.usable_by(connection.peer, identity.addresses))

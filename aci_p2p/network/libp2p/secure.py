@@ -21,9 +21,9 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from aci_p2p.network.libp2p.negotiation import select_inbound, select_outbound
 from aci_p2p.protocol.identity import KeyPair, NodeId
 
-# py-libp2p logs peers' mistakes as errors; without a handler Python would print them on the user's terminal.
+# py-libp2p means to be silent unless LIBP2P_DEBUG is set, but leaves its logger without a handler, so that Python would
+# print the mistakes of peers on the terminal. Handlers that the program adds to that logger get everything.
 logging.getLogger("libp2p").addHandler(logging.NullHandler())
-logging.getLogger("libp2p").propagate = False
 
 RECEIVE_BYTES = 64 << 10
 """Read from the socket at once, bytes: about one Noise message of the largest size."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aci_p2p.network.api import MAX_FRAME_BYTES, Stream, StreamClosed
 from aci_p2p.network.checks import check_frame
 from aci_p2p.network.libp2p.varint import VarintError, prefixed, split_prefixed
-from aci_p2p.network.libp2p.yamux import StreamEnded, StreamReset, YamuxStream
+from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.identity import NodeId
 
 READ_BYTES = 64 << 10
@@ -41,7 +41,7 @@ class FramedStream(Stream):
             # A cancelled read loses nothing: what has arrived of the frame stays in the buffer.
             while (frame := split_prefixed(self._received, MAX_FRAME_BYTES)) is None:
                 self._received += await self._raw.read(READ_BYTES)
-        except StreamEnded:
+        except EndOfStream:
             msg = f"{self._peer.short} ended the stream"
             raise StreamClosed(msg) from None
         except StreamReset:

@@ -60,7 +60,7 @@ class StreamReset(Exception):
     """The stream was reset, or its connection was lost."""
 
 
-class StreamEnded(Exception):
+class EndOfStream(Exception):
     """The peer ended the stream; everything it sent has been read."""
 
 
@@ -120,7 +120,7 @@ class YamuxStream:
         self._state = state
 
     async def read(self, limit: int) -> bytes:
-        """Receive 1 to `limit` bytes. Raises StreamEnded or StreamReset. Loses nothing when cancelled."""
+        """Receive 1 to `limit` bytes. Raises EndOfStream or StreamReset. Loses nothing when cancelled."""
         await trio.lowlevel.checkpoint()
         state = self._state
         while not state.received:
@@ -129,7 +129,7 @@ class YamuxStream:
                 raise StreamReset(msg)
             if state.ended_by_peer:
                 msg = "the peer ended the stream"
-                raise StreamEnded(msg)
+                raise EndOfStream(msg)
             await state.changed.wait()
         data = bytes(state.received[:limit])
         del state.received[:limit]
@@ -137,7 +137,7 @@ class YamuxStream:
         return data
 
     async def read_exactly(self, count: int) -> bytes:
-        """Receive exactly `count` bytes. Raises StreamEnded or StreamReset."""
+        """Receive exactly `count` bytes. Raises EndOfStream or StreamReset."""
         data = bytearray()
         while len(data) < count:
             data += await self.read(count - len(data))
