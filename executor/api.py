@@ -106,7 +106,7 @@ class TokenChunk:
     index: int
     """Position of the first of `tokens` in the output, from 0."""
     tokens: tuple[int, ...]
-    """Token ids, one or more; empty only in a last chunk that flushes text."""
+    """Token ids, one or more, an end-of-sequence token included; empty only in a last chunk that flushes text."""
     text: str
     """Their text. Bytes of a character still incomplete are held back for a later chunk."""
     finish: FinishReason | None = None

@@ -113,8 +113,11 @@ class WorkerProcess:
     def start(self, request: Callable[[int], Start], capacity: int, on_end: Callable[[], None]) -> WorkerJob:
         """Begin a job: `request` makes its request from its number; `capacity` is the most replies it may have waiting.
 
-        Raises LocalError when a field of the request is out of bounds.
+        Raises LocalError when a field of the request is out of bounds, ExecutorFailed when the worker is dead.
         """
+        if not self.alive:
+            msg = "the worker process died as soon as it was started"
+            raise ExecutorFailed(msg, hint="try again")
         number = self._next
         message = request(number)
         frame = encode_frame(message)

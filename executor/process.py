@@ -51,7 +51,7 @@ from aci_p2p.executor.frames import (
 )
 from aci_p2p.executor.reference import PROFILE
 from aci_p2p.executor.store import ModelStore
-from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.tasks import open_background
 from aci_p2p.version import VERSION
 
@@ -243,11 +243,13 @@ class _ProcessGeneration(Generation):
     async def __anext__(self) -> TokenChunk:
         if self._finished:
             raise StopAsyncIteration
-        match await self._job.next():
-            case Chunk() as chunk:
-                pass
-            case reply:
-                raise _out_of_turn(reply)
+        try:
+            chunk = await self._job.next()
+            if not isinstance(chunk, Chunk):
+                raise _out_of_turn(chunk)
+        except AciError:
+            self._finished = True
+            raise
         self._finished = chunk.ending is not Ending.NONE
         self._taken += 1
         if self._taken == _CREDIT_BATCH and not self._finished:

@@ -11,7 +11,7 @@ The uniforms come from Philox4x64-10 (Salmon et al. 2011), read little-endian:
 
     key      = seed[0:8], seed[8:16]
     counter  = (block, token index in the output from 0, seed[16:24], seed[24:32]), block = 1, 2, 3, ...
-    u[v]     = (word v of the concatenated blocks >> 11) * 2^-53 + 2^-54, in the open interval (0, 1)
+    u[v]     = (word v of the concatenated blocks >> 12) * 2^-52 + 2^-53, exact in binary64 and inside (0, 1)
 
 Blocks have four words and start at 1, as numpy increments the counter before it draws.
 """
@@ -58,7 +58,7 @@ def gumbel_noise(seed: bytes, index: int, size: int) -> npt.NDArray[np.float64]:
     words = np.frombuffer(seed, "<u8")
     counter = np.array([0, index, words[2], words[3]], np.uint64)
     draws = np.random.Philox(key=words[:2], counter=counter).random_raw(size)
-    uniform = (draws >> np.uint64(11)) * 2.0**-53
-    uniform += 2.0**-54
+    uniform = (draws >> np.uint64(12)) * 2.0**-52
+    uniform += 2.0**-53
     noise: npt.NDArray[np.float64] = -np.log(-np.log(uniform))
     return noise

@@ -270,7 +270,7 @@ class Scheduler:
             self._end(generation)
 
     def _model(self, name: str) -> _Model:
-        """The model of that name, loaded and verified if it is not in memory."""
+        """The model of that name, verified and loaded if it is not in memory, while the other jobs wait."""
         model = self._models.get(name)
         if model is None:
             self._make_room()

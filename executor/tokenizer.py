@@ -150,7 +150,6 @@ class _Markup:
 def _marker(token: AddedToken, content: str) -> AddedToken:
     return AddedToken(
         content,
-        single_word=token.single_word,
         lstrip=token.lstrip,
         rstrip=token.rstrip,
         normalized=token.normalized,

@@ -35,7 +35,6 @@ from aci_p2p.executor.frames import (
 from aci_p2p.executor.parallel import Team
 from aci_p2p.executor.scheduling import Flag, Scheduler
 from aci_p2p.executor.store import ModelStore
-from aci_p2p.protocol.errors import AciError
 
 READ_BYTES: Final = 1 << 16
 """Bytes of one read: the capacity of a pipe on Linux."""
@@ -113,7 +112,8 @@ def _read(inbox: _Inbox, flags: dict[int, Flag]) -> None:
                     case Credit():
                         inbox.put(message)
                     case _:
-                        os._exit(1)
-    except (OSError, AciError):
-        os._exit(1)
+                        msg = f"the node sent {type(message).__name__}"
+                        raise AssertionError(msg)  # noqa: TRY301 - reported as any other failure to read
+    except Exception:  # noqa: BLE001 - whatever it is, there is nothing more to read
+        traceback.print_exc()
     os._exit(0)

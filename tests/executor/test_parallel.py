@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -95,6 +96,27 @@ def test_helpers_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np, "matmul", met)
     with Team(2) as team:
         team.multiply(random(1, 1, 8), matrix, np.empty((1, 1, 32), np.float32))
+
+
+def test_slow_helpers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two tiles the helper takes one, as the calling thread takes none before that."""
+    taken = threading.Event()
+    matmul = np.matmul
+
+    def slow(rows: Array, values: Array, *, out: Array) -> Array:
+        if threading.current_thread() is threading.main_thread():
+            assert taken.wait(5)
+        else:
+            taken.set()
+            time.sleep(0.05)
+        return matmul(rows, values, out=out)
+
+    matrix, rows = Matrix(random(32, 8)), random(1, 1, 8)
+    out = np.full((1, 1, 32), np.nan, np.float32)
+    monkeypatch.setattr(np, "matmul", slow)
+    with Team(2) as team:
+        team.multiply(rows, matrix, out)
+        assert np.array_equal(out, matmul(rows, matrix.values))
 
 
 def test_leaving_ends_the_helpers() -> None:

@@ -29,7 +29,7 @@ from aci_p2p.executor.api import (
     TokenChunk,
     WeightsMismatch,
 )
-from aci_p2p.executor.frames import Accepted, Cancel, Chunk, Encoded, Ended, Ending, encode_frame
+from aci_p2p.executor.frames import Accepted, Cancel, Chunk, Encoded, Ended, Ending, Failed, Load, encode_frame
 from aci_p2p.executor.process import CREDIT, default_threads, open_process_executor
 from aci_p2p.executor.store import ModelStore
 from aci_p2p.protocol.errors import LocalError
@@ -219,7 +219,10 @@ async def test_more_jobs_than_places_wait(store: ModelStore, monkeypatch: pytest
     assert most == 2
 
 
-async def test_a_killed_worker_fails_its_jobs_and_is_replaced(store: ModelStore) -> None:
+async def test_a_killed_worker_fails_its_jobs_and_is_replaced(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "JOBS_MAX", 2)
     async with open_process_executor(store) as executor:
         expected = tokens_of(await collect(executor, request()))
         first = process_of(executor)
@@ -234,6 +237,7 @@ async def test_a_killed_worker_fails_its_jobs_and_is_replaced(store: ModelStore)
             assert "memory" in caught.value.hint
             with pytest.raises(ExecutorFailed, match="killed by SIGKILL"):
                 [chunk async for chunk in more]
+            assert [chunk async for chunk in chunks] == []
         assert (executor.statistics().running, executor.statistics().waiting) == (0, 0)
         assert tokens_of(await collect(executor, request())) == expected
         assert process_of(executor).pid != first.pid
@@ -291,7 +295,25 @@ async def test_a_worker_that_sends_more_than_asked_for(store: ModelStore, monkey
             [chunk async for chunk in taken]
 
 
+def test_a_dead_worker_takes_no_job(store: ModelStore) -> None:
+    worker = connection.WorkerProcess(store.path, threads=1, max_batch=1)
+    worker.alive = False
+    with pytest.raises(ExecutorFailed, match="as soon as it was started"):
+        worker.start(lambda number: Load(number, "tiny"), 1, lambda: None)
+
+
+async def test_a_generation_that_failed_has_no_more_chunks(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = (Accepted(0, 1), Chunk(0, 0, (1,), "a", Ending.NONE), Failed(0, "local", "no more", "", ()))
+    monkeypatch.setattr(connection, "_BOOT", sends(b"".join(encode_frame(frame) for frame in frames)))
+    async with open_process_executor(store) as executor, executor.generate("tiny", request()) as chunks:
+        assert (await anext(chunks)).text == "a"
+        with pytest.raises(LocalError, match="no more"):
+            await anext(chunks)
+        assert [chunk async for chunk in chunks] == []
+
+
 async def test_a_worker_that_cannot_be_started(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "JOBS_MAX", 1)
     async with open_process_executor(store) as executor:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "executable", "/nonexistent/python")

@@ -184,6 +184,28 @@ def test_memory_is_taken_as_needed(model: LlamaModel) -> None:
     assert all(keys.nbytes == values.nbytes == 0 for keys, values in cache.layers)
     cache.reserve(1)
     assert {keys.shape[1] for keys, _ in cache.layers} == {CACHE_BLOCK}
+    keys, _ = cache.layers[0]
+    cache.reserve(CACHE_BLOCK)
+    assert cache.layers[0][0] is keys
+
+
+def test_rotations_reach_as_far_as_the_longest_sequence(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [TOKENS[:3], TOKENS[:30]]
+    expected = model.decode([9, 8], [fill(model, prompt)[0] for prompt in prompts], [never] * 2)
+    monkeypatch.setattr("aci_p2p.executor.reference._ROTATION_BLOCK", 10)
+    caches = [fill(model, prompt)[0] for prompt in prompts]
+    monkeypatch.setattr(model, "_rotations", model._rotations[:0])
+    for wanted, found in zip(expected, model.decode([9, 8], caches, [never] * 2), strict=True):
+        assert wanted is not None
+        assert found is not None
+        assert np.array_equal(wanted, found)
+
+
+def test_large_scores_do_not_overflow(tmp_path: Path) -> None:
+    tensors: dict[str, Any] = read_tensors(write_tiny_model(tmp_path) / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] *= 1000
+    _, logits = fill(LlamaModel(tmp_path, Architecture.read(tmp_path), tensors, ALONE), TOKENS)
+    assert np.isfinite(logits).all()
 
 
 def test_a_missing_tensor(tmp_path: Path) -> None:

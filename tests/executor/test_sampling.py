@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +37,7 @@ def noise(seed: bytes, index: int, size: int) -> list[float]:
         for block in range(-(-size // 4))
         for word in philox4x64((first, second), (block + 1, index, third, fourth))
     ]
-    return [-math.log(-math.log((word >> 11) * 2.0**-53 + 2.0**-54)) for word in words[:size]]
+    return [-math.log(-math.log((word >> 12) * 2.0**-52 + 2.0**-53)) for word in words[:size]]
 
 
 def test_philox_known_answer() -> None:
@@ -48,6 +49,19 @@ def test_philox_known_answer() -> None:
 @given(st.binary(min_size=32, max_size=32), st.integers(0, 1 << 40), st.integers(1, 30))
 def test_noise_is_as_documented(seed: bytes, index: int, size: int) -> None:
     assert gumbel_noise(seed, index, size).tolist() == pytest.approx(noise(seed, index, size), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("word", [0, MASK])
+def test_the_most_extreme_draws_are_finite(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
+    class Extreme:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def random_raw(self, size: int) -> npt.NDArray[np.uint64]:
+            return np.full(size, word, np.uint64)
+
+    monkeypatch.setattr(np.random, "Philox", Extreme)
+    assert np.isfinite(gumbel_noise(SEED, 0, 3)).all()
 
 
 def test_greedy_takes_the_lowest_id_on_a_tie() -> None:

@@ -33,7 +33,7 @@ from aci_p2p.executor.parallel import Array, Team
 from aci_p2p.executor.reference import PREFILL_CHUNK, KeyValueCache, LlamaModel, Stop
 from aci_p2p.executor.scheduling import Flag, Scheduler
 from aci_p2p.executor.store import ModelStore
-from tests.executor.tiny import CONTEXT, vocabulary, write_tiny_model
+from tests.executor.tiny import CONTEXT, byte_characters, vocabulary, write_tiny_model
 
 SEED = bytes(32)
 
@@ -148,6 +148,18 @@ def test_an_end_token_ends(node: Node, store: ModelStore, monkeypatch: pytest.Mo
     *_, last, ended = node.of(2)
     assert isinstance(last, Chunk)
     assert (last.ending, ended) == (Ending.STOP, Ended(2))
+
+
+def test_a_character_cut_off_by_the_length(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    first_byte = vocabulary()[byte_characters()[0xF0]]
+
+    def choose(*_: object) -> int:
+        return first_byte
+
+    monkeypatch.setattr(scheduling, "choose", choose)
+    node.generate(1, "the", 1)
+    node.run()
+    assert Chunk(1, 0, (first_byte,), "\ufffd", Ending.LENGTH) in node.replies
 
 
 def test_a_batch_gives_each_what_it_would_have_alone(node: Node, store: ModelStore) -> None:
@@ -384,7 +396,8 @@ def test_an_empty_prompt(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     assert node.failed(2).message == "the prompt is empty"
 
 
-def test_altered_weights(tmp_path: Path) -> None:
+def test_altered_weights_are_not_even_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaModel, "load", raising(AssertionError()))
     store = ModelStore(tmp_path / "store")
     stored = store.add_directory(write_tiny_model(tmp_path / "model"))
     weights = tmp_path / "model" / "model.safetensors"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from aci_p2p.executor.api import Message, ModelUnavailable, TemplateRefused
-from aci_p2p.executor.tokenizer import ChatTokenizer, Detokenizer
+from aci_p2p.executor.tokenizer import TEMPLATE_BYTES_MAX, ChatTokenizer, Detokenizer
 from aci_p2p.protocol.errors import LocalError
 from tests.executor.tiny import SPECIAL, TEMPLATE, byte_characters, tokenizer, vocabulary, write_tiny_model
 
@@ -97,17 +97,43 @@ def test_the_markers_show_nowhere(directory: Path) -> None:
     assert len({tuple(ChatTokenizer(directory, SIZE).encode(messages)) for _ in range(5)}) == 1
 
 
-def test_special_tokens_keep_their_flags(tmp_path: Path) -> None:
-    """One that swallows the space before it does so in the template, as in the plain tokenizer."""
-    added = [dict(token, lstrip=True) for token in json.loads(json.dumps(tokenizer()["added_tokens"]))]
-    changed(tmp_path, "tokenizer.json", {"added_tokens": added})
-    changed_template = {"chat_template": "a {{ bos_token }} b {{ eos_token }}"}
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip"])
+def test_special_tokens_swallow_the_spaces_that_they_should(tmp_path: Path, flag: str) -> None:
+    added = json.loads(json.dumps(tokenizer()["added_tokens"]))
+    flagged = [{**token, flag: True} for token in added]
+    changed(tmp_path, "tokenizer.json", {"added_tokens": flagged})
     path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changed_template}))
-    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    ids = ChatTokenizer(tmp_path, SIZE).encode([Message("user", "x")])
-    assert ids == plain.encode("a <|start|> b <|end|>", add_special_tokens=False).ids
-    assert text_ids(" ")[0] not in ids[:2]
+    template = {"chat_template": "a {{ bos_token }} b{{ eos_token }}c"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **template}))
+    rendered = "a <|start|> b<|end|>c"
+    expected = Tokenizer.from_str(json.dumps({**tokenizer(), "added_tokens": flagged})).encode(rendered).ids
+    assert expected != Tokenizer.from_str(json.dumps(tokenizer())).encode(rendered).ids
+    assert ChatTokenizer(tmp_path, SIZE).encode([Message("user", "x")]) == expected
+
+
+def test_a_special_token_within_a_word(tmp_path: Path) -> None:
+    """What the template writes is a control token wherever it stands, also if users could only write it as a word."""
+    added = json.loads(json.dumps(tokenizer()["added_tokens"]))
+    changed(tmp_path, "tokenizer.json", {"added_tokens": [{**token, "single_word": True} for token in added]})
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": "a<|start|>b"}))
+    assert ChatTokenizer(tmp_path, SIZE).encode([Message("user", "x")]) == [*text_ids("a"), START, *text_ids("b")]
+
+
+def test_of_special_tokens_the_longest_counts(tmp_path: Path) -> None:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [*json.loads(json.dumps(tokenizer()["added_tokens"])), {"id": SIZE, "content": "<|end|>!", **flags}]
+    changed(tmp_path, "tokenizer.json", {"added_tokens": added})
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": "<|end|>!{{ messages[0].content }}<|end|>"}))
+    ids = ChatTokenizer(tmp_path, SIZE + 1).encode([Message("user", "<|end|>!")])
+    assert ids == [SIZE, *text_ids("<|end|>!"), END]
+
+
+def test_lines_of_blocks_leave_no_trace(tmp_path: Path) -> None:
+    template = "{% if true %}\na\n  {% endif %}\nb"
+    changed(tmp_path, "tokenizer_config.json", {"chat_template": template})
+    assert ChatTokenizer(tmp_path, SIZE).encode([Message("user", "x")]) == text_ids("a\nb")
 
 
 def test_the_template_may_refuse(chat: ChatTokenizer) -> None:
@@ -184,6 +210,12 @@ def test_stop_tokens(tmp_path: Path, generation: object, config: object, expecte
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": config}))
     assert ChatTokenizer(tmp_path, SIZE).stop_tokens == expected
+
+
+def test_an_endless_template_file(tmp_path: Path) -> None:
+    (write_tiny_model(tmp_path) / "chat_template.jinja").write_bytes(b" " * (TEMPLATE_BYTES_MAX + 1))
+    with pytest.raises(ModelUnavailable, match="longer than"):
+        ChatTokenizer(tmp_path, SIZE)
 
 
 def test_stop_tokens_without_a_generation_config(tmp_path: Path) -> None:
