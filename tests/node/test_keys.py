@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import pickle
 import signal
@@ -26,7 +28,7 @@ BAD_NAMES = ["", "../x", "a/b", "/x", ".hidden", "a.b", "-x", "_x", "a b", "a\n"
 
 @pytest.fixture
 def ring(tmp_path: Path) -> KeyRing:
-    return KeyRing(tmp_path / "keys")
+    return KeyRing(tmp_path / "home" / "keys")
 
 
 def path_of(ring: KeyRing, name: str) -> Path:
@@ -293,7 +295,8 @@ def test_a_key_is_on_disk_before_it_has_its_name(ring: KeyRing, monkeypatch: pyt
     link = os.link
 
     def note_sync(descriptor: int) -> None:
-        steps.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        status = os.fstat(descriptor)
+        steps.append("sync folder" if stat.S_ISDIR(status.st_mode) else f"sync {status.st_size} bytes")
 
     def note_link(source: Path, target: Path) -> None:
         steps.append("link")
@@ -302,7 +305,25 @@ def test_a_key_is_on_disk_before_it_has_its_name(ring: KeyRing, monkeypatch: pyt
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "link", note_link)
     ring.create("client")
-    assert steps == ["sync file", "link", "sync folder"]
+    assert steps == ["sync 86 bytes", "link", "sync folder"]
+
+
+def test_making_keys_leaves_no_file_open(ring: KeyRing) -> None:
+    free = os.dup(0)
+    os.close(free)
+    ring.create("client")
+    with ring.use("client"):
+        pass
+    again = os.dup(0)
+    os.close(again)
+    assert again == free
+
+
+def test_what_a_killed_process_of_our_number_left_is_no_obstacle(ring: KeyRing) -> None:
+    ring.create("other")
+    (ring._directory / f".client.{os.getpid()}.part").write_text("half a key")
+    ring.create("client")
+    assert files(ring) == ["client.key", "other.key"]
 
 
 @pytest.mark.parametrize("step", ["fsync", "link"])
@@ -374,6 +395,15 @@ def test_a_key_is_used_by_one_at_a_time(ring: KeyRing) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), ring.use("node"):
             raise ZeroDivisionError
+
+
+def test_a_file_system_without_locks(ring: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_file: object, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(KeyFileError, match="cannot lock it: no locks available"):
+        use(ring, "client")
 
 
 def test_a_key_is_free_when_its_process_is_killed(ring: KeyRing) -> None:

@@ -20,11 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
+from aci_p2p import store
 from aci_p2p.files import write_atomically
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import CHALLENGE_WINDOW_MS, FINAL_STATES, LIMITS, Party, State
-from aci_p2p.store import SCHEMA_VERSION, StoreError, open_store
+from aci_p2p.store import BUSY_TIMEOUT_S, SCHEMA_VERSION, StoreError, open_store
 from tests.protocol.driver import alter
 from tests.protocol.strategies import NODES
 
@@ -51,7 +52,7 @@ def rows(path: Path, query: str) -> list[Any]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "home" / "aci.sqlite3"
+    return tmp_path / "new" / "home" / "aci.sqlite3"
 
 
 async def read(path: Path, node: NodeId = NODE) -> list[JobRecord]:
@@ -167,9 +168,16 @@ async def test_a_full_disk(path: Path) -> None:
     assert await read(path) == [record(1), record(2)]
 
 
+async def test_a_place_that_is_taken(path: Path) -> None:
+    path.with_name(f"{path.name}-wal").mkdir(parents=True)
+    start = trio.current_time()
+    await refused(path, r"cannot open .*: (disk I/O error|unable to open database file)")
+    assert trio.current_time() - start < BUSY_TIMEOUT_S / 2
+
+
 async def test_opening_waits_for_another_process(path: Path) -> None:
     """Another node of this home that is just making the file."""
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
     with closing(sqlite3.connect(path, check_same_thread=False)) as other:
         other.execute("BEGIN IMMEDIATE")
 
@@ -180,6 +188,21 @@ async def test_opening_waits_for_another_process(path: Path) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(let_go)
             assert await read(path) == []
+
+
+async def test_opening_does_not_wait_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.05)
+    path.parent.mkdir(parents=True)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        await refused(path, "cannot open .*: database is locked")
+
+
+async def test_opening_together(tmp_path: Path) -> None:
+    for number in range(5):
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(read, tmp_path / f"{number}.sqlite3")
 
 
 # Jobs.
