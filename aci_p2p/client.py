@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,7 +11,7 @@ from typing import Final, Self
 import trio
 
 from aci_p2p.config import NodeConfig
-from aci_p2p.consumer import JobResult, RunningJob
+from aci_p2p.consumer import JobResult, JobUpdate, RunningJob
 from aci_p2p.executor import ModelStore
 from aci_p2p.node import Node, NodeParts, open_node
 from aci_p2p.protocol.catalogue import CATALOGUE, DEFAULT_MODEL
@@ -101,7 +101,7 @@ class AnswerStream:
         return self._job.job_id
 
     @property
-    def updates(self) -> RunningJob:
+    def updates(self) -> AsyncIterator[JobUpdate]:
         """Offer, bids, choice and text as they come; raises the AciError that ends the job."""
         return self._job
 

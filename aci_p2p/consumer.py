@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 import trio
 
@@ -29,10 +28,13 @@ from aci_p2p.protocol.job import (
     Finished,
     OpenStream,
 )
-from aci_p2p.protocol.messages import Bid, Offer, Proof, Receipt
+from aci_p2p.protocol.messages import MAX_TOKENS, Bid, Offer, Proof, Receipt
 from aci_p2p.protocol.proof import ProofFile
 from aci_p2p.store import Store
 from aci_p2p.tasks import open_background
+
+UPDATES: Final = 2 * MAX_TOKENS
+"""Updates waiting for the user: all of the longest answer, so that one who reads slowly makes no job late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +71,7 @@ class RunningJob(JobShell[ConsumerEvent]):
         self._job = job
         self._network = network
         self._market = market
-        # Unbounded: a user who reads slowly must not make the job late. The machine bounds the answer, and keeps all of
-        # it for the proof anyway.
-        self._updates_in, self._updates = trio.open_memory_channel[JobUpdate](math.inf)
+        self._updates_in, self._updates = trio.open_memory_channel[JobUpdate](UPDATES)
         self._outcome: JobResult | AciError = JobCancelled("the job did not run to its end")
         self._streams: trio.Nursery | None = None
 
@@ -120,14 +120,14 @@ class RunningJob(JobShell[ConsumerEvent]):
         match effect:
             case Broadcast(offer):
                 await self._market.publish_offer(offer)
-                self._updates_in.send_nowait(Offered(offer))
+                await self._update(Offered(offer))
             case OpenStream(provider, addresses):
                 self._network.learn_addresses(provider, addresses)
                 self._pump = StreamPump(self.tell)
                 assert self._streams is not None  # set before the first event
                 self._streams.start_soon(self._pump.run, self._network.open_stream(provider, JOB_PROTOCOL))
             case BidSeen() | Chosen() | Deliver():
-                self._updates_in.send_nowait(effect)
+                await self._update(effect)
             case Finished():
                 file, proof, receipt = self._job.proof_file(), self._job.proof, self._job.receipt
                 self._outcome = JobResult(file, proof, receipt, proof.sender)
@@ -136,6 +136,11 @@ class RunningJob(JobShell[ConsumerEvent]):
             case _:
                 msg = f"a consumer's job has no {type(effect).__name__}"
                 raise AssertionError(msg)
+
+    async def _update(self, update: JobUpdate) -> None:
+        # A user who leaves reads no more, and must not hold up the farewell.
+        if not self._leaving:
+            await self._updates_in.send(update)
 
 
 @asynccontextmanager

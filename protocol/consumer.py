@@ -65,9 +65,6 @@ from aci_p2p.protocol.selection import Ranking, SelectionRule
 from aci_p2p.protocol.text import printable
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
-OFFER_LIFETIME_MS: Final = 60 * SECOND
-"""An offer outlives its bid window, so that late nodes still recognise it."""
-
 
 class NoBids(ResourceError):
     """Nobody bid in time, or no bid meets the offer, or every chosen provider declined."""
@@ -280,7 +277,6 @@ class ConsumerJob(Job):
                 bid_deadline=now + request.bid_window_ms,
             ),
             now,
-            lifetime_ms=OFFER_LIFETIME_MS,
         )
         effects = self._advance(Trigger.OFFER, now)
         return [*effects, Broadcast(self._offer), SetTimer(now + request.bid_window_ms)]

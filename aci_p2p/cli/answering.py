@@ -79,9 +79,7 @@ class Show:
                     if self.steps:
                         body = offer.body
                         self.status.print("\n[bold]Offer[/]  signed, broadcast over gossip; the prompt is not in it")
-                        self.status.print(
-                            f"  job {body.job_id.hex()[:16]}, {model_name(body.model_root)}", soft_wrap=True
-                        )
+                        self.status.print(f"  job {body.job_id.hex()[:16]}, {model_name(body.model_root)}")
                         price = format_amount(body.max_price)
                         self.status.print(f"  at most {body.max_tokens} tokens for at most {price}")
                 case BidSeen(bid):
@@ -108,15 +106,11 @@ class Show:
                 price, latency = format_amount(bid.worst_price), f"{bid.latency_ms} ms"
                 table.add_row(bid.provider.short, price, latency, mark)
             self.status.print(table, soft_wrap=False)
-            self.status.print(
-                f"\n[bold]Winner[/]  {choice.provider.short}: {escape(choice.ranking.why)}", soft_wrap=True
-            )
+            self.status.print(f"\n[bold]Winner[/]  {choice.provider.short}: {escape(choice.ranking.why)}")
             self.status.print("\n[bold]Answer[/]")
         else:
             bids = f"{len(self.bids)} bid" + ("" if len(self.bids) == 1 else "s")
-            self.status.print(
-                f"{bids}; {choice.provider.short} wins: {choice.ranking.why}", style="dim", soft_wrap=True
-            )
+            self.status.print(f"{bids}; {choice.provider.short} wins: {escape(choice.ranking.why)}", style="dim")
 
 
 def speed_line(timing: Timing) -> str:

@@ -12,6 +12,7 @@ from typing import Final, cast
 import click
 
 from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.text import printable_lines
 from aci_p2p.version import VERSION
 
 EXIT_INTERRUPTED: Final = 130
@@ -108,7 +109,7 @@ def _report_output(error: OSError) -> int:
 
 
 def _say(message: str) -> None:
-    click.echo("aci-p2p: " + " ".join(message.split()), err=True)
+    click.echo("aci-p2p: " + " ".join(printable_lines(message).split()), err=True)
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

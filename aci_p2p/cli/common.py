@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,6 +53,11 @@ class AmountType(click.ParamType[int]):
             return parse_amount(value)
         except LocalError as error:
             self.fail(f"{error.message}; {error.hint}", param, ctx)
+
+
+def program() -> str:
+    """How the user can call us again from here."""
+    return "aci-p2p" if shutil.which("aci-p2p") else os.path.relpath(sys.argv[0])
 
 
 def print_json(value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from aci_p2p.cli.answering import Show, speed_line, summary
-from aci_p2p.cli.common import home_option, json_option, print_json
+from aci_p2p.cli.common import home_option, json_option, print_json, program
 from aci_p2p.cli.progress import drawn
 from aci_p2p.cli.running import Stop, run
 from aci_p2p.client import ACI, Answer
@@ -134,13 +135,12 @@ def _conclude(answer: Answer, show: Show, plan: _Plan, console: Console) -> None
     paid = f"{format_amount(receipt.price)} for {receipt.input_tokens} + {receipt.output_tokens} tokens"
     console.print(f"  [dim]{speed_line(show.timing)}; loading the weights included[/]")
     console.print(f"\n[bold]Receipt[/]  {paid}; signed by the consumer")
-    console.print(
-        f"\n[bold]Proof[/]  [green]verified[/], {len(CHECKS)} checks; {len(data)} bytes in {plan.proof}", soft_wrap=True
-    )
+    file = escape(shlex.quote(str(plan.proof)))
+    console.print(f"\n[bold]Proof[/]  [green]verified[/], {len(CHECKS)} checks; {len(data)} bytes in {file}")
     listing = Table.grid(padding=(0, 1))
     for statement in verified.statements():
         listing.add_row(" +", escape(printable(statement)))
     for limitation in LIMITATIONS:
         listing.add_row(" -", f"not {limitation}")
     console.print(listing, soft_wrap=False)
-    console.print(f"\n[dim]Check it yourself: aci-p2p verify {plan.proof}[/]")
+    console.print(f"\n[dim]Check it yourself: {escape(program())} verify {file}[/]")

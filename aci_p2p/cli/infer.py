@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import click
 from rich.console import Console
 
 from aci_p2p.cli.answering import Show, speed_line, summary
-from aci_p2p.cli.common import AmountType, home_option, json_option, network_option, print_json
+from aci_p2p.cli.common import AmountType, home_option, json_option, network_option, print_json, program
 from aci_p2p.cli.running import Stop, run
 from aci_p2p.client import (
     ACI,
@@ -148,4 +149,5 @@ async def _infer(config: NodeConfig, request: _Request, stop: Stop) -> None:
         return
     price = format_amount(answer.receipt.body.price)
     status.print(f"{speed_line(show.timing)}; {price}", style="dim")
-    status.print(f"proof: {path}  (check it with: aci-p2p verify {path})", style="dim")
+    file = shlex.quote(str(path))
+    status.print(f"proof: {file}  (check it with: {program()} verify {file})", style="dim", markup=False)

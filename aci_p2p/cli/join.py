@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Final
 
 import click
 import trio
 from rich.console import Console
 
-from aci_p2p.cli.common import AmountType, home_option, network_option
+from aci_p2p.cli.common import AmountType, home_option, network_option, program
 from aci_p2p.cli.running import Stop, run
 from aci_p2p.config import (
     DEFAULT_INPUT_PRICE,
@@ -21,7 +23,8 @@ from aci_p2p.executor import ModelStore
 from aci_p2p.node import Node, open_node
 from aci_p2p.protocol.pricing import format_amount
 
-DEFAULT_LISTEN = "/ip4/0.0.0.0/tcp/9400"
+DEFAULT_LISTEN: Final = "/ip4/0.0.0.0/tcp/9400"
+"""All interfaces, on a port that firewalls can be opened for."""
 
 _EPILOG = """\b
 Examples:
@@ -34,15 +37,22 @@ Examples:
 
 @click.command("join", short_help="Run a node, and serve models.", epilog=_EPILOG)
 @click.option("--bootstrap", "-b", multiple=True, help="Multiaddr of a node to join through.")
-@click.option("--listen", "-l", multiple=True, default=(DEFAULT_LISTEN,), show_default=True, help="Multiaddr.")
+@click.option("--listen", "-l", multiple=True, default=(DEFAULT_LISTEN,), show_default=True, help="Where to listen.")
 @click.option("--serve", "-s", "models", multiple=True, help="Model to serve; by default all in the store.")
 @click.option("--no-serve", is_flag=True, help="Serve no model.")
-@click.option("--input-price", type=AmountType(), default=DEFAULT_INPUT_PRICE, show_default="0.000001", help="A token.")
 @click.option(
-    "--output-price", type=AmountType(), default=DEFAULT_OUTPUT_PRICE, show_default="0.000004", help="A token."
+    "--input-price", type=AmountType(), default=DEFAULT_INPUT_PRICE, show_default="0.000001", help="A prompt token."
+)
+@click.option(
+    "--output-price",
+    type=AmountType(),
+    default=DEFAULT_OUTPUT_PRICE,
+    show_default="0.000004",
+    help="An output token.",
 )
 @click.option("--slots", type=click.IntRange(1, 1_024), default=DEFAULT_SLOTS, show_default=True, help="Jobs at once.")
-@click.option("--threads", type=click.IntRange(1, 1_024), show_default="cores - 1", help="Of the executor.")
+@click.option("--threads", type=click.IntRange(1, 1_024), show_default="cores - 1", help="Threads of the executor.")
+@click.option("--verbose", "-v", is_flag=True, help="Log more.")
 @click.option("--key", default="node", show_default=True, help="Name of the key to run under.")
 @home_option
 @network_option
@@ -55,6 +65,7 @@ def command(
     output_price: int,
     slots: int,
     threads: int | None,
+    verbose: bool,  # noqa: FBT001 - click passes flags so
     key: str,
     home: Path,
     network: str,
@@ -75,7 +86,7 @@ def command(
     async def work(stop: Stop) -> None:
         await _serve(config, stop, explain=not no_serve)
 
-    run(work, daemon=True)
+    run(work, daemon=True, log_level=logging.DEBUG if verbose else logging.INFO)
 
 
 async def _serve(config: NodeConfig, stop: Stop, *, explain: bool) -> None:
@@ -83,7 +94,7 @@ async def _serve(config: NodeConfig, stop: Stop, *, explain: bool) -> None:
     if config.provider:
         console.print(f"loading {', '.join(config.provider.models)} ...", style="dim")
     elif explain:
-        console.print("no model in the store, serving none; fetch one with: aci-p2p models pull", style="yellow")
+        console.print(f"no model in the store, serving none; fetch one with: {program()} models pull", style="yellow")
     async with open_node(config) as node:
         _introduce(console, node)
         with stop:
@@ -103,4 +114,4 @@ def _introduce(console: Console, node: Node) -> None:
         prices = f"{format_amount(provider.input_token_price)} a prompt token, "
         prices += f"{format_amount(provider.output_token_price)} an output token"
         console.print(f"serving {', '.join(provider.models)}: {provider.slots} jobs at once, {prices}")
-    console.print(f'ask it with: aci-p2p infer --bootstrap {node.addresses[0]} "Hello!"', style="dim")
+    console.print(f'ask it with: {program()} infer --bootstrap {node.addresses[0]} "Hello!"', style="dim")

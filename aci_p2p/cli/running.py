@@ -51,15 +51,26 @@ class Stop:
                 nursery.cancel_scope.cancel()
 
 
-def run(work: Callable[[Stop], Awaitable[None]], *, daemon: bool = False) -> None:
-    """Run a command's work under trio. A signal ends a daemon normally, other commands with KeyboardInterrupt."""
-    quiet_libraries()
+def run(
+    work: Callable[[Stop], Awaitable[None]], *, daemon: bool = False, log_level: int = logging.CRITICAL + 1
+) -> None:
+    """Run a command's work under trio. A signal ends a daemon normally, other commands with KeyboardInterrupt.
+
+    Our own logs from `log_level` on go to standard error.
+    """
+    _set_up_logs(log_level)
     stop = Stop()
     trio.run(stop.run, work)
     if stop.signal is not None and not daemon:
         raise KeyboardInterrupt
 
 
-def quiet_libraries() -> None:
-    """Keep libraries' logs off the terminal: what users need to know, the commands say themselves."""
+def _set_up_logs(level: int) -> None:
+    """Show our own logs, one line each; keep those of libraries off the terminal."""
     logging.basicConfig(level=logging.CRITICAL + 1)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    ours = logging.getLogger("aci_p2p")
+    ours.addHandler(handler)
+    ours.propagate = False
+    ours.setLevel(level)
