@@ -265,9 +265,20 @@ class ProviderRole:
             else:
                 self._failed += 1
                 log.info("%s: %s", name, running.error)
+        if running.unavailable:
+            self._withdraw(offer.body.model_root)
         if running.latency_s is not None:
             measured = min(round(running.latency_s * MS_PER_S), MAX_LATENCY_MS)
             self._latency_ms += (measured - self._latency_ms) // LATENCY_WEIGHT
+
+    def _withdraw(self, root: bytes) -> None:
+        """Serve a model no more, that cannot be loaded or is not what it was: every job that we won would fail."""
+        offering = self._offerings.pop(root, None)
+        if offering:
+            log.warning("%s is not served any more; repair it and restart the node", offering.name)
+        for digest, (offer, _) in tuple(self._outstanding.items()):
+            if offer.body.model_root == root:
+                del self._outstanding[digest]
 
 
 class _ServedJob(JobShell[ProviderEvent]):
@@ -280,6 +291,7 @@ class _ServedJob(JobShell[ProviderEvent]):
         self._generation = trio.CancelScope()
         self._tasks: trio.Nursery | None = None
         self.latency_s: float | None = None
+        self.unavailable = False
         self.error: AciError | None = LocalError("the job did not run to its end")
 
     async def serve(self, stream: Stream, frame: bytes) -> None:
@@ -312,6 +324,7 @@ class _ServedJob(JobShell[ProviderEvent]):
                 await self._stream_answer(run)
             except AciError as error:
                 log.warning("generation failed: %s", error)
+                self.unavailable = isinstance(error, ModelUnavailable | WeightsMismatch)
                 await self.tell(_failure(error))
 
     async def _stream_answer(self, run: StartGeneration) -> None:
