@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final, TypeVar
 
 import trio
 
-from aci_p2p.dht.records import Clock, RecordRules, capability_key, node_key
+from aci_p2p.clock import Clock
+from aci_p2p.dht.records import RecordRules, capability_key, node_key
 from aci_p2p.network.api import Network
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
@@ -26,6 +28,8 @@ LOOKUP_TIMEOUT_S: Final = 5.0
 """Seconds for a whole lookup of a model's providers."""
 MAX_PROVIDERS: Final = 32
 """Providers that a lookup returns at most."""
+
+log = logging.getLogger("aci_p2p.dht")
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -71,18 +75,23 @@ class Discovery:
         return reached
 
     async def announce(self, node: NodeRecord, capabilities: Sequence[CapabilityRecord]) -> None:
-        """Publish our records now; they are renewed until the block of `open_discovery` ends."""
+        """Publish our records now; they are renewed until the block of `open_discovery` ends.
+
+        One that cannot be published is logged, hinders no other, and is tried again when the others are renewed.
+        """
         self._node = node
         self._capabilities = tuple(capabilities)
         await self.announce_again()
 
     async def announce_again(self) -> None:
-        """Publish our records once more, newly signed."""
+        """Publish our records once more, newly signed. What fails is logged."""
         if self._node is not None:
-            await self._put(node_key(self._network.node_id), self._node)
+            with _failures_logged("this node"):
+                await self._put(node_key(self._network.node_id), self._node)
         for capability in self._capabilities:
-            await self._put(capability_key(capability.model_root, self._network.node_id), capability)
-            await self._network.provide(capability.model_root)
+            with _failures_logged(capability.model_name):
+                await self._put(capability_key(capability.model_root, self._network.node_id), capability)
+                await self._network.provide(capability.model_root)
 
     async def find_providers(self, model_root: bytes, limit: int = MAX_PROVIDERS) -> list[Envelope[CapabilityRecord]]:
         """Providers of a model whose signed records we could check, connected where possible; maybe none."""
@@ -106,7 +115,7 @@ class Discovery:
         if value is None:
             return None
         try:
-            return self._rules.open(key, value)
+            return self._rules.open_capability(key, value)
         except AciError:
             return None
 
@@ -129,6 +138,14 @@ class Discovery:
     async def _put(self, key: str, record: NodeRecord | CapabilityRecord) -> None:
         envelope = self._sealer.seal(record, self._clock(), lifetime_ms=RECORD_LIFETIME_MS)
         await self._network.put_record(key, envelope.data)
+
+
+@contextmanager
+def _failures_logged(what: str) -> Generator[None]:
+    try:
+        yield
+    except AciError as error:
+        log.warning("%s cannot be announced: %s", what, error)
 
 
 async def _gather(function: Callable[[T], Awaitable[U]], items: Sequence[T]) -> list[U]:

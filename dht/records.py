@@ -5,11 +5,13 @@ The DHT is a hint, never an authority: every record is signed by the node it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import base58
 
+from aci_p2p.clock import Clock
+from aci_p2p.network.api import MAX_RECORD_KEY_BYTES
 from aci_p2p.protocol.envelope import Envelope, open_envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
@@ -18,11 +20,6 @@ from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, requir
 
 NODE_PREFIX: Final = "/aci/node/"
 CAPABILITY_PREFIX: Final = "/aci/capability/"
-MAX_KEY_LENGTH: Final = 128
-"""Characters of a record key; the longest of ours has 113."""
-
-Clock = Callable[[], int]
-"""Unix milliseconds."""
 
 
 def node_key(node: NodeId) -> str:
@@ -43,19 +40,28 @@ class RecordRules:
         self._network = network
         self._clock = clock
 
-    def open(self, key: str, value: bytes) -> Envelope[Any]:
+    def open(self, key: str, value: bytes) -> Envelope[NodeRecord] | Envelope[CapabilityRecord]:
         """Check the record stored under `key`. Raises MessageRefused."""
         # A key that one of our records can have.
-        require(len(key) <= MAX_KEY_LENGTH, Decision.REJECT, Reason.BAD_RECORD_KEY)
+        require(len(key) <= MAX_RECORD_KEY_BYTES, Decision.REJECT, Reason.BAD_RECORD_KEY)
         if key.startswith(NODE_PREFIX):
-            record: Envelope[Any] = open_envelope(value, NodeRecord, network=self._network, now=self._clock())
-            expected = node_key(record.sender)
-        elif key.startswith(CAPABILITY_PREFIX):
-            record = open_envelope(value, CapabilityRecord, network=self._network, now=self._clock())
-            expected = capability_key(record.body.model_root, record.sender)
-        else:
-            raise MessageRefused(Decision.REJECT, Reason.BAD_RECORD_KEY)
+            return self.open_node(key, value)
+        if key.startswith(CAPABILITY_PREFIX):
+            return self.open_capability(key, value)
+        raise MessageRefused(Decision.REJECT, Reason.BAD_RECORD_KEY)
+
+    def open_node(self, key: str, value: bytes) -> Envelope[NodeRecord]:
+        """Check the record of a node stored under `key`. Raises MessageRefused."""
+        record = open_envelope(value, NodeRecord, network=self._network, now=self._clock())
         # Under the name of the node that signed it.
+        require(key == node_key(record.sender), Decision.REJECT, Reason.BAD_RECORD_KEY)
+        return record
+
+    def open_capability(self, key: str, value: bytes) -> Envelope[CapabilityRecord]:
+        """Check the record of a provider for a model stored under `key`. Raises MessageRefused."""
+        record = open_envelope(value, CapabilityRecord, network=self._network, now=self._clock())
+        expected = capability_key(record.body.model_root, record.sender)
+        # Under the names of the model and of the node that signed it.
         require(key == expected, Decision.REJECT, Reason.BAD_RECORD_KEY)
         return record
 

@@ -25,6 +25,8 @@ MAX_GOSSIP_BYTES = 16 << 10
 """Largest gossip message, bytes: offers and bids take under 1 KiB; prompts never go through gossip."""
 MAX_RECORD_BYTES = 4 << 10
 """Largest DHT value, bytes: a signed node or capability record."""
+MAX_RECORD_KEY_BYTES = 128
+"""Longest DHT key, bytes: go-libp2p and py-libp2p refuse longer ones; the longest of ours has 113."""
 
 
 class StreamClosed(RemoteError):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from aci_p2p.network.api import MAX_FRAME_BYTES, MAX_GOSSIP_BYTES, MAX_RECORD_BYTES
+from aci_p2p.network.api import MAX_FRAME_BYTES, MAX_GOSSIP_BYTES, MAX_RECORD_BYTES, MAX_RECORD_KEY_BYTES
 from aci_p2p.protocol.errors import LocalError
 
 RECORD_NAMESPACE = "/aci/"
 """Prefix of every DHT value's key."""
-MAX_RECORD_KEY_BYTES = 128
-"""Longest DHT key, bytes (go-libp2p and py-libp2p refuse longer ones)."""
 PROVIDER_KEY_BYTES = 32
 """Length of a provider key: a SHA-256 digest."""
 

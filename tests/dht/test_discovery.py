@@ -18,7 +18,7 @@ from aci_p2p.dht.discovery import DIAL_TIMEOUT_S, LOOKUP_TIMEOUT_S, MAX_PROVIDER
 from aci_p2p.network import Network
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.envelope import Sealer
-from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.errors import LocalError, ResourceError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
 from tests.protocol.driver import ENGINE, NETWORK, NOW, PRICES
@@ -373,6 +373,42 @@ async def test_records_expire_when_nobody_renews_them(
         await trio.sleep(start + HOUR_S - trio.current_time() + 1)
         assert await consumer.found() == []
         assert await consumer.network.get_record(node_key(provider.node_id)) is None
+
+
+@pytest.mark.parametrize("failing", ["put_record", "provide"])
+async def test_a_record_that_cannot_be_announced_hinders_no_other(
+    autojump_clock: MockClock,
+    open_peers: OpenPeers,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failing: str,
+) -> None:
+    """Nor does it end the node, and later it is announced."""
+    async with open_peers(3) as (_, provider, consumer):
+        real = getattr(provider.network, failing)
+        broken = {ROOT, capability_key(ROOT, provider.node_id), node_key(provider.node_id)}
+
+        async def fail(key: str | bytes, *value: bytes) -> None:
+            if key in broken:
+                msg = "no room"
+                raise ResourceError(msg)
+            await real(key, *value)
+
+        monkeypatch.setattr(provider.network, failing, fail)
+        await provider.announce(provider.capability(), provider.capability(OTHER_ROOT))
+        assert await consumer.found() == []
+        assert await consumer.found(OTHER_ROOT) == [provider.node_id]
+        messages = [record.getMessage() for record in caplog.records]
+        assert "model cannot be announced: no room" in messages
+        assert ("this node cannot be announced: no room" in messages) == (failing == "put_record")
+        # Renewal goes on while it fails, for longer than records live, and succeeds when it can.
+        await trio.sleep(2 * HOUR_S)
+        assert await consumer.found() == []
+        assert await consumer.found(OTHER_ROOT) == [provider.node_id]
+        broken.clear()
+        await trio.sleep(REANNOUNCE_S)
+        assert await consumer.found() == [provider.node_id]
+        assert await consumer.network.get_record(node_key(provider.node_id)) is not None
 
 
 async def test_who_announced_nothing_renews_nothing(autojump_clock: MockClock, open_peers: OpenPeers) -> None:

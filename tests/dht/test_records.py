@@ -7,8 +7,8 @@ from typing import Any, Final
 import pytest
 
 from aci_p2p.dht import RecordRules, capability_key, node_key
-from aci_p2p.dht.records import MAX_KEY_LENGTH
-from aci_p2p.network.checks import MAX_RECORD_KEY_BYTES, RECORD_NAMESPACE
+from aci_p2p.network.api import MAX_RECORD_KEY_BYTES
+from aci_p2p.network.checks import RECORD_NAMESPACE
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER
 from aci_p2p.protocol.envelope import MAX_SKEW_MS, Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
@@ -49,7 +49,7 @@ def test_keys_name_the_node_and_the_model() -> None:
 def test_the_network_takes_every_key_of_ours() -> None:
     longest = capability_key(ROOT, NodeId(bytes([255]) * 32))
     assert longest.startswith(RECORD_NAMESPACE)
-    assert len(longest) <= MAX_KEY_LENGTH == MAX_RECORD_KEY_BYTES
+    assert len(longest) <= MAX_RECORD_KEY_BYTES
     assert MAX_ADDRESSES <= MAX_ADDRESSES_PER_PEER
 
 
@@ -107,9 +107,9 @@ def test_a_key_of_no_kind(key: str) -> None:
 
 def test_a_key_that_is_too_long_is_refused_unread() -> None:
     for start in ("/aci/node/", "/aci/capability/", ""):
-        refused(start + "1" * (MAX_KEY_LENGTH + 1 - len(start)), b"", Decision.REJECT, Reason.BAD_RECORD_KEY)
+        refused(start + "1" * (MAX_RECORD_KEY_BYTES + 1 - len(start)), b"", Decision.REJECT, Reason.BAD_RECORD_KEY)
         if start:
-            refused(start + "1" * (MAX_KEY_LENGTH - len(start)), b"", Decision.REJECT, Reason.NOT_CANONICAL)
+            refused(start + "1" * (MAX_RECORD_KEY_BYTES - len(start)), b"", Decision.REJECT, Reason.NOT_CANONICAL)
 
 
 # Choosing.

@@ -21,8 +21,8 @@ from random import Random
 import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 
-from aci_p2p.network.api import MAX_RECORD_BYTES, RecordSelector, RecordValidator
-from aci_p2p.network.checks import MAX_RECORD_KEY_BYTES, check_provider_key, check_record
+from aci_p2p.network.api import MAX_RECORD_BYTES, MAX_RECORD_KEY_BYTES, RecordSelector, RecordValidator
+from aci_p2p.network.checks import check_provider_key, check_record
 from aci_p2p.network.libp2p.addresses import parse_all
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.kad_table import (
