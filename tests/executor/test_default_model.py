@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ CANCEL_S = 0.05
 TICK_S = 0.01
 """Seconds between ticks, and the most by which 99 of 100 may be late."""
 ATTEMPTS = 5
-"""Other programs on the machine can only make it slower: the best attempt counts."""
+"""The median counts: other programs on the machine may disturb some attempts, not most."""
 LONG_PROMPT = "Tell me about the history of the city of Rome, its emperors and its buildings. " * 60
 
 
@@ -118,9 +119,7 @@ async def test_cancelling_stops_within_50_ms(store: ModelStore, prompt: str, wai
             while executor.statistics().running:  # noqa: ASYNC110 - a counter, not an event
                 await trio.sleep(0.0005)
             latencies.append(time.perf_counter() - left)
-            if latencies[-1] < CANCEL_S:
-                return
-    pytest.fail(f"stopped after {latencies} s")
+    assert statistics.median(latencies) < CANCEL_S, latencies
 
 
 async def test_the_event_loop_keeps_going(store: ModelStore) -> None:
@@ -144,6 +143,4 @@ async def test_the_event_loop_keeps_going(store: ModelStore) -> None:
                 await answer(executor, [Message("user", LONG_PROMPT[:2000])])
                 nursery.cancel_scope.cancel()
             percentiles.append(float(np.quantile(late, 0.99)))
-            if percentiles[-1] < TICK_S:
-                return
-    pytest.fail(f"99 of 100 ticks were at most {percentiles} s late")
+    assert statistics.median(percentiles) < TICK_S, percentiles
