@@ -120,7 +120,8 @@ class _Markup:
     def __init__(self, tokenizer: Tokenizer, special: Mapping[int, AddedToken]) -> None:
         """`special` are the tokenizer's special tokens by id. Adds the markers to the tokenizer."""
         self._tokenizer = tokenizer
-        nonce = secrets.token_hex(16)
+        # Begins with a character for private use, so that no other added token begins before and reaches into it.
+        nonce = "\ue000" + secrets.token_hex(16)
         texts = {token.content: index for index, token in special.items()}
         longest_first = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
         # Without special tokens the pattern matches nothing.
@@ -152,7 +153,7 @@ def _marker(token: AddedToken, content: str) -> AddedToken:
         content,
         lstrip=token.lstrip,
         rstrip=token.rstrip,
-        normalized=token.normalized,
+        normalized=False,
         special=False,
     )
 

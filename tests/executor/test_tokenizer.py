@@ -111,13 +111,14 @@ def test_special_tokens_swallow_the_spaces_that_they_should(tmp_path: Path, flag
     assert ChatTokenizer(tmp_path, SIZE).encode([Message("user", "x")]) == expected
 
 
-def test_a_special_token_within_a_word(tmp_path: Path) -> None:
-    """What the template writes is a control token wherever it stands, also if users could only write it as a word."""
-    added = json.loads(json.dumps(tokenizer()["added_tokens"]))
-    changed(tmp_path, "tokenizer.json", {"added_tokens": [{**token, "single_word": True} for token in added]})
+@pytest.mark.parametrize("flags", [{"single_word": True}, {"normalized": True}])
+def test_control_tokens_of_the_template_always_count(tmp_path: Path, flags: Mapping[str, bool]) -> None:
+    """Also within a word, or where a normaliser would change them."""
+    added = [{**token, **flags} for token in json.loads(json.dumps(tokenizer()["added_tokens"]))]
+    changed(tmp_path, "tokenizer.json", {"added_tokens": added, "normalizer": {"type": "Prepend", "prepend": "b"}})
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({"chat_template": "a<|start|>b"}))
-    assert ChatTokenizer(tmp_path, SIZE).encode([Message("user", "x")]) == [*text_ids("a"), START, *text_ids("b")]
+    assert ChatTokenizer(tmp_path, SIZE).encode([Message("user", "x")]) == [*text_ids("ba"), START, *text_ids("bb")]
 
 
 def test_of_special_tokens_the_longest_counts(tmp_path: Path) -> None:
