@@ -301,7 +301,11 @@ class _ServedJob(JobShell[ProviderEvent]):
             streams.start_soon(self._pump.run, nullcontext(stream))
             async with open_background() as tasks:
                 self._tasks = tasks
-                await self.run(FrameArrived(frame))
+                try:
+                    await self.run(FrameArrived(frame))
+                except AciError as error:
+                    # Our own trouble, such as a full disk.
+                    self.error = error
 
     async def _perform(self, effect: Effect) -> None:
         match effect:
