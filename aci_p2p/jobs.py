@@ -104,8 +104,14 @@ class StreamPump:
 
     async def _send_all(self, stream: Stream) -> None:
         async for frame in self._outgoing:
-            with trio.move_on_after(STALL_S) as scope:
-                await stream.send(frame)
+            try:
+                with trio.move_on_after(STALL_S) as scope:
+                    await stream.send(frame)
+            except StreamClosed:
+                # What the peer said before it left is still to be heard; the job must not wait to send more meanwhile.
+                self._outgoing.close()
+                await trio.sleep(FAREWELL_S)
+                raise
             if scope.cancelled_caught:
                 msg = f"the peer read nothing for {STALL_S:g} s"
                 raise StreamClosed(msg)
