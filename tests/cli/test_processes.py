@@ -147,6 +147,20 @@ def test_a_tiny_model_end_to_end(cli: Cli, start: Start, tiny_home: Path, tmp_pa
         assert not done.stderr
 
 
+def test_a_paid_answer_is_shown_though_its_proof_cannot_be_saved(
+    cli: Cli, start: Start, tiny_home: Path, tmp_path: Path
+) -> None:
+    address = wait_for(start("join", *LOOPBACK), "listening on ")
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "a.aciproof")
+    ask = ("infer", "--bootstrap", address, "--model", "tiny", "--max-tokens", "3", "--proof", nowhere, "Hello!")
+    result = cli(*ask, "--json")
+    assert "cannot write" in one_line(result, 2)
+    document = json.loads(result.stdout)
+    assert document["output_tokens"]
+    assert document["proof_file"] is None
+
+
 def test_what_a_consumer_is_told(cli: Cli, start: Start, tiny_home: Path) -> None:
     provider = start("join", *LOOPBACK)
     ask = ("infer", "--bootstrap", wait_for(provider, "listening on "), "--model", "tiny", "--max-tokens", "5")
