@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -25,9 +26,11 @@ from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.messages import NONCE_BYTES, CapabilityRecord, NodeRecord
 from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
 from aci_p2p.provider import Offering, ProviderRole
-from aci_p2p.store import Store, open_store
+from aci_p2p.store import Store, StoreError, open_store
 from aci_p2p.tasks import open_background
 from aci_p2p.version import SOFTWARE
+
+log = logging.getLogger("aci_p2p.node")
 
 REACH_WAIT_S: Final = 2.0
 """Seconds until found providers must have joined our gossip; two heartbeats."""
@@ -156,7 +159,10 @@ async def _settle(store: Store, clock: Clock) -> None:
     """Finalise jobs as their challenge windows end, until cancelled."""
     while True:
         await trio.sleep(SETTLE_S)
-        await store.settle(clock())
+        try:
+            await store.settle(clock())
+        except StoreError as error:
+            log.warning("jobs are not settled: %s", error)
 
 
 @contextmanager

@@ -188,6 +188,7 @@ class ConsumerJob(Job):
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._text_bytes = 0
+        self._flushed = False
         self._commitment = b""
         self._proof: Envelope[Proof] | None = None
         self._receipt: Envelope[Receipt] | None = None
@@ -413,8 +414,9 @@ class ConsumerJob(Job):
     def _on_tokens(self, part: Tokens, now: int) -> list[Effect]:
         # Continues where the last part ended.
         require(part.index == len(self._tokens), Decision.REJECT, Reason.OUT_OF_ORDER)
-        # Carries something.
-        require(bool(part.tokens or part.text), Decision.REJECT, Reason.MALFORMED)
+        # Carries tokens; text alone comes once, at the end, or a drip of it would hold the job for ever.
+        require(bool(part.tokens or part.text) and not self._flushed, Decision.REJECT, Reason.MALFORMED)
+        self._flushed = not part.tokens
         # No more than was asked for.
         total = len(self._tokens) + len(part.tokens)
         require(total <= self._request.max_tokens, Decision.REJECT, Reason.TOO_MANY_TOKENS)

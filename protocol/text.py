@@ -9,5 +9,5 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The text without control and format characters, line breaks and tabs kept."""
-    return "".join(char if char.isprintable() or char in "\n\t" else " " for char in text)
+    """The text without control and format characters; line breaks, tabs and joiners are kept."""
+    return "".join(char if char.isprintable() or char in "\n\t\u200c\u200d" else " " for char in text)

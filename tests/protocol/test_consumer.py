@@ -271,8 +271,8 @@ def test_tokens_are_delivered_and_renew_the_timer(bench: ConsumerBench) -> None:
     bench.now += 59_000
     assert bench.part(0, (11, 12), "Tout ") == [SetTimer(bench.now + 60_000), Deliver((11, 12), "Tout ")]
     bench.now += 59_000
-    assert bench.part(2, (), "text") == [SetTimer(bench.now + 60_000), Deliver((), "text")]
     assert bench.part(2, (13,), "") == [SetTimer(bench.now + 60_000), Deliver((13,), "")]
+    assert bench.part(3, (), "text") == [SetTimer(bench.now + 60_000), Deliver((), "text")]
     assert bench.job.state is State.STREAMING
 
 
@@ -741,13 +741,14 @@ def test_as_many_tokens_as_asked_for(bench: ConsumerBench) -> None:
     assert_fault(bench, "too many tokens", tokens=8)
 
 
-def test_no_more_text_than_a_proof_holds(bench: ConsumerBench) -> None:
-    bench.reach(State.STREAMING)
+def test_no_more_text_than_a_proof_holds() -> None:
+    bench = ConsumerBench(replace(REQUEST, max_tokens=100)).reach(State.STREAMING)
     whole = "é" * (MAX_CHUNK_TEXT_BYTES // 2)
-    for _ in range(MAX_ANSWER_BYTES // MAX_CHUNK_TEXT_BYTES):
-        assert of(bench.part(0, (), whole), Deliver)
-    bench.part(0, (), "a")
-    assert_fault(bench, "too large", tokens=0)
+    parts = MAX_ANSWER_BYTES // MAX_CHUNK_TEXT_BYTES
+    for index in range(parts):
+        assert of(bench.part(index, (1,), whole), Deliver)
+    bench.part(parts, (1,), "a")
+    assert_fault(bench, "too large", tokens=parts)
 
 
 def changed(value: object) -> object:
@@ -876,3 +877,11 @@ def test_farewells_fit_whatever_they_say(bench: ConsumerBench) -> None:
     detail = opened(send.data, Abort).detail
     assert detail == "é" * (MAX_DETAIL_BYTES // 2)
     assert opened(bench.job._abort(AbortCode.BUSY, "aé" * MAX_DETAIL_BYTES, NOW).data, Abort).detail == "aé" * 170 + "a"
+
+
+def test_text_alone_comes_once_at_the_end(bench: ConsumerBench) -> None:
+    bench.reach(State.STREAMING)
+    bench.part(0, (1,), "a")
+    assert kinds(bench.part(1, (), "b")) == [SetTimer, Deliver]
+    bench.part(1, (), "c")
+    assert_fault(bench, "malformed", tokens=1)
