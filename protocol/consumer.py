@@ -205,10 +205,7 @@ class ConsumerJob(Job):
         return self._offer
 
     def handle(self, event: ConsumerEvent, now: int) -> list[Effect]:  # noqa: PLR0911 - one for each event
-        """React to an event at `now` (Unix milliseconds). Events after the end, or out of place, have no effect.
-
-        Raises LocalError on `Start` when the request is out of bounds.
-        """
+        """React to an event at `now` (Unix ms); out of place it has no effect. `Start` may raise LocalError."""
         if self.over:
             return []
         match event:
