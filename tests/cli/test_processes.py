@@ -144,7 +144,8 @@ def test_a_tiny_model_end_to_end(cli: Cli, start: Start, tiny_home: Path, tmp_pa
         done = finish(provider)
         assert done.returncode == 0
         assert done.stdout.endswith("stopped\n")
-        assert not done.stderr
+        # One line of log for each job.
+        assert [line.endswith(" ACI") for line in done.stderr.splitlines()] == [True, True]
 
 
 def test_a_paid_answer_is_shown_though_its_proof_cannot_be_saved(
