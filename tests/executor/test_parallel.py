@@ -17,7 +17,8 @@ SHAPES = [(40, 24), (24, 40), (1, 8), (16, 8), (17, 8), (1000, 3)]
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16 columns."""
+    """Tiles of 16 columns, the least."""
+    monkeypatch.setattr(parallel, "TILE_OUTPUTS", 16)
     monkeypatch.setattr(parallel, "TILE_BYTES", 64)
 
 
@@ -49,8 +50,12 @@ def test_tiles_cover_every_column_once(shape: tuple[int, int]) -> None:
 
 
 def test_tiles_are_about_as_large_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "TILE_BYTES", 24 * 4 * 100)
+    monkeypatch.setattr(parallel, "TILE_OUTPUTS", 100)
     assert [tile.stop - tile.start for tile in Matrix(random(1000, 24)).tiles] == [112] * 8 + [104]
+    assert [tile.stop - tile.start for tile in Matrix(random(199, 24)).tiles] == [199]
+    assert [tile.stop - tile.start for tile in Matrix(random(200, 24)).tiles] == [112, 88]
+    monkeypatch.setattr(parallel, "TILE_BYTES", 300 * 4 * 64)
+    assert [tile.stop - tile.start for tile in Matrix(random(200, 300)).tiles] == [80, 80, 40]
 
 
 def test_layout_follows_the_shape() -> None:
