@@ -15,9 +15,9 @@ from typing import Final, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-TILE_OUTPUTS: Final = 1536
+TILE_OUTPUTS: Final = 1024
 """Columns that a tile has at least where a vector is multiplied by accumulating into them: with fewer, OpenBLAS falls
-below the memory's bandwidth (26 GB/s with 4,096 columns, 24 with 1,536, 14 with 480)."""
+below the memory's bandwidth (26 GB/s with 4,096 columns, 24 with 1,024, 14 with 480)."""
 TILE_BYTES: Final = 1 << 20
 """Bytes of a tile, about, where each column is a product of its own: 50 us, enough to be worth waking a thread."""
 
