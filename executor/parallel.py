@@ -1,8 +1,8 @@
-"""Matrix products shared by threads, bit for bit the same for any number of them.
+"""Matrix products shared by threads.
 
-A matrix is cut into tiles of columns, fixed when it is loaded; the threads take tile after tile. BLAS itself must run
-single-threaded: its own threads wait for each other by spinning, which makes them ten times slower than one thread as
-soon as another process wants a core.
+A matrix is cut into tiles, each some of its outputs; the threads take tile after tile. Every output is one sum over the
+inputs, so the tiles change none of its bits. BLAS itself must run single-threaded: its own threads wait for each other
+by spinning, which makes them ten times slower than one thread as soon as another process wants a core.
 """
 
 from __future__ import annotations
@@ -30,24 +30,37 @@ Array: TypeAlias = npt.NDArray[np.float32]
 class Matrix:
     """A stored weight (outputs, inputs), ready for products with rows of inputs."""
 
-    def __init__(self, weight: Array) -> None:
-        """Lay `weight` out so that a vector passes over it fastest, which may copy it.
+    def __init__(self, weight: Array, *, tiled: bool) -> None:
+        """Lay `weight` out so that a vector passes over it fastest, which may copy it; in one piece unless `tiled`.
 
         BLAS reads a matrix in the order of its memory: it accumulates into all outputs, input by input, or computes a
         product per output. Each does best along the longer side.
         """
         outputs, inputs = weight.shape
-        if inputs > outputs:
-            values = weight.T
-            count = round(weight.nbytes / TILE_BYTES)
+        by_output = inputs > outputs
+        count = round(weight.nbytes / TILE_BYTES) if by_output else outputs // TILE_OUTPUTS
+        count = max(1, count) if tiled else 1
+        self._width = width = -(-outputs // (count * _GRAIN)) * _GRAIN
+        self.ranges = [slice(start, min(start + width, outputs)) for start in range(0, outputs, width)]
+        """The outputs of each tile."""
+        self.tiles: list[Array]
+        """Shape (inputs, outputs of the tile), each in one piece of memory."""
+        if by_output:
+            self.tiles = [weight[part].T for part in self.ranges]
         else:
-            values = np.ascontiguousarray(weight.T)
-            count = outputs // TILE_OUTPUTS
-        self.values = values
-        """Shape (inputs, outputs)."""
-        width = -(-outputs // (max(1, count) * _GRAIN)) * _GRAIN
-        self.tiles = [slice(start, min(start + width, outputs)) for start in range(0, outputs, width)]
-        """Ranges of columns that cover the outputs."""
+            # One allocation: numpy asks for huge pages from 4 MiB on.
+            memory = np.empty(weight.size, np.float32)
+            self.tiles = [memory[inputs * part.start : inputs * part.stop].reshape(inputs, -1) for part in self.ranges]
+            for tile, part in zip(self.tiles, self.ranges, strict=True):
+                tile[:] = weight[part].T
+
+    def rows(self, outputs: npt.NDArray[np.intp]) -> Array:
+        """The stored rows of some outputs, shape (*outputs.shape, inputs): what an embedding is looked up with."""
+        found = np.empty((outputs.size, len(self.tiles[0])), np.float32)
+        for place, output in enumerate(outputs.flat):
+            tile, column = divmod(int(output), self._width)
+            found[place] = self.tiles[tile][:, column]
+        return found.reshape(*outputs.shape, -1)
 
 
 class Team:
@@ -55,6 +68,8 @@ class Team:
 
     def __init__(self, threads: int) -> None:
         """`threads` in all, at least 1; leaving the context ends the helpers."""
+        self.threads = threads
+        """The calling one included."""
         self._orders: list[_Orders] = [queue.SimpleQueue() for _ in range(threads - 1)]
         self._helpers = [threading.Thread(target=_help, args=(orders,), daemon=True) for orders in self._orders]
         for helper in self._helpers:
@@ -75,8 +90,8 @@ class Team:
         Each sequence is a product of its own, so its result does not depend on the others.
         """
         if not self._helpers or len(matrix.tiles) == 1:
-            for tile in matrix.tiles:
-                np.matmul(rows, matrix.values[:, tile], out=out[..., tile])
+            for tile, part in zip(matrix.tiles, matrix.ranges, strict=True):
+                _multiply(rows, tile, out[..., part])
             return
         product = _Product(rows, matrix, out)
         for orders in self._orders:
@@ -85,6 +100,15 @@ class Team:
                 orders.put(product)
         product.work()
         product.wait()
+
+
+def _multiply(rows: Array, tile: Array, out: Array) -> None:
+    """`out[...] = rows @ tile`. Other threads run meanwhile: np.matmul allows that for over 500 results only."""
+    if rows.shape[1] == 1:
+        for row, result in zip(rows[:, 0], out[:, 0], strict=True):
+            np.dot(row, tile, out=result)
+    else:
+        np.matmul(rows, tile, out=out)
 
 
 def _help(orders: _Orders) -> None:
@@ -107,13 +131,12 @@ class _Product:
 
     def work(self) -> None:
         """Compute tiles until all are taken."""
-        tiles = self._matrix.tiles
+        tiles, ranges = self._matrix.tiles, self._matrix.ranges
         for place in self._taken:
             if place >= len(tiles):
                 return
-            tile = tiles[place]
             try:
-                np.matmul(self._rows, self._matrix.values[:, tile], out=self._out[..., tile])
+                _multiply(self._rows, tiles[place], self._out[..., ranges[place]])
             except BaseException as error:  # noqa: BLE001 - the waiting thread raises it
                 self._error = error
             if next(self._done) == len(tiles):

@@ -26,15 +26,23 @@ def random(*shape: int) -> Array:
     return np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
 
 
+def tiled(weight: Array) -> Matrix:
+    return Matrix(weight, tiled=True)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sequences", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_product(shape: tuple[int, int], sequences: int, tokens: int) -> None:
     weight, rows = random(*shape), random(sequences, tokens, shape[1])
     expected = rows.astype(np.float64) @ weight.astype(np.float64).T
-    matrix = Matrix(weight)
     results: list[bytes] = []
-    for threads in (1, 2, 5):
+    for threads, matrix in (
+        (1, Matrix(weight, tiled=False)),
+        (1, tiled(weight)),
+        (2, tiled(weight)),
+        (5, tiled(weight)),
+    ):
         out = np.full((sequences, tokens, shape[0]), np.nan, np.float32)
         with Team(threads) as team:
             team.multiply(rows, matrix, out)
@@ -45,60 +53,77 @@ def test_product(shape: tuple[int, int], sequences: int, tokens: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tiles_cover_every_column_once(shape: tuple[int, int]) -> None:
-    covered = [column for tile in Matrix(random(*shape)).tiles for column in range(tile.start, tile.stop)]
-    assert covered == list(range(shape[0]))
+    matrix = tiled(random(*shape))
+    assert [column for part in matrix.ranges for column in range(part.start, part.stop)] == list(range(shape[0]))
+    assert [tile.shape for tile in matrix.tiles] == [(shape[1], part.stop - part.start) for part in matrix.ranges]
+    assert np.array_equal(np.concatenate(matrix.tiles, axis=1), random(*shape).T)
 
 
 def test_tiles_are_about_as_large_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "TILE_OUTPUTS", 100)
-    assert [tile.stop - tile.start for tile in Matrix(random(1000, 24)).tiles] == [112] * 8 + [104]
-    assert [tile.stop - tile.start for tile in Matrix(random(199, 24)).tiles] == [199]
-    assert [tile.stop - tile.start for tile in Matrix(random(200, 24)).tiles] == [112, 88]
+    assert [tile.shape[1] for tile in tiled(random(1000, 24)).tiles] == [112] * 8 + [104]
+    assert [tile.shape[1] for tile in tiled(random(199, 24)).tiles] == [199]
+    assert [tile.shape[1] for tile in tiled(random(200, 24)).tiles] == [112, 88]
     monkeypatch.setattr(parallel, "TILE_BYTES", 300 * 4 * 64)
-    assert [tile.stop - tile.start for tile in Matrix(random(200, 300)).tiles] == [80, 80, 40]
+    assert [tile.shape[1] for tile in tiled(random(200, 300)).tiles] == [80, 80, 40]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_piece(shape: tuple[int, int]) -> None:
+    matrix = Matrix(random(*shape), tiled=False)
+    assert matrix.ranges == [slice(0, shape[0])]
+    assert np.array_equal(matrix.tiles[0], random(*shape).T)
+    assert np.array_equal(matrix.rows(np.array([shape[0] - 1, 0])), random(*shape)[[-1, 0]])
 
 
 def test_layout_follows_the_shape() -> None:
-    assert Matrix(random(40, 24)).values.flags.c_contiguous
-    assert Matrix(random(24, 40)).values.flags.f_contiguous
+    assert all(tile.flags.c_contiguous for tile in tiled(random(40, 24)).tiles)
+    assert all(tile.flags.f_contiguous for tile in tiled(random(24, 40)).tiles)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stored_rows(shape: tuple[int, int]) -> None:
+    wanted = np.random.default_rng(0).integers(shape[0], size=(2, 7))
+    assert np.array_equal(tiled(random(*shape)).rows(wanted), random(*shape)[wanted])
 
 
 def test_many_products_in_a_row() -> None:
     """Helpers that come late find another product, or none."""
-    matrices = [Matrix(random(size, 8)) for size in (16, 300, 32, 100)]
+    weights = [random(size, 8) for size in (16, 300, 32, 100)]
+    matrices = [tiled(weight) for weight in weights]
     with Team(4) as team:
         for turn in range(400):
-            matrix = matrices[turn % 4]
+            matrix, weight = matrices[turn % 4], weights[turn % 4]
             rows = np.full((2, 1, 8), turn, np.float32)
-            out = np.empty((2, 1, matrix.values.shape[1]), np.float32)
+            out = np.empty((2, 1, len(weight)), np.float32)
             team.multiply(rows, matrix, out)
             assert np.array_equal(out[0, 0], out[1, 0])
-            assert np.allclose(out[0, 0], turn * matrix.values.sum(0), rtol=1e-3, atol=1e-2)
+            assert np.allclose(out[0, 0], turn * weight.sum(1), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_error_comes_out_and_the_team_works_on(threads: int) -> None:
-    matrix = Matrix(random(200, 8))
+    matrix = tiled(random(200, 8))
     with Team(threads) as team:
-        with pytest.raises(ValueError, match="mismatch"):
+        with pytest.raises(ValueError, match="not aligned"):
             team.multiply(random(1, 1, 9), matrix, np.empty((1, 1, 200), np.float32))
         out = np.empty((1, 1, 200), np.float32)
         team.multiply(random(1, 1, 8), matrix, out)
-        assert np.allclose(out, random(1, 1, 8) @ matrix.values, atol=1e-5)
+        assert np.allclose(out, random(1, 1, 8) @ random(200, 8).T, atol=1e-5)
 
 
 def test_helpers_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tiles at once: each waits for the other to have begun."""
     barrier = threading.Barrier(2, timeout=5)
-    matmul = np.matmul
+    multiply = parallel._multiply
 
-    def met(rows: Array, values: Array, *, out: Array) -> Array:
+    def met(rows: Array, tile: Array, out: Array) -> None:
         barrier.wait()
-        return matmul(rows, values, out=out)
+        multiply(rows, tile, out)
 
-    matrix = Matrix(random(32, 8))
+    matrix = tiled(random(32, 8))
     assert len(matrix.tiles) == 2
-    monkeypatch.setattr(np, "matmul", met)
+    monkeypatch.setattr(parallel, "_multiply", met)
     with Team(2) as team:
         team.multiply(random(1, 1, 8), matrix, np.empty((1, 1, 32), np.float32))
 
@@ -106,22 +131,22 @@ def test_helpers_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_slow_helpers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two tiles the helper takes one, as the calling thread takes none before that."""
     taken = threading.Event()
-    matmul = np.matmul
+    multiply = parallel._multiply
 
-    def slow(rows: Array, values: Array, *, out: Array) -> Array:
+    def slow(rows: Array, tile: Array, out: Array) -> None:
         if threading.current_thread() is threading.main_thread():
             assert taken.wait(5)
         else:
             taken.set()
             time.sleep(0.05)
-        return matmul(rows, values, out=out)
+        multiply(rows, tile, out)
 
-    matrix, rows = Matrix(random(32, 8)), random(1, 1, 8)
+    matrix, rows = tiled(random(32, 8)), random(1, 1, 8)
     out = np.full((1, 1, 32), np.nan, np.float32)
-    monkeypatch.setattr(np, "matmul", slow)
+    monkeypatch.setattr(parallel, "_multiply", slow)
     with Team(2) as team:
         team.multiply(rows, matrix, out)
-        assert np.array_equal(out, matmul(rows, matrix.values))
+        assert np.allclose(out, rows @ random(32, 8).T, atol=1e-5)
 
 
 def test_leaving_ends_the_helpers() -> None:
