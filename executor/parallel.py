@@ -20,6 +20,9 @@ TILE_OUTPUTS: Final = 1024
 below the memory's bandwidth (26 GB/s with 4,096 columns, 24 with 1,024, 14 with 480)."""
 TILE_BYTES: Final = 1 << 20
 """Bytes of a tile, about, where each column is a product of its own: 50 us, enough to be worth waking a thread."""
+LONE_TILE_BYTES: Final = 8 << 20
+"""Bytes of a tile, about, for one thread, which only needs them so that what the first sequence of a batch has read is
+still in the last-level cache for the others."""
 
 _GRAIN = 16
 """A tile's width is a multiple of this: whole vector registers and cache lines."""
@@ -30,16 +33,20 @@ Array: TypeAlias = npt.NDArray[np.float32]
 class Matrix:
     """A stored weight (outputs, inputs), ready for products with rows of inputs."""
 
-    def __init__(self, weight: Array, *, tiled: bool) -> None:
-        """Lay `weight` out so that a vector passes over it fastest, which may copy it; in one piece unless `tiled`.
+    def __init__(self, weight: Array, *, shared: bool) -> None:
+        """Lay `weight` out so that a vector passes over it fastest, which may copy it.
 
-        BLAS reads a matrix in the order of its memory: it accumulates into all outputs, input by input, or computes a
-        product per output. Each does best along the longer side.
+        `shared` makes tiles for several threads, else there are few. BLAS reads a matrix in the order of its memory:
+        it accumulates into all outputs, input by input, or computes a product per output. Each does best along the
+        longer side.
         """
         outputs, inputs = weight.shape
         by_output = inputs > outputs
-        count = round(weight.nbytes / TILE_BYTES) if by_output else outputs // TILE_OUTPUTS
-        count = max(1, count) if tiled else 1
+        count = round(weight.nbytes / (TILE_BYTES if shared else LONE_TILE_BYTES))
+        if not by_output:
+            most = outputs // TILE_OUTPUTS
+            count = most if shared else min(count, most)
+        count = max(1, count)
         self._width = width = -(-outputs // (count * _GRAIN)) * _GRAIN
         self.ranges = [slice(start, min(start + width, outputs)) for start in range(0, outputs, width)]
         """The outputs of each tile."""

@@ -98,15 +98,15 @@ class LlamaModel:
         `team` computes the matrix products. Raises ModelUnavailable when a weight is missing or has another shape.
         """
         self.architecture = architecture
-        tiled = team.threads > 1
+        shared = team.threads > 1
         weights = _Weights(path, architecture, tensors)
-        self._layers = [weights.layer(index, tiled=tiled) for index in range(architecture.layers)]
+        self._layers = [weights.layer(index, shared=shared) for index in range(architecture.layers)]
         self._norm = weights.take("model.norm.weight", architecture.hidden)
         shape = (architecture.vocabulary, architecture.hidden)
         # Laid out for the output projection, which reads all of it; looking a token up gathers one column.
-        self._embedding = Matrix(weights.take("model.embed_tokens.weight", *shape), tiled=tiled)
+        self._embedding = Matrix(weights.take("model.embed_tokens.weight", *shape), shared=shared)
         self._head = (
-            self._embedding if architecture.tied else Matrix(weights.take("lm_head.weight", *shape), tiled=tiled)
+            self._embedding if architecture.tied else Matrix(weights.take("lm_head.weight", *shape), shared=shared)
         )
         self._team = team
         self._frequencies = rotary_frequencies(path, architecture)
@@ -295,7 +295,7 @@ class _Weights:
             raise ModelUnavailable(msg, hint="fetch or copy the model again")
         return tensor
 
-    def layer(self, index: int, *, tiled: bool) -> _Layer:
+    def layer(self, index: int, *, shared: bool) -> _Layer:
         sizes, prefix = self._sizes, f"model.layers.{index}."
         queries = sizes.heads * sizes.head_size
         mlp = (prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight")
@@ -303,13 +303,17 @@ class _Weights:
         output_bias = prefix + "self_attn.o_proj.bias"
         return _Layer(
             attention_norm=self.take(prefix + "input_layernorm.weight", sizes.hidden),
-            query_key_value=Matrix(self._query_key_value(prefix + "self_attn.", "weight", sizes.hidden), tiled=tiled),
+            query_key_value=Matrix(self._query_key_value(prefix + "self_attn.", "weight", sizes.hidden), shared=shared),
             query_key_value_bias=self._query_key_value(prefix + "self_attn.", "bias") if has_bias else None,
-            attention_output=Matrix(self.take(prefix + "self_attn.o_proj.weight", sizes.hidden, queries), tiled=tiled),
+            attention_output=Matrix(
+                self.take(prefix + "self_attn.o_proj.weight", sizes.hidden, queries), shared=shared
+            ),
             attention_output_bias=self.take(output_bias, sizes.hidden) if output_bias in self._tensors else None,
             feed_forward_norm=self.take(prefix + "post_attention_layernorm.weight", sizes.hidden),
-            gate_up=Matrix(np.concatenate([self.take(n, sizes.intermediate, sizes.hidden) for n in mlp]), tiled=tiled),
-            down=Matrix(self.take(prefix + "mlp.down_proj.weight", sizes.hidden, sizes.intermediate), tiled=tiled),
+            gate_up=Matrix(
+                np.concatenate([self.take(n, sizes.intermediate, sizes.hidden) for n in mlp]), shared=shared
+            ),
+            down=Matrix(self.take(prefix + "mlp.down_proj.weight", sizes.hidden, sizes.intermediate), shared=shared),
         )
 
     def _query_key_value(self, prefix: str, kind: str, *inputs: int) -> Array:

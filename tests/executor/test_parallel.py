@@ -26,8 +26,8 @@ def random(*shape: int) -> Array:
     return np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
 
 
-def tiled(weight: Array) -> Matrix:
-    return Matrix(weight, tiled=True)
+def shared(weight: Array) -> Matrix:
+    return Matrix(weight, shared=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -38,10 +38,10 @@ def test_product(shape: tuple[int, int], sequences: int, tokens: int) -> None:
     expected = rows.astype(np.float64) @ weight.astype(np.float64).T
     results: list[bytes] = []
     for threads, matrix in (
-        (1, Matrix(weight, tiled=False)),
-        (1, tiled(weight)),
-        (2, tiled(weight)),
-        (5, tiled(weight)),
+        (1, Matrix(weight, shared=False)),
+        (1, shared(weight)),
+        (2, shared(weight)),
+        (5, shared(weight)),
     ):
         out = np.full((sequences, tokens, shape[0]), np.nan, np.float32)
         with Team(threads) as team:
@@ -53,7 +53,7 @@ def test_product(shape: tuple[int, int], sequences: int, tokens: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tiles_cover_every_column_once(shape: tuple[int, int]) -> None:
-    matrix = tiled(random(*shape))
+    matrix = shared(random(*shape))
     assert [column for part in matrix.ranges for column in range(part.start, part.stop)] == list(range(shape[0]))
     assert [tile.shape for tile in matrix.tiles] == [(shape[1], part.stop - part.start) for part in matrix.ranges]
     assert np.array_equal(np.concatenate(matrix.tiles, axis=1), random(*shape).T)
@@ -61,36 +61,37 @@ def test_tiles_cover_every_column_once(shape: tuple[int, int]) -> None:
 
 def test_tiles_are_about_as_large_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "TILE_OUTPUTS", 100)
-    assert [tile.shape[1] for tile in tiled(random(1000, 24)).tiles] == [112] * 8 + [104]
-    assert [tile.shape[1] for tile in tiled(random(199, 24)).tiles] == [199]
-    assert [tile.shape[1] for tile in tiled(random(200, 24)).tiles] == [112, 88]
+    assert [tile.shape[1] for tile in shared(random(1000, 24)).tiles] == [112] * 8 + [104]
+    assert [tile.shape[1] for tile in shared(random(199, 24)).tiles] == [199]
+    assert [tile.shape[1] for tile in shared(random(200, 24)).tiles] == [112, 88]
     monkeypatch.setattr(parallel, "TILE_BYTES", 300 * 4 * 64)
-    assert [tile.shape[1] for tile in tiled(random(200, 300)).tiles] == [80, 80, 40]
+    assert [tile.shape[1] for tile in shared(random(200, 300)).tiles] == [80, 80, 40]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_one_piece(shape: tuple[int, int]) -> None:
-    matrix = Matrix(random(*shape), tiled=False)
-    assert matrix.ranges == [slice(0, shape[0])]
-    assert np.array_equal(matrix.tiles[0], random(*shape).T)
-    assert np.array_equal(matrix.rows(np.array([shape[0] - 1, 0])), random(*shape)[[-1, 0]])
+def test_tiles_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [len(Matrix(random(*shape), shared=False).tiles) for shape in SHAPES] == [1] * len(SHAPES)
+    monkeypatch.setattr(parallel, "LONE_TILE_BYTES", 100 * 4 * 8)
+    assert [tile.shape[1] for tile in Matrix(random(200, 8), shared=False).tiles] == [112, 88]
+    assert [tile.shape[1] for tile in Matrix(random(20, 320), shared=False).tiles] == [16, 4]
+    monkeypatch.setattr(parallel, "TILE_OUTPUTS", 201)
+    assert [tile.shape[1] for tile in Matrix(random(200, 8), shared=False).tiles] == [200]
 
 
 def test_layout_follows_the_shape() -> None:
-    assert all(tile.flags.c_contiguous for tile in tiled(random(40, 24)).tiles)
-    assert all(tile.flags.f_contiguous for tile in tiled(random(24, 40)).tiles)
+    assert all(tile.flags.c_contiguous for tile in shared(random(40, 24)).tiles)
+    assert all(tile.flags.f_contiguous for tile in shared(random(24, 40)).tiles)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stored_rows(shape: tuple[int, int]) -> None:
     wanted = np.random.default_rng(0).integers(shape[0], size=(2, 7))
-    assert np.array_equal(tiled(random(*shape)).rows(wanted), random(*shape)[wanted])
+    assert np.array_equal(shared(random(*shape)).rows(wanted), random(*shape)[wanted])
 
 
 def test_many_products_in_a_row() -> None:
     """Helpers that come late find another product, or none."""
     weights = [random(size, 8) for size in (16, 300, 32, 100)]
-    matrices = [tiled(weight) for weight in weights]
+    matrices = [shared(weight) for weight in weights]
     with Team(4) as team:
         for turn in range(400):
             matrix, weight = matrices[turn % 4], weights[turn % 4]
@@ -103,7 +104,7 @@ def test_many_products_in_a_row() -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_error_comes_out_and_the_team_works_on(threads: int) -> None:
-    matrix = tiled(random(200, 8))
+    matrix = shared(random(200, 8))
     with Team(threads) as team:
         with pytest.raises(ValueError, match="not aligned"):
             team.multiply(random(1, 1, 9), matrix, np.empty((1, 1, 200), np.float32))
@@ -121,7 +122,7 @@ def test_helpers_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
         barrier.wait()
         multiply(rows, tile, out)
 
-    matrix = tiled(random(32, 8))
+    matrix = shared(random(32, 8))
     assert len(matrix.tiles) == 2
     monkeypatch.setattr(parallel, "_multiply", met)
     with Team(2) as team:
@@ -141,7 +142,7 @@ def test_slow_helpers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.05)
         multiply(rows, tile, out)
 
-    matrix, rows = tiled(random(32, 8)), random(1, 1, 8)
+    matrix, rows = shared(random(32, 8)), random(1, 1, 8)
     out = np.full((1, 1, 32), np.nan, np.float32)
     monkeypatch.setattr(parallel, "_multiply", slow)
     with Team(2) as team:
