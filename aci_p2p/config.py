@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from aci_p2p.network.config import NetworkConfig
 from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.pricing import ONE_ACI
@@ -20,9 +21,6 @@ DEFAULT_OUTPUT_PRICE: Final = 4 * ONE_ACI // 1_000_000
 """Base units for each output token: 4 ACI for a million."""
 DEFAULT_SLOTS: Final = 4
 """Jobs at once; the default executor decodes as many in one batch with little loss."""
-LOOPBACK: Final = "/ip4/127.0.0.1/tcp/0"
-"""Any free port, reachable from this machine only."""
-
 
 _NETWORK_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
@@ -78,8 +76,8 @@ class NodeConfig:
     """Name of the key; if another process uses it, `<key>-2` and so on."""
     own_key: bool = False
     """Insist on exactly that key: for nodes whose identity others remember."""
-    listen: tuple[str, ...] = (LOOPBACK,)
-    """Multiaddrs to listen on."""
+    p2p: NetworkConfig = field(default_factory=NetworkConfig)
+    """Where it listens, and how it gets through NATs."""
     bootstrap: tuple[str, ...] = ()
     """Multiaddrs of nodes to join through, each with `/p2p/<peer id>`."""
     provider: ProviderConfig | None = None

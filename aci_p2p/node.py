@@ -18,7 +18,7 @@ from aci_p2p.dht import Discovery, RecordRules, open_discovery
 from aci_p2p.executor import Executor, ModelStore, open_process_executor
 from aci_p2p.gossip import Market, open_market
 from aci_p2p.keys import KeyRing
-from aci_p2p.network.api import Network
+from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.protocol.consumer import ConsumerJob, JobRequest, JobSecrets
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
@@ -38,8 +38,8 @@ REACH_WAIT_S: Final = 2.0
 SETTLE_S: Final = 600.0
 """Seconds between looks for jobs whose challenge window of a day is over."""
 
-OpenNetwork: TypeAlias = Callable[[KeyPair, Sequence[str], RecordRules], AbstractAsyncContextManager[Network]]
-"""Opens a network for a key, listen addresses and the rules of DHT records."""
+OpenNetwork: TypeAlias = Callable[[KeyPair, NetworkConfig, RecordRules], AbstractAsyncContextManager[Network]]
+"""Opens a network for a key, what it is told, and the rules of DHT records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None
         sealer = Sealer(key, config.network)
         async with (
             open_store(config.database_path, key.node_id, threads=parts.threads) as store,
-            open_network(key, config.listen, rules) as network,
+            open_network(key, config.p2p, rules) as network,
             open_market(network, config.network, parts.clock) as market,
             open_discovery(network, sealer, rules, parts.clock) as discovery,
             open_background() as tasks,
@@ -173,12 +173,12 @@ def _key(config: NodeConfig) -> Generator[KeyPair]:
 
 
 @asynccontextmanager
-async def _open_libp2p(key: KeyPair, listen: Sequence[str], rules: RecordRules) -> AsyncGenerator[Network]:
+async def _open_libp2p(key: KeyPair, config: NetworkConfig, rules: RecordRules) -> AsyncGenerator[Network]:
     # Imported here: libp2p takes most of a second, which commands that need no network should not pay.
     from aci_p2p.network.libp2p import open_libp2p_network  # noqa: PLC0415
 
     async with open_libp2p_network(
-        key, listen=listen, record_validator=rules.validate, record_selector=rules.select
+        key, config, record_validator=rules.validate, record_selector=rules.select
     ) as network:
         yield network
 

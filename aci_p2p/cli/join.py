@@ -20,6 +20,7 @@ from aci_p2p.config import (
     ProviderConfig,
 )
 from aci_p2p.executor import ModelStore
+from aci_p2p.network import NetworkConfig
 from aci_p2p.node import Node, open_node
 from aci_p2p.protocol.pricing import format_amount
 
@@ -80,7 +81,13 @@ def command(
         else None
     )
     config = NodeConfig(
-        home=home, network=network, key=key, own_key=True, listen=listen, bootstrap=bootstrap, provider=provider
+        home=home,
+        network=network,
+        key=key,
+        own_key=True,
+        p2p=NetworkConfig(listen=listen),
+        bootstrap=bootstrap,
+        provider=provider,
     )
 
     async def work(stop: Stop) -> None:

@@ -6,11 +6,14 @@ from aci_p2p.network.api import (
     MAX_RECORD_BYTES,
     MAX_RECORD_KEY_BYTES,
     AddressInUse,
+    ConnectionInfo,
     GossipMessage,
     GossipValidator,
+    KnownPeer,
     Network,
     NetworkStatistics,
     PeerUnreachable,
+    Reachability,
     RecordSelector,
     RecordValidator,
     Stream,
@@ -18,6 +21,7 @@ from aci_p2p.network.api import (
     StreamHandler,
     Subscription,
 )
+from aci_p2p.network.config import NetworkConfig
 
 __all__ = [
     "MAX_FRAME_BYTES",
@@ -25,11 +29,15 @@ __all__ = [
     "MAX_RECORD_BYTES",
     "MAX_RECORD_KEY_BYTES",
     "AddressInUse",
+    "ConnectionInfo",
     "GossipMessage",
     "GossipValidator",
+    "KnownPeer",
     "Network",
+    "NetworkConfig",
     "NetworkStatistics",
     "PeerUnreachable",
+    "Reachability",
     "RecordSelector",
     "RecordValidator",
     "Stream",

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Self
 
 from aci_p2p.protocol.errors import RemoteError, ResourceError
@@ -93,6 +94,51 @@ class Subscription(ABC):
         return await self.receive()
 
 
+class Reachability(StrEnum):
+    """Whether others can open connections to us."""
+
+    UNKNOWN = "unknown"
+    """Nobody has tried yet."""
+    PUBLIC = "public"
+    """Others have dialled us back."""
+    PRIVATE = "private"
+    """Others have tried in vain: a NAT or a firewall is between."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionInfo:
+    """A connection to a peer, as `aci-p2p peers` shows it."""
+
+    peer: NodeId
+    """The other side."""
+    address: str
+    """Multiaddr at which it was dialled or from which it came."""
+    outbound: bool
+    """Whether we dialled."""
+    relay: NodeId | None
+    """The relay in between; None when the connection is direct."""
+    age_s: float
+    """Seconds since it was made."""
+    round_trip_ms: float | None
+    """Milliseconds from ping to answer, lately; None before the first answer."""
+    streams: int
+    """Open streams on it."""
+    agent: str
+    """What the peer says its program is; empty before it said."""
+    score: float
+    """What its gossip has earned it (gossipsub v1.1 peer score); negative: misbehaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownPeer:
+    """A peer that was connected lately, and where."""
+
+    peer: NodeId
+    """Its identity."""
+    addresses: tuple[str, ...]
+    """Multiaddrs at which it can be dialled, those that have worked first."""
+
+
 @dataclass(frozen=True, slots=True)
 class NetworkStatistics:
     """A snapshot of what the network holds and has refused."""
@@ -142,9 +188,26 @@ class Network(ABC):
     def peers(self) -> Sequence[NodeId]:
         """Connected peers."""
 
+    @property
+    @abstractmethod
+    def reachability(self) -> Reachability:
+        """Whether others can open connections to us, as far as we know."""
+
+    @abstractmethod
+    def connections(self) -> Sequence[ConnectionInfo]:
+        """All connections, the oldest first."""
+
+    @abstractmethod
+    def known_peers(self) -> Sequence[KnownPeer]:
+        """Peers that were connected while this endpoint is open, the latest first: worth keeping for the next start."""
+
     @abstractmethod
     async def connect(self, address: str) -> NodeId:
-        """Dial a multiaddr with `/p2p/<peer id>`; a no-op when connected. Raises LocalError, PeerUnreachable."""
+        """Dial a multiaddr, with `/p2p/<peer id>` if it matters who answers; a no-op when connected to that peer.
+
+        Names are resolved with the system's resolver and all their IP addresses tried; `/dnsaddr` is not for here.
+        Raises LocalError, PeerUnreachable.
+        """
 
     @abstractmethod
     def learn_addresses(self, peer: NodeId, addresses: Sequence[str]) -> None:

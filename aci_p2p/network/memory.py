@@ -14,16 +14,20 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import trio
 
 from aci_p2p.network.api import (
+    ConnectionInfo,
     GossipMessage,
     GossipValidator,
+    KnownPeer,
     Network,
     NetworkStatistics,
     PeerUnreachable,
+    Reachability,
     RecordSelector,
     RecordValidator,
     Stream,
@@ -33,7 +37,7 @@ from aci_p2p.network.api import (
 )
 from aci_p2p.network.checks import check_gossip, check_provider_key, check_record
 from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, SeenCache, judge, message_id
-from aci_p2p.network.limits import MAX_STREAMS, MAX_STREAMS_PER_PEER, PROVIDER_SECONDS
+from aci_p2p.network.limits import MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER, PROVIDER_SECONDS
 from aci_p2p.network.memory_stream import MemoryStream, Pipe
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
@@ -115,6 +119,13 @@ class MemoryHub:
             self.disconnect(network.node_id, peer)
 
 
+@dataclass(eq=False, slots=True)
+class _Link:
+    outbound: bool
+    opened: float
+    streams: set[MemoryStream] = field(default_factory=set[MemoryStream])
+
+
 class MemoryNetwork(Network):
     """One endpoint of a hub. Made only by `MemoryHub.open_network`."""
 
@@ -125,7 +136,8 @@ class MemoryNetwork(Network):
         self._nursery = nursery
         self._validate_record, self._select_record = rules
         self._known: dict[NodeId, tuple[str, ...]] = {}
-        self._links: dict[NodeId, set[MemoryStream]] = {}
+        self._links: dict[NodeId, _Link] = {}
+        self._connected: dict[NodeId, tuple[str, ...]] = {}
         self._handlers: dict[str, tuple[StreamHandler, set[trio.CancelScope]]] = {}
         self._inbound: dict[NodeId, int] = {}
         self._streams = 0
@@ -149,6 +161,30 @@ class MemoryNetwork(Network):
     @property
     def peers(self) -> Sequence[NodeId]:
         return tuple(self._links)
+
+    @property
+    def reachability(self) -> Reachability:
+        return Reachability.PUBLIC
+
+    def connections(self) -> Sequence[ConnectionInfo]:
+        now = trio.current_time()
+        return tuple(
+            ConnectionInfo(
+                peer=peer,
+                address=self._known[peer][0],
+                outbound=link.outbound,
+                relay=None,
+                age_s=now - link.opened,
+                round_trip_ms=2_000 * self._hub.latency,
+                streams=len(link.streams),
+                agent="",
+                score=0.0,
+            )
+            for peer, link in self._links.items()
+        )
+
+    def known_peers(self) -> Sequence[KnownPeer]:
+        return tuple(KnownPeer(peer, addresses) for peer, addresses in reversed(self._connected.items()))
 
     async def connect(self, address: str) -> NodeId:
         peer = _parse_address(address)
@@ -178,17 +214,22 @@ class MemoryNetwork(Network):
         if remote is None or self._hub.is_cut_off(self._node_id) or not set(addresses) & set(remote.addresses):
             msg = f"{peer.short} cannot be reached at {', '.join(addresses) or 'any known address'}"
             raise PeerUnreachable(msg)
-        self._add_link(peer, remote.addresses)
-        remote._add_link(self._node_id, self.addresses)  # noqa: SLF001 - the other half of one connection
+        self._add_link(peer, remote.addresses, outbound=True)
+        remote._add_link(self._node_id, self.addresses, outbound=False)  # noqa: SLF001 - the other half of one connection
         return remote
 
-    def _add_link(self, peer: NodeId, addresses: Sequence[str]) -> None:
-        self._links.setdefault(peer, set())
+    def _add_link(self, peer: NodeId, addresses: Sequence[str], *, outbound: bool) -> None:
+        self._links.setdefault(peer, _Link(outbound, trio.current_time()))
         self._known[peer] = tuple(addresses)
+        self._connected.pop(peer, None)
+        self._connected[peer] = tuple(addresses)
+        if len(self._connected) > MAX_KNOWN_PEERS:
+            del self._connected[next(iter(self._connected))]
 
     def drop_link(self, peer: NodeId) -> None:
         """Lose the connection to a peer and the streams on it."""
-        for stream in self._links.pop(peer, set()):
+        link = self._links.pop(peer, None)
+        for stream in link.streams if link else ():
             stream.reset()
 
     @asynccontextmanager
@@ -207,7 +248,7 @@ class MemoryNetwork(Network):
     def _holding(self, stream: MemoryStream) -> Generator[None]:
         """Count a stream, and close it at the end of the block, or reset it when that fails or is cancelled."""
         self._streams += 1
-        self._links[stream.peer].add(stream)
+        self._links[stream.peer].streams.add(stream)
         try:
             yield
         except BaseException:
@@ -217,7 +258,8 @@ class MemoryNetwork(Network):
             stream.close()
         finally:
             self._streams -= 1
-            self._links.get(stream.peer, set()).discard(stream)
+            if (link := self._links.get(stream.peer)) is not None:
+                link.streams.discard(stream)
 
     def accept_stream(self, peer: NodeId, protocol: str, *, incoming: Pipe, outgoing: Pipe) -> bool:
         """Start serving a stream that `peer` opened; False when we do not serve the protocol or are too busy."""

@@ -393,3 +393,20 @@ async def test_errors_of_the_block_come_out_as_they_are(open_network: Opener) ->
         async with open_network(1) as a, open_network(2) as b:
             await a.connect(b.addresses[0])
             raise ZeroDivisionError
+
+
+async def test_connections_say_who_dialled_and_known_peers_outlive_them(open_network: Opener) -> None:
+    async with open_network(1) as a:
+        assert a.connections() == a.known_peers() == ()
+        async with open_network(2) as b:
+            await a.connect(b.addresses[0])
+            await eventually(lambda: len(b.connections()) == 1)
+            (from_a,), (from_b,) = a.connections(), b.connections()
+            assert (from_a.peer, from_a.outbound, from_a.relay) == (b.node_id, True, None)
+            assert from_a.address.removesuffix(f"/p2p/{b.node_id}") == b.addresses[0].removesuffix(f"/p2p/{b.node_id}")
+            assert (from_b.peer, from_b.outbound) == (a.node_id, False)
+            assert 0 <= from_a.age_s < 10
+        await eventually(lambda: not a.connections())
+        (known,) = a.known_peers()
+        assert known.peer == b.node_id
+        assert b.addresses[0] in known.addresses

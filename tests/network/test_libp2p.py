@@ -17,6 +17,7 @@ import pytest
 import trio
 
 from aci_p2p.network import MAX_FRAME_BYTES, AddressInUse, Network, PeerUnreachable, StreamClosed
+from aci_p2p.network.config import NetworkConfig
 from aci_p2p.network.libp2p import addresses, host, kademlia, network, open_libp2p_network
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
@@ -44,7 +45,10 @@ from tests.network.driver import (
 def open_at(number: int, listen: Sequence[str]) -> AbstractAsyncContextManager[Network]:
     """An endpoint that listens at given addresses."""
     return open_libp2p_network(
-        make_key(number), listen=listen, record_validator=validate_record, record_selector=select_record
+        make_key(number),
+        NetworkConfig(listen=tuple(listen)),
+        record_validator=validate_record,
+        record_selector=select_record,
     )
 
 

@@ -29,7 +29,7 @@ from aci_p2p.executor.api import (
     ModelInfo,
     TokenChunk,
 )
-from aci_p2p.network.api import Network
+from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.node import Node, NodeParts, open_node
 from aci_p2p.protocol.errors import AciError
@@ -121,7 +121,7 @@ def open_test_node(hub: MemoryHub, tmp_path: Path) -> OpenTestNode:
     counter = itertools.count(1)
 
     @asynccontextmanager
-    async def open_network(key: KeyPair, listen: Sequence[str], rules: RecordRules) -> AsyncGenerator[Network]:
+    async def open_network(key: KeyPair, config: NetworkConfig, rules: RecordRules) -> AsyncGenerator[Network]:
         async with hub.open_network(key, record_validator=rules.validate, record_selector=rules.select) as network:
             yield network
 

@@ -23,7 +23,7 @@ from typing import cast
 
 import trio
 
-from aci_p2p.network.api import AddressInUse, PeerUnreachable
+from aci_p2p.network.api import AddressInUse, ConnectionInfo, KnownPeer, PeerUnreachable
 from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, most_useful
 from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound, select_outbound
 from aci_p2p.network.libp2p.secure import ConnectionLost, Security, TcpChannel
@@ -71,6 +71,10 @@ class Connection:
     """Whether we dialled it."""
     address: str
     """IP address of the other side."""
+    place: TcpAddress
+    """Where we dialled it, or where it came from."""
+    opened: float
+    """When it was made, in trio's time."""
 
 
 @dataclass(slots=True)
@@ -89,6 +93,7 @@ class Host:
         self._nursery = nursery
         self._connections: dict[NodeId, list[Connection]] = {}
         self._known: OrderedDict[NodeId, tuple[TcpAddress, ...]] = OrderedDict()
+        self._connected: OrderedDict[NodeId, None] = OrderedDict()
         self._banned: OrderedDict[NodeId, float] = OrderedDict()
         self._dials: dict[NodeId, trio.Event] = {}
         self._protocols: dict[str, _Protocol] = {}
@@ -103,6 +108,32 @@ class Host:
     def peers(self) -> tuple[NodeId, ...]:
         """Connected peers."""
         return tuple(self._connections)
+
+    def describe_connections(self) -> tuple[ConnectionInfo, ...]:
+        """See `Network.connections`."""
+        now = trio.current_time()
+        return tuple(
+            ConnectionInfo(
+                peer=one.peer,
+                address=str(one.place),
+                outbound=one.outbound,
+                relay=None,
+                age_s=now - one.opened,
+                round_trip_ms=None,
+                streams=one.muxer.stream_count,
+                agent="",
+                score=0.0,
+            )
+            for one in sorted(self._all_connections(), key=lambda one: one.opened)
+        )
+
+    def known_peers(self) -> tuple[KnownPeer, ...]:
+        """See `Network.known_peers`."""
+        return tuple(
+            KnownPeer(peer, tuple(address.owned_by(peer) for address in self.known(peer)))
+            for peer in reversed(self._connected)
+            if self.known(peer)
+        )
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -170,7 +201,7 @@ class Host:
 
     async def _handle_inbound(self, stream: trio.SocketStream) -> None:
         try:
-            address = str(stream.socket.getpeername()[0])
+            address, port = stream.socket.getpeername()[:2]
         except OSError:
             await stream.aclose()
             return
@@ -181,7 +212,9 @@ class Host:
                 if self._has_room_for(address):
                     secure = await self._security.secure_inbound(channel)
                     await select_inbound(secure, (YAMUX,))
-                    connection = Connection(secure.peer, Yamux(secure, is_initiator=False), False, address)  # noqa: FBT003
+                    place = TcpAddress("ip6" if ":" in address else "ip4", address, port)
+                    muxer = Yamux(secure, is_initiator=False)
+                    connection = Connection(secure.peer, muxer, False, address, place, trio.current_time())  # noqa: FBT003
             if connection is not None and connection.peer != self.node_id and not self._is_banned(connection.peer):
                 self._add(connection)
                 await self._serve_connection(connection)
@@ -229,6 +262,10 @@ class Host:
             if other.outbound == connection.outbound:
                 self._nursery.start_soon(other.muxer.close)
         several.append(connection)
+        self._connected[connection.peer] = None
+        self._connected.move_to_end(connection.peer)
+        if len(self._connected) > MAX_KNOWN_PEERS:
+            self._connected.popitem(last=False)
         if len(several) == 1:
             for notify in self.on_connected:
                 notify(connection)
@@ -333,7 +370,8 @@ class Host:
         except BaseException:
             await stream.aclose()
             raise
-        connection = Connection(peer, Yamux(secure, is_initiator=True), True, address.host)  # noqa: FBT003
+        muxer = Yamux(secure, is_initiator=True)
+        connection = Connection(peer, muxer, True, address.host, address, trio.current_time())  # noqa: FBT003
         self._add(connection)
         self._nursery.start_soon(self._serve_connection, connection)
         try:

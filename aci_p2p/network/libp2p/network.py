@@ -11,9 +11,12 @@ from random import SystemRandom
 import trio
 
 from aci_p2p.network.api import (
+    ConnectionInfo,
     GossipValidator,
+    KnownPeer,
     Network,
     NetworkStatistics,
+    Reachability,
     RecordSelector,
     RecordValidator,
     Stream,
@@ -22,6 +25,7 @@ from aci_p2p.network.api import (
     Subscription,
 )
 from aci_p2p.network.checks import check_gossip
+from aci_p2p.network.config import NetworkConfig
 from aci_p2p.network.libp2p import gossip as gossip_module
 from aci_p2p.network.libp2p import identify as identify_module
 from aci_p2p.network.libp2p import kademlia as kademlia_module
@@ -66,6 +70,16 @@ class Libp2pNetwork(Network):
     @property
     def peers(self) -> Sequence[NodeId]:
         return self._host.peers
+
+    @property
+    def reachability(self) -> Reachability:
+        return Reachability.UNKNOWN
+
+    def connections(self) -> Sequence[ConnectionInfo]:
+        return self._host.describe_connections()
+
+    def known_peers(self) -> Sequence[KnownPeer]:
+        return self._host.known_peers()
 
     async def _identify(self, connection: Connection) -> None:
         """Ask a new peer what it serves, for the address book and the routing table."""
@@ -167,17 +181,18 @@ class Libp2pNetwork(Network):
 @asynccontextmanager
 async def open_libp2p_network(
     key: KeyPair,
+    config: NetworkConfig | None = None,
     *,
-    listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
     record_validator: RecordValidator,
     record_selector: RecordSelector,
 ) -> AsyncGenerator[Network]:
-    """A libp2p endpoint for the block, listening at the multiaddrs in `listen` (none: dial only).
+    """A libp2p endpoint for the block.
 
     Raises AddressInUse or LocalError for a listen address that cannot be bound. Leaving the block, also by
     cancellation, closes all streams and connections within CLOSE_SECONDS.
     """
-    bind_to = [TcpAddress.parse(address) for address in listen]
+    config = config or NetworkConfig()
+    bind_to = [TcpAddress.parse(address) for address in config.listen]
     random = SystemRandom()
     async with open_background() as nursery:
         host = Host(key, nursery)
