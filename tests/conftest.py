@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.network.namespaces import Laboratory, open_laboratory, why_unavailable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL_HOME = REPOSITORY / ".aci"
@@ -28,3 +31,14 @@ def aci_home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
         pytest.skip("the default model is missing: make model")
     monkeypatch.setenv("ACI_HOME", str(home))
     return home
+
+
+@pytest.fixture
+def laboratory() -> Generator[Laboratory]:
+    """Network namespaces for tests marked `netns`."""
+    if (reason := why_unavailable()) is not None:
+        if os.environ.get("ACI_REQUIRE_NETNS"):
+            pytest.fail(f"no network namespaces: {reason}")
+        pytest.skip(f"no network namespaces: {reason}")
+    with open_laboratory() as laboratory:
+        yield laboratory
