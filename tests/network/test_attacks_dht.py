@@ -52,8 +52,11 @@ KAD_GARBAGE = {
             type=KadMessage.PUT_VALUE, key=b"/aci/a", record=Record(key=b"/aci/a", value=b"bad")
         ).SerializeToString()
     ),
-    "short provider key": prefixed(KadMessage(type=KadMessage.ADD_PROVIDER, key=b"k").SerializeToString()),
+    "short provider key": prefixed(KadMessage(type=KadMessage.ADD_PROVIDER, key=b"\x12\x20k").SerializeToString()),
+    "no multihash": prefixed(KadMessage(type=KadMessage.ADD_PROVIDER, key=bytes(34)).SerializeToString()),
 }
+MULTIHASH = b"\x12\x20" + bytes(32)
+PING = prefixed(KadMessage(type=KadMessage.PING).SerializeToString())
 
 
 @pytest.mark.parametrize("data", KAD_GARBAGE.values(), ids=KAD_GARBAGE)
@@ -66,13 +69,13 @@ async def test_bad_dht_request_resets_its_stream(victim: Victim, data: bytes) ->
 
 
 async def test_nobody_provides_in_anothers_name(victim: Victim) -> None:
-    key = bytes(32)
-    claim = KadMessage(type=KadMessage.ADD_PROVIDER, key=key, providerPeers=[KadMessage.Peer(id=STRANGER.peer_id)])
+    stranger = KadMessage.Peer(id=STRANGER.peer_id)
+    claim = KadMessage(type=KadMessage.ADD_PROVIDER, key=MULTIHASH, providerPeers=[stranger])
     async with victim.attacked_by_host() as attacker:
         stream = await attacker.open_stream(victim.network.node_id, kademlia.PROTOCOL)
-        await stream.write(prefixed(claim.SerializeToString()))
-        await stream.read(1000)
-        assert list(await victim.network.find_providers(key, 10)) == []
+        await stream.write(prefixed(claim.SerializeToString()) + PING)
+        assert await stream.read(1000) == PING
+        assert list(await victim.network.find_providers(bytes(32), 10)) == []
 
 
 def poisoned(request_type: KadMessage.MessageType) -> KadMessage:
@@ -107,8 +110,8 @@ async def test_longest_answer_is_read(victim: Victim, open_libp2p: Opener) -> No
                 await provider.dial(victim.network.node_id, (TcpAddress.parse(victim.address),))
                 stream = await provider.open_stream(victim.network.node_id, kademlia.PROTOCOL)
                 ourselves = KadMessage.Peer(id=provider.node_id.peer_id, addrs=names)
-                claim = KadMessage(type=KadMessage.ADD_PROVIDER, key=bytes(32), providerPeers=[ourselves])
-                await stream.write(prefixed(claim.SerializeToString()))
+                claim = KadMessage(type=KadMessage.ADD_PROVIDER, key=MULTIHASH, providerPeers=[ourselves])
+                await stream.write(prefixed(claim.SerializeToString()) + PING)
                 await stream.read(1000)
         await honest.connect(victim.address)
         assert len(await honest.find_providers(bytes(32), 100)) == 40

@@ -66,6 +66,9 @@ JOIN_INTERVAL_SECONDS = 15.0
 REFRESH_SECONDS = 600.0
 """Time between refreshes of the routing table, seconds (libp2p's usual value)."""
 
+_SHA2_256 = b"\x12\x20"
+"""Multihash prefix of a SHA-256 digest: on the wire, what is provided is named by its multihash."""
+
 log = logging.getLogger("aci_p2p.network")
 
 
@@ -167,15 +170,18 @@ class Kademlia:
     async def provide(self, key: bytes) -> None:
         """See `Network.provide`."""
         check_provider_key(key)
-        self._providers.add(key, self._host.node_id, trio.current_time())
+        multihash = _SHA2_256 + key
+        self._providers.add(multihash, self._host.node_id, trio.current_time())
         addresses = [address.to_bytes() for address in self._host.addresses]
         ourselves = Message.Peer(id=self._host.node_id.peer_id, addrs=addresses)
-        await self._send_to_closest(key, Message(type=Message.ADD_PROVIDER, key=key, providerPeers=[ourselves]))
+        announcement = Message(type=Message.ADD_PROVIDER, key=multihash, providerPeers=[ourselves])
+        await self._send_to_closest(multihash, announcement)
 
     async def find_providers(self, key: bytes, limit: int) -> Sequence[NodeId]:
         """See `Network.find_providers`."""
         check_provider_key(key)
-        mentions = Counter(self._providers.get(key, trio.current_time()))
+        multihash = _SHA2_256 + key
+        mentions = Counter(self._providers.get(multihash, trio.current_time()))
         answers = 0
 
         def collect(answer: Message) -> Progress:
@@ -187,7 +193,7 @@ class Kademlia:
                 return Progress.ENOUGH
             return Progress.SOME if mentions else Progress.NONE
 
-        await self._lookup(key, Message.GET_PROVIDERS, collect)
+        await self._lookup(multihash, Message.GET_PROVIDERS, collect)
         # Those that most peers name come first: one that makes providers up does not crowd out the others.
         return tuple(provider for provider, _ in mentions.most_common(limit))
 
@@ -233,11 +239,15 @@ class Kademlia:
 
     async def _ask(self, peer: NodeId, message: Message) -> Message | None:
         """One request and its answer; None when the peer does not answer well in time."""
+        requests = [message]
+        if message.type == Message.ADD_PROVIDER:
+            # It has no answer of its own; that to a ping behind it says that it was read.
+            requests.append(Message(type=Message.PING))
         try:
             with trio.fail_after(QUERY_SECONDS):
                 stream = await self._host.open_stream(peer, PROTOCOL)
                 try:
-                    await stream.write(prefixed(message.SerializeToString()))
+                    await stream.write(b"".join(prefixed(request.SerializeToString()) for request in requests))
                     answer = Message.FromString(await read_prefixed(stream, MAX_MESSAGE_BYTES))
                 finally:
                     stream.close()
@@ -245,7 +255,7 @@ class Kademlia:
             log.debug("%s did not answer a DHT query", peer.short, exc_info=True)
             self.avoid(peer)
             return None
-        return answer if answer.type == message.type else None
+        return answer if answer.type == requests[-1].type else None
 
     def _learn(self, peers: Iterable[Message.Peer]) -> list[NodeId]:
         """Remember where the peers in an answer can be dialled; those that make no sense are skipped."""
@@ -278,9 +288,12 @@ class Kademlia:
             with trio.fail_after(IDLE_SECONDS):
                 request = Message.FromString(await read_prefixed(stream, MAX_MESSAGE_BYTES))
                 answer = self._answer(peer, request)
-                await stream.write(prefixed(answer.SerializeToString()))
+                if answer is not None:
+                    await stream.write(prefixed(answer.SerializeToString()))
 
-    def _answer(self, peer: NodeId, request: Message) -> Message:
+    def _answer(self, peer: NodeId, request: Message) -> Message | None:
+        if request.type == Message.PING:
+            return Message(type=Message.PING)
         if not 0 < len(request.key) <= MAX_RECORD_KEY_BYTES:
             msg = "the key is empty or too long"
             raise KademliaError(msg)
@@ -293,9 +306,7 @@ class Kademlia:
                 return answer
             case Message.ADD_PROVIDER:
                 self._add_provider(peer, request, now)
-                return answer
-            case Message.PING:
-                return answer
+                return None
             case Message.GET_VALUE:
                 value = self._records.get(request.key.decode(errors="replace"), now)
                 if value is not None:
@@ -328,7 +339,10 @@ class Kademlia:
             self._records.put(key, value, now)
 
     def _add_provider(self, peer: NodeId, request: Message, now: float) -> None:
-        check_provider_key(request.key)
+        if not request.key.startswith(_SHA2_256):
+            msg = "what is provided is not named by a SHA-256 multihash"
+            raise KademliaError(msg)
+        check_provider_key(request.key.removeprefix(_SHA2_256))
         for provider in request.providerPeers:
             if provider.id == peer.peer_id:
                 self._host.learn(peer, parse_all(provider.addrs, MAX_ADDRESSES_PER_PEER))
