@@ -35,34 +35,42 @@ def judge(_forwarder: NodeId, data: bytes) -> Validation:
     return ACCEPTED if data.isdigit() else Validation(Decision.REJECT, Reason.NOT_CANONICAL)
 
 
-class Victim:
-    """An endpoint under attack, and the proof that it still serves honest peers."""
+class Target:
+    """A node that can be attacked: who it is and where it listens."""
 
-    def __init__(self, network: Network, open_libp2p: Opener) -> None:
-        self.network = network
-        self.address = network.addresses[0]
-        self.port = TcpAddress.parse(self.address).port
-        self._open_libp2p = open_libp2p
-        self._numbers = itertools.count(10**6)
+    def __init__(self, node_id: NodeId, address: str) -> None:
+        self.node_id = node_id
+        self.address = address
+        self.port = TcpAddress.parse(address).port
 
     async def tcp(self) -> trio.SocketStream:
         """A bare TCP connection to it."""
         return await trio.open_tcp_stream("127.0.0.1", self.port)
 
-    async def secure(self) -> SecureChannel:
+    async def secure(self, key: KeyPair = ATTACKER) -> SecureChannel:
         """An encrypted connection to it on which the attacker speaks yamux by hand."""
         channel = TcpChannel(await self.tcp(), is_initiator=True)
-        secure = await Security(ATTACKER).secure_outbound(channel, self.network.node_id)
+        secure = await Security(key).secure_outbound(channel, self.node_id)
         await select_outbound(secure, yamux.PROTOCOL)
         return secure
 
     @asynccontextmanager
-    async def attacked_by_host(self) -> AsyncGenerator[Host]:
+    async def attacked_by_host(self, key: KeyPair = ATTACKER) -> AsyncGenerator[Host]:
         """An authenticated peer with a host of its own: what it sends on its streams is up to the test."""
         async with open_background() as nursery:
-            attacker = Host(ATTACKER, nursery)
-            await attacker.dial(self.network.node_id, (TcpAddress.parse(self.address),))
+            attacker = Host(key, nursery)
+            await attacker.dial(self.node_id, (TcpAddress.parse(self.address),))
             yield attacker
+
+
+class Victim(Target):
+    """An endpoint under attack, and the proof that it still serves honest peers."""
+
+    def __init__(self, network: Network, open_libp2p: Opener) -> None:
+        super().__init__(network.node_id, network.addresses[0])
+        self.network = network
+        self._open_libp2p = open_libp2p
+        self._numbers = itertools.count(10**6)
 
     async def serves_honest_peers(self) -> None:
         """Raises unless a third peer can connect, exchange a frame, gossip both ways and use the DHT."""
