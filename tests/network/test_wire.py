@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aci_p2p.network.libp2p import addresses
-from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, parse_all
+from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, most_useful, parse_all
 from aci_p2p.network.libp2p.negotiation import NegotiationError, encode_message, select_inbound, select_outbound
 from aci_p2p.network.libp2p.varint import (
     VarintError,
@@ -22,7 +22,7 @@ from aci_p2p.network.libp2p.varint import (
 from aci_p2p.protocol.errors import LocalError
 from tests.network.driver import make_key
 
-PEER = make_key(1).node_id
+PEER, RELAY = make_key(1).node_id, make_key(2).node_id
 
 
 class Bytes:
@@ -100,6 +100,27 @@ def test_address_round_trip_and_agreement_with_the_reference(host: tuple[str, st
     assert TcpAddress.parse(address.owned_by(PEER)).peer == PEER
 
 
+@given(ips | names, st.integers(1, 65_535))
+def test_circuit_address_round_trip_and_agreement_with_the_reference(host: tuple[str, str], port: int) -> None:
+    relay = TcpAddress(*host, port, RELAY)
+    circuit = relay.through(RELAY)
+    assert circuit == TcpAddress(*host, port, None, RELAY)
+    assert circuit.relay_address == relay
+    for address in (circuit, TcpAddress(*host, port, PEER, RELAY)):
+        assert TcpAddress.parse(str(address)) == address
+        assert TcpAddress.from_bytes(multiaddr.Multiaddr(str(address)).to_bytes()) == address
+    assert circuit.to_bytes() == multiaddr.Multiaddr(str(circuit)).to_bytes()
+    assert circuit.owned_by(PEER) == f"{relay}/p2p-circuit/p2p/{PEER}"
+
+
+def test_direct_public_addresses_come_first_and_circuits_before_local_ones() -> None:
+    local, link_local, loopback = (TcpAddress("ip4", host, 1) for host in ("10.0.0.1", "169.254.0.1", "127.0.0.1"))
+    name, public = TcpAddress("dns", "node.example", 1), TcpAddress("ip4", "1.1.1.1", 1)
+    circuit = TcpAddress("ip4", "1.1.1.2", 1).through(RELAY)
+    mixed = [loopback, link_local, local, circuit, name, public]
+    assert most_useful(mixed) == [name, public, circuit, local, link_local, loopback]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -123,6 +144,12 @@ def test_address_round_trip_and_agreement_with_the_reference(host: tuple[str, st
         "/dns/" + "x" * 300 + "/tcp/4001",
         "/ip4/127.0.0.1/tcp/4001/p2p/QmNonsense",
         "/ip4/127.0.0.1/tcp/4001/p2p/" + "1" * 500,
+        "/ip4/127.0.0.1/tcp/4001/p2p-circuit",
+        f"/ip4/127.0.0.1/tcp/4001/p2p-circuit/p2p/{PEER}",
+        f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}/p2p-circuit/p2p/{PEER}",
+        f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}/p2p-circuit/p2p-circuit",
+        f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}/p2p-circuit/p2p",
+        f"/ip4/127.0.0.1/tcp/4001/p2p/{PEER}/p2p/{PEER}",
     ],
 )
 def test_bad_address(text: str) -> None:

@@ -1,9 +1,10 @@
-"""Multiaddrs of TCP endpoints, as text and as bytes.
+"""Multiaddrs of TCP endpoints, direct and through a relay, as text and as bytes.
 
 Only the forms that this node can dial or listen at are understood: an IP address or host name, a TCP port, and
-optionally whom to expect there.
+optionally whom to expect there, or which relay is there and whom it leads to.
 
-Source: https://github.com/multiformats/multiaddr and its protocol table
+Source: https://github.com/multiformats/multiaddr and its protocol table; for circuits
+https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _PROTOCOLS = {code: protocol for protocol, code in {**_IP_CODES, **_NAME_CODES}.
 _IP_BYTES = {"ip4": 4, "ip6": 16}
 _TCP_CODE = 6
 _P2P_CODE = 421
+_CIRCUIT_CODE = 290
+_CIRCUIT = "p2p-circuit"
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _PORT = re.compile(r"0|[1-9][0-9]{0,4}")
 _MAX_PORT = 65_535
@@ -40,7 +43,7 @@ _HINT = "it looks like /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW..."
 
 @dataclass(frozen=True, slots=True)
 class TcpAddress:
-    """Where a TCP listener is, and who is expected there."""
+    """Where a TCP listener is, and who is expected there or behind it."""
 
     protocol: str
     """`ip4`, `ip6`, `dns`, `dns4` or `dns6`."""
@@ -49,29 +52,31 @@ class TcpAddress:
     port: int
     """TCP port; 0 only for listening."""
     peer: NodeId | None = None
-    """Whose it is, when the address says."""
+    """Whose address it is, when it says."""
+    relay: NodeId | None = None
+    """The relay that listens there and leads to the peer; None when the peer listens there itself."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/ID]`; raises LocalError for anything else."""
+        """Read a multiaddr; raises LocalError for anything but these.
+
+        `/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/ID]`, or `.../tcp/PORT/p2p/RELAY/p2p-circuit[/p2p/ID]`.
+        """
         if len(text) > MAX_ADDRESS_TEXT:
             msg = "the address is too long"
             raise LocalError(msg)
         match text.split("/"):
-            case ["", protocol, host, "tcp", port] if _PORT.fullmatch(port):
-                return cls(protocol, _canonical_host(protocol, host, text), _checked_port(port, text))
-            case ["", protocol, host, "tcp", port, "p2p", peer] if _PORT.fullmatch(port):
-                host = _canonical_host(protocol, host, text)
-                return cls(protocol, host, _checked_port(port, text), NodeId.parse(peer))
+            case ["", protocol, host, "tcp", port, *rest] if _PORT.fullmatch(port):
+                relay, peer = _parse_peers(rest, text)
+                return cls(protocol, _canonical_host(protocol, host, text), _checked_port(port, text), peer, relay)
             case _:
-                msg = f"{text!r} is not the multiaddr of a TCP endpoint"
-                raise LocalError(msg, hint=_HINT)
+                raise _not_an_address(text)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
         """Read the binary form that libp2p messages carry; raises LocalError when it is anything else."""
         try:
-            return cls._decode(raw)
+            return cls._decode(raw[:MAX_ADDRESS_TEXT])
         except (ValueError, IndexError) as error:
             msg = "not the binary multiaddr of a TCP endpoint"
             raise LocalError(msg) from error
@@ -91,28 +96,56 @@ class TcpAddress:
             msg = "not TCP"
             raise ValueError(msg)
         suffix = ""
-        if rest:
+        while rest:
             code, rest = split_varint(rest)
+            if code == _CIRCUIT_CODE:
+                suffix += f"/{_CIRCUIT}"
+                continue
             length, rest = split_varint(rest)
-            if code != _P2P_CODE or length != len(rest):
-                msg = "more than a TCP endpoint"
+            if code != _P2P_CODE or length > len(rest):
+                msg = "more than a TCP endpoint and peers"
                 raise ValueError(msg)
-            suffix = f"/p2p/{NodeId.from_peer_id(rest)}"
+            suffix += f"/p2p/{NodeId.from_peer_id(rest[:length])}"
+            rest = rest[length:]
         return cls.parse(f"/{protocol}/{host}/tcp/{port}{suffix}")
 
     def to_bytes(self) -> bytes:
-        """The binary form, without the peer."""
+        """The binary form, without the peer; that of a circuit names the relay."""
         if self.protocol in _IP_CODES:
             host = encode_varint(_IP_CODES[self.protocol]) + ipaddress.ip_address(self.host).packed
         else:
             name = self.host.encode("ascii")
             host = encode_varint(_NAME_CODES[self.protocol]) + encode_varint(len(name)) + name
-        return host + encode_varint(_TCP_CODE) + self.port.to_bytes(2)
+        endpoint = host + encode_varint(_TCP_CODE) + self.port.to_bytes(2)
+        if self.relay is None:
+            return endpoint
+        relay = self.relay.peer_id
+        return endpoint + encode_varint(_P2P_CODE) + encode_varint(len(relay)) + relay + encode_varint(_CIRCUIT_CODE)
 
     @property
     def transport(self) -> str:
-        """The address without the peer."""
-        return f"/{self.protocol}/{self.host}/tcp/{self.port}"
+        """The address without the peer; that of a circuit names the relay."""
+        endpoint = f"/{self.protocol}/{self.host}/tcp/{self.port}"
+        return endpoint if self.relay is None else f"{endpoint}/p2p/{self.relay}/{_CIRCUIT}"
+
+    @property
+    def is_ip(self) -> bool:
+        """Whether the host is an IP address and no name."""
+        return self.protocol in _IP_CODES
+
+    @property
+    def is_global(self) -> bool:
+        """Whether the host is an IP address to which the Internet routes; what a name stands for is not known."""
+        return self.is_ip and ipaddress.ip_address(self.host).is_global
+
+    @property
+    def relay_address(self) -> TcpAddress:
+        """Of a circuit: where its relay can be dialled."""
+        return TcpAddress(self.protocol, self.host, self.port, self.relay)
+
+    def through(self, relay: NodeId) -> TcpAddress:
+        """Of a relay's address: the circuit through it, to whomever it leads."""
+        return TcpAddress(self.protocol, self.host, self.port, None, relay)
 
     @property
     def is_loopback(self) -> bool:
@@ -127,6 +160,26 @@ class TcpAddress:
         return self.transport if self.peer is None else self.owned_by(self.peer)
 
 
+def _parse_peers(parts: list[str], text: str) -> tuple[NodeId | None, NodeId | None]:
+    """The relay and the peer named after a TCP port."""
+    match parts:
+        case []:
+            return None, None
+        case ["p2p", peer]:
+            return None, NodeId.parse(peer)
+        case ["p2p", relay, "p2p-circuit"]:
+            return NodeId.parse(relay), None
+        case ["p2p", relay, "p2p-circuit", "p2p", peer] if relay != peer:
+            return NodeId.parse(relay), NodeId.parse(peer)
+        case _:
+            raise _not_an_address(text)
+
+
+def _not_an_address(text: str) -> LocalError:
+    msg = f"{text!r} is not the multiaddr of a TCP endpoint"
+    return LocalError(msg, hint=_HINT)
+
+
 def _canonical_host(protocol: str, host: str, text: str) -> str:
     if protocol in _IP_CODES:
         try:
@@ -137,8 +190,7 @@ def _canonical_host(protocol: str, host: str, text: str) -> str:
             return str(address)
     elif protocol in _NAME_CODES and len(host) <= MAX_HOST_TEXT and _HOST_NAME.fullmatch(host):
         return host.lower()
-    msg = f"{text!r} is not the multiaddr of a TCP endpoint"
-    raise LocalError(msg, hint=_HINT)
+    raise _not_an_address(text)
 
 
 def _checked_port(port: str, text: str) -> int:
@@ -157,11 +209,11 @@ def expand_unspecified(protocol: str, host: str, port: int) -> list[TcpAddress]:
 
 
 def most_useful(addresses: Iterable[TcpAddress]) -> list[TcpAddress]:
-    """What a node with these IP addresses announces: at most MAX_ADDRESSES, those that most others can dial first.
+    """What a node with these addresses announces: at most MAX_ADDRESSES, those that most others can dial first.
 
-    Globally routable ones, then those of local networks, then link-local ones. Of the loopback addresses, which other
-    machines cannot use, one comes last if there is room, for nodes on the same machine; all of them if there are only
-    such.
+    Names and globally routable addresses, then circuits, then addresses of local networks, then link-local ones. Of the
+    loopback addresses, which other machines cannot use, one comes last if there is room, for nodes on the same machine;
+    all of them if there are only such.
     """
     all_addresses = list(addresses)
     reachable = sorted((address for address in all_addresses if not address.is_loopback), key=_narrowness)
@@ -170,9 +222,12 @@ def most_useful(addresses: Iterable[TcpAddress]) -> list[TcpAddress]:
 
 
 def _narrowness(address: TcpAddress) -> int:
-    """The larger, the fewer machines can dial it."""
-    ip = ipaddress.ip_address(address.host)
-    return 2 if ip.is_link_local else int(not ip.is_global)
+    """The larger, the fewer machines can dial it, or the more it costs."""
+    if address.relay is not None:
+        return 1
+    if not address.is_ip or address.is_global:
+        return 0
+    return 3 if ipaddress.ip_address(address.host).is_link_local else 2
 
 
 def parse_all(raw_addresses: Iterable[bytes], limit: int) -> list[TcpAddress]:
