@@ -111,7 +111,7 @@ async def _start_swarm(stack: AsyncExitStack, folder: Path, plan: _Plan, console
                 preload=False,
             )
         config = NodeConfig(
-            home=folder / name, network=NETWORK, bootstrap=bootstrap, provider=provider, models=plan.models
+            home=folder / name, network=NETWORK, bootstrap=bootstrap, provider=provider, model_store=plan.models
         )
         node = await stack.enter_async_context(open_node(config))
         console.print(f"  {name:<11} {node.node_id.short}  {node.addresses[0].partition('/p2p/')[0]}")

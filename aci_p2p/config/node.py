@@ -1,13 +1,13 @@
-"""What a node is told: one frozen dataclass for each part, with defaults that work without any file."""
+"""What a node and its parts are told, with defaults that work without any file."""
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from aci_p2p.config.paths import default_home, runtime_folder, socket_path, state_folder
 from aci_p2p.network.config import NetworkConfig
 from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
@@ -23,15 +23,6 @@ DEFAULT_SLOTS: Final = 4
 """Jobs at once; the default executor decodes as many in one batch with little loss."""
 
 _NETWORK_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
-
-
-def default_home() -> Path:
-    """Where a node keeps its keys, models and database: `$ACI_HOME`, else below the XDG data directory."""
-    home = os.environ.get("ACI_HOME")
-    if home:
-        return Path(home).expanduser()
-    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(data).expanduser() / "aci-p2p"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +73,14 @@ class NodeConfig:
     """Multiaddrs of nodes to join through, each with `/p2p/<peer id>`."""
     provider: ProviderConfig | None = None
     """What to serve; None: consume only."""
-    models: Path | None = None
+    model_store: Path | None = None
     """Directory of the model store; None: below `home`."""
+    state: Path | None = None
+    """Directory of what may be lost; None: below `home`, or the XDG state directory."""
+    runtime: Path | None = None
+    """Directory of the control socket; None: below `home`, or the XDG runtime directory."""
+    offline: bool = False
+    """Contact nobody that is not named: only `bootstrap`, and who dials us."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on a network id that topics and envelopes cannot carry."""
@@ -99,9 +96,29 @@ class NodeConfig:
     @property
     def models_path(self) -> Path:
         """Directory of the model store."""
-        return self.models or self.home / "models"
+        return self.model_store or self.home / "models"
 
     @property
     def database_path(self) -> Path:
         """File of the job database."""
         return self.home / "aci.sqlite3"
+
+    @property
+    def state_path(self) -> Path:
+        """Directory of what may be lost."""
+        return self.state or state_folder(self.home)
+
+    @property
+    def address_cache_path(self) -> Path:
+        """File of the nodes that this one knew, for coming back when no bootstrap node answers."""
+        return self.state_path / f"addresses-{self.key}.json"
+
+    @property
+    def runtime_path(self) -> Path:
+        """Directory of the control socket."""
+        return self.runtime or runtime_folder(self.home)
+
+    @property
+    def control_socket_path(self) -> Path:
+        """Unix socket that a running node answers on; its directory is made by `make_private_folder`."""
+        return socket_path(self.runtime_path, self.key)
