@@ -10,7 +10,7 @@ from typing import Final, Self
 
 import trio
 
-from aci_p2p.config import NodeConfig
+from aci_p2p.config import DEFAULT_BID_WINDOW_MS, DEFAULT_MAX_TOKENS, NodeConfig
 from aci_p2p.consumer import JobResult, JobUpdate, RunningJob
 from aci_p2p.executor import ModelStore
 from aci_p2p.node import Node, NodeParts, open_node
@@ -33,10 +33,6 @@ from aci_p2p.protocol.messages import (
 from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.proof import ProofFile, VerifiedProof, encode_proof, verify_proof
 
-DEFAULT_MAX_TOKENS: Final = 256
-"""Output tokens; a long paragraph."""
-DEFAULT_BID_WINDOW_MS: Final = 1_000
-"""Milliseconds to wait for bids when not all of them are known to come: five gossip hops between continents."""
 MILLI: Final = 1_000
 
 

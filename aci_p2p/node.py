@@ -146,7 +146,7 @@ async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None
                 config=config, parts=parts, sealer=sealer, network=network, market=market, discovery=discovery,
                 store=store,
             )  # fmt: skip
-            if config.provider is not None:
+            if config.provider is not None and config.provider.serve:
                 async with _providing(node, config.provider, parts, sealer):
                     yield node
                 return
@@ -190,7 +190,7 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
     opening = parts.open_executor() if parts.open_executor else open_process_executor(models, threads=config.threads)
     async with opening as executor, open_background() as nursery:
         offerings: list[Offering] = []
-        for name in config.models:
+        for name in config.models or tuple(model.name for model in models.list()):
             model = await executor.load(name) if config.preload else models.open(name)
             offerings.append(
                 Offering(model.name, model.root, model.context, config.input_token_price, config.output_token_price)

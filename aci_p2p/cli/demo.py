@@ -24,6 +24,7 @@ from aci_p2p.executor import ModelStore
 from aci_p2p.executor.sources import fetch_default
 from aci_p2p.files import write_atomically
 from aci_p2p.node import Node, open_node
+from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.messages import MAX_TOKENS
 from aci_p2p.protocol.pricing import format_amount
 from aci_p2p.protocol.proof import CHECKS, LIMITATIONS, encode_proof, verify_proof
@@ -106,6 +107,7 @@ async def _start_swarm(stack: AsyncExitStack, folder: Path, plan: _Plan, console
         provider = None
         if percent:
             provider = ProviderConfig(
+                models=(DEFAULT_MODEL,),
                 input_token_price=DEFAULT_INPUT_PRICE * percent // 100,
                 output_token_price=DEFAULT_OUTPUT_PRICE * percent // 100,
                 preload=False,

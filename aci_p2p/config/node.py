@@ -11,8 +11,11 @@ from aci_p2p.config.paths import default_home, runtime_folder, socket_path, stat
 from aci_p2p.network.config import NetworkConfig
 from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.messages import MAX_LATENCY_MS, MAX_TEMPERATURE_MILLI, MAX_TOKENS
 from aci_p2p.protocol.pricing import ONE_ACI
 
+DEFAULT_LISTEN: Final = "/ip4/0.0.0.0/tcp/9400"
+"""All interfaces, on a port that firewalls can be opened for."""
 DEFAULT_NETWORK: Final = "aci-main"
 """Network id of the public network."""
 DEFAULT_INPUT_PRICE: Final = ONE_ACI // 1_000_000
@@ -21,6 +24,16 @@ DEFAULT_OUTPUT_PRICE: Final = 4 * ONE_ACI // 1_000_000
 """Base units for each output token: 4 ACI for a million."""
 DEFAULT_SLOTS: Final = 4
 """Jobs at once; the default executor decodes as many in one batch with little loss."""
+MAX_SLOTS: Final = 1_024
+"""Jobs at once, and threads, that a node can be told: more than any machine has use for."""
+DEFAULT_MAX_TOKENS: Final = 256
+"""Output tokens; a long paragraph."""
+DEFAULT_BID_WINDOW_MS: Final = 1_000
+"""Milliseconds to wait for bids when not all of them are known to come: five gossip hops between continents."""
+MAX_BID_WINDOW_MS: Final = 10_000
+"""Milliseconds; a person waits, and nobody believes in an answer after ten seconds of silence."""
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+"""From most to least."""
 
 _NETWORK_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
@@ -29,8 +42,10 @@ _NETWORK_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 class ProviderConfig:
     """What a node serves, and for how much."""
 
-    models: tuple[str, ...] = (DEFAULT_MODEL,)
-    """Names in the model store."""
+    serve: bool = True
+    """Serve at all."""
+    models: tuple[str, ...] = ()
+    """Names in the model store; none: every model that is in it."""
     input_token_price: int = DEFAULT_INPUT_PRICE
     """Base units (10^-18 ACI) for each prompt token."""
     output_token_price: int = DEFAULT_OUTPUT_PRICE
@@ -44,15 +59,61 @@ class ProviderConfig:
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that cannot work."""
-        if not self.models:
-            msg = "a provider serves at least one model"
-            raise LocalError(msg)
-        if self.slots < 1 or (self.threads is not None and self.threads < 1):
-            msg = "slots and threads are at least 1"
+        if not 1 <= self.slots <= MAX_SLOTS or not 1 <= (self.threads or 1) <= MAX_SLOTS or self.threads == 0:
+            msg = f"slots and threads are between 1 and {MAX_SLOTS}"
             raise LocalError(msg)
         if self.input_token_price < 0 or self.output_token_price < 0:
             msg = "prices are not negative"
             raise LocalError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """What the command line asks for when it is told no more than a question."""
+
+    model: str = DEFAULT_MODEL
+    """Name, or weights root in hex."""
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    """Longest answer, tokens."""
+    temperature: float = 0.0
+    """0 is greedy; at most MAX_TEMPERATURE_MILLI thousandths."""
+    max_price: int = ONE_ACI
+    """Most to pay for the whole job, base units (10^-18 ACI)."""
+    max_latency_ms: int = MAX_LATENCY_MS
+    """Longest promised time to the first token, milliseconds."""
+    bid_window_ms: int = DEFAULT_BID_WINDOW_MS
+    """Longest wait for bids, milliseconds."""
+
+    def __post_init__(self) -> None:
+        """Raises LocalError on values that an offer cannot carry."""
+        for name, value, most in (
+            ("max_tokens", self.max_tokens, MAX_TOKENS),
+            ("max_latency_ms", self.max_latency_ms, MAX_LATENCY_MS),
+            ("bid_window_ms", self.bid_window_ms, MAX_BID_WINDOW_MS),
+        ):
+            if not 1 <= value <= most:
+                msg = f"{name} is between 1 and {most}"
+                raise LocalError(msg)
+        if not 0 <= self.temperature <= MAX_TEMPERATURE_MILLI / 1_000:
+            msg = f"the temperature is between 0 and {MAX_TEMPERATURE_MILLI // 1_000}"
+            raise LocalError(msg)
+        if self.max_price < 0:
+            msg = "prices are not negative"
+            raise LocalError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """What a node says on standard error."""
+
+    level: str = "info"
+    """The least that is said: one of LOG_LEVELS."""
+
+    def __post_init__(self) -> None:
+        """Raises LocalError on an unknown level."""
+        if self.level not in LOG_LEVELS:
+            msg = f"{self.level!r} is no log level"
+            raise LocalError(msg, hint=f"one of {', '.join(LOG_LEVELS)}")
 
 
 @dataclass(frozen=True, slots=True)
