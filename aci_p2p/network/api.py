@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-from aci_p2p.protocol.errors import RemoteError, ResourceError
+from aci_p2p.protocol.errors import LocalError, RemoteError, ResourceError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import Validation
 
@@ -46,6 +46,12 @@ class AddressInUse(ResourceError):
     """A listen address is taken by another program."""
 
     code = "address_in_use"
+
+
+class DialledOurselves(LocalError):
+    """The peer to dial is this node, or the one that answered was."""
+
+    code = "dialled_ourselves"
 
 
 class Stream(ABC):
@@ -206,7 +212,7 @@ class Network(ABC):
         """Dial a multiaddr, with `/p2p/<peer id>` if it matters who answers; a no-op when connected to that peer.
 
         Names are resolved with the system's resolver and all their IP addresses tried; `/dnsaddr` is not for here.
-        Raises LocalError, PeerUnreachable.
+        Raises LocalError for what is no address (DialledOurselves for one that leads to us), PeerUnreachable.
         """
 
     @abstractmethod

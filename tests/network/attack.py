@@ -16,7 +16,7 @@ from aci_p2p.network.libp2p import yamux
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.negotiation import select_outbound
-from aci_p2p.network.libp2p.secure import ConnectionLost, SecureChannel, Security, TcpChannel
+from aci_p2p.network.libp2p.secure import ConnectionLost, SecureChannel, Security
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import ACCEPTED, Decision, Reason, Validation
@@ -49,8 +49,7 @@ class Target:
 
     async def secure(self, key: KeyPair = ATTACKER) -> SecureChannel:
         """An encrypted connection to it on which the attacker speaks yamux by hand."""
-        channel = TcpChannel(await self.tcp(), is_initiator=True)
-        secure = await Security(key).secure_outbound(channel, self.node_id)
+        secure = await Security(key).secure_outbound(await self.tcp(), self.node_id)
         await select_outbound(secure, yamux.PROTOCOL)
         return secure
 

@@ -25,7 +25,7 @@ from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.negotiation import NegotiationError, encode_message, select_outbound
 from aci_p2p.network.libp2p.network import Libp2pNetwork
-from aci_p2p.network.libp2p.secure import ConnectionLost, TcpChannel
+from aci_p2p.network.libp2p.secure import ConnectionLost, RawChannel
 from aci_p2p.network.libp2p.varint import encode_varint, prefixed
 from aci_p2p.network.libp2p.yamux import StreamReset, YamuxStream
 from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
@@ -85,7 +85,7 @@ async def test_connections_reset_at_once(victim: Victim) -> None:
 
 
 async def test_plaintext_is_refused(victim: Victim) -> None:
-    stream = TcpChannel(await victim.tcp(), is_initiator=True)
+    stream = RawChannel(await victim.tcp(), is_initiator=True)
     with pytest.raises(NegotiationError), trio.fail_after(5):
         await select_outbound(stream, "/plaintext/2.0.0")
     await stream.close()
@@ -93,7 +93,7 @@ async def test_plaintext_is_refused(victim: Victim) -> None:
 
 
 async def test_other_kind_of_key_is_refused(victim: Victim) -> None:
-    channel = TcpChannel(await victim.tcp(), is_initiator=True)
+    channel = RawChannel(await victim.tcp(), is_initiator=True)
     await select_outbound(channel, "/noise")
     transport = NoiseTransport(create_secp256k1_key_pair(), noise_privkey=create_x25519_key_pair().private_key)
     connection = await transport.secure_outbound(channel, ID(victim.network.node_id.peer_id))
@@ -327,8 +327,8 @@ async def test_same_peer_connects_again_and_again(victim: Victim) -> None:
             await stack.enter_async_context(victim.attacked_by_host())
         assert list(victim.network.peers) == [ATTACKER.node_id]
         assert isinstance(victim.network, Libp2pNetwork)
-        kept = victim.network._host._connections[ATTACKER.node_id]
-        await eventually(lambda: len(kept) == 1)
+        kept = victim.network._host.connections
+        await eventually(lambda: len(kept.of(ATTACKER.node_id)) == 1)
 
 
 @pytest.mark.slow

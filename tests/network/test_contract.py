@@ -42,7 +42,7 @@ async def test_peer_that_left_is_forgotten(open_network: Opener) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "nonsense", "/ip4/127.0.0.1/tcp/1", "/memory/1", "/ip4/1/tcp/2/p2p/x", "/" * 600]
+    "address", ["", "nonsense", "/ip4/127.0.0.1/tcp/0", "/memory/x", "/ip4/1/tcp/2/p2p/x", "/" * 600]
 )
 async def test_bad_address_is_our_own_fault(open_network: Opener, address: str) -> None:
     async with open_network(1) as network:

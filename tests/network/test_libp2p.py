@@ -18,11 +18,11 @@ import trio
 
 from aci_p2p.network import MAX_FRAME_BYTES, AddressInUse, Network, PeerUnreachable, StreamClosed
 from aci_p2p.network.config import NetworkConfig
-from aci_p2p.network.libp2p import addresses, host, kademlia, network, open_libp2p_network
+from aci_p2p.network.libp2p import addresses, connections, host, kademlia, network, open_libp2p_network, upgrade
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.negotiation import select_inbound
-from aci_p2p.network.libp2p.secure import Security, TcpChannel
+from aci_p2p.network.libp2p.secure import RawChannel, Security
 from aci_p2p.network.libp2p.yamux import Yamux, YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
 from aci_p2p.protocol.errors import LocalError
@@ -156,7 +156,7 @@ async def test_unreachable_peer_says_why(open_libp2p: Opener) -> None:
 
 async def test_unknown_host_name_is_said(open_libp2p: Opener) -> None:
     async with open_libp2p(1) as network:
-        with pytest.raises(PeerUnreachable, match=r"/dns/nowhere\.invalid/tcp/1 cannot be dialled"):
+        with pytest.raises(PeerUnreachable, match=r"/dns/nowhere\.invalid/tcp/1 cannot be resolved"):
             await network.connect(f"/dns/nowhere.invalid/tcp/1/p2p/{STRANGER}")
 
 
@@ -167,7 +167,7 @@ async def test_host_name_is_resolved(open_libp2p: Opener) -> None:
 
 
 async def test_silent_listener_is_given_up(open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "HANDSHAKE_SECONDS", 0.1)
+    monkeypatch.setattr(upgrade, "HANDSHAKE_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         async with open_libp2p(1) as network:
             with trio.fail_after(2), pytest.raises(PeerUnreachable):
@@ -219,7 +219,7 @@ async def test_cancelled_dial_leaves_nothing(open_libp2p: Opener) -> None:
 
 
 async def test_connections_are_bounded(open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "MAX_INBOUND_CONNECTIONS", 2)
+    monkeypatch.setattr(connections, "MAX_INBOUND_CONNECTIONS", 2)
     async with open_libp2p(1) as network, open_libp2p(2) as a, open_libp2p(3) as b, open_libp2p(4) as c:
         await a.connect(network.addresses[0])
         await b.connect(network.addresses[0])
@@ -229,20 +229,20 @@ async def test_connections_are_bounded(open_libp2p: Opener, monkeypatch: pytest.
 
 
 async def test_oldest_idle_connection_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
     async with open_background() as nursery:
         dialler, *others = (Host(make_key(number), nursery) for number in range(1, 7))
         for other in others:
             await other.listen(TcpAddress.parse("/ip4/127.0.0.1/tcp/0"))
         busy, *_ = [await dialler.dial(other.node_id, other.addresses) for other in others[:3]]
-        streams = [busy.muxer.open_stream() for _ in range(host.IDLE_STREAMS + 1)]
+        streams = [busy.muxer.open_stream() for _ in range(connections.IDLE_STREAMS + 1)]
         await dialler.dial(others[3].node_id, others[3].addresses)
         assert set(dialler.peers) == {others[index].node_id for index in (0, 2, 3)}
         streams[0].reset()
         await dialler.dial(others[4].node_id, others[4].addresses)
         assert set(dialler.peers) == {others[index].node_id for index in (2, 3, 4)}
         for connection in [await dialler.dial(other.node_id) for other in others[2:]]:
-            for _ in range(host.IDLE_STREAMS + 1):
+            for _ in range(connections.IDLE_STREAMS + 1):
                 connection.muxer.open_stream()
         with pytest.raises(PeerUnreachable, match="in use"):
             await dialler.dial(others[0].node_id)
@@ -293,7 +293,7 @@ async def test_address_book() -> None:
         for number in range(MAX_KNOWN_PEERS):
             book.learn(NodeId(number.to_bytes(32)), [own])
         assert book.known(peer) == ()
-        assert len(book._known) == MAX_KNOWN_PEERS
+        assert len(book.book._addresses) == MAX_KNOWN_PEERS
 
 
 async def test_star_of_five_finds_providers_quickly(open_libp2p: Opener) -> None:
@@ -347,7 +347,7 @@ def fail_at_once(*_: object) -> bytes:
     raise ZeroDivisionError
 
 
-async def fail_on_streams(channel: TcpChannel | YamuxStream, protocols: Container[str]) -> str:
+async def fail_on_streams(channel: RawChannel | YamuxStream, protocols: Container[str]) -> str:
     """A bug of ours in the negotiation of streams; that of connections works."""
     if isinstance(channel, YamuxStream):
         raise ZeroDivisionError

@@ -17,7 +17,8 @@ from libp2p.pubsub.pb.rpc_pb2 import RPC
 
 from aci_p2p.network.api import GossipMessage, GossipValidator, PeerUnreachable, Subscription
 from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, judge
-from aci_p2p.network.libp2p.host import Connection, Host
+from aci_p2p.network.libp2p.connections import Connection
+from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.router import HEARTBEAT_SECONDS, Incoming, Router
 from aci_p2p.network.libp2p.varint import prefixed, split_prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream

@@ -1,4 +1,4 @@
-"""Connections: listening, dialling, upgrading, and the streams on them.
+"""Our end of every connection: listening, the streams on connections, and the protocols served on them.
 
 Takes the place of py-libp2p's `Swarm` and `BasicHost`, in which an exception in any stream handler ends the host,
 an inbound slot is never given back, a dial waits 250 ms for nothing, only one address of a peer is tried, a port can
@@ -11,70 +11,38 @@ nothing that a peer does raises out of them.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import logging
-import os
-import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from random import Random, SystemRandom
 
 import trio
 
-from aci_p2p.network.api import AddressInUse, ConnectionInfo, KnownPeer, PeerUnreachable
+from aci_p2p.network.api import AddressInUse, PeerUnreachable, Reachability
+from aci_p2p.network.libp2p.address_book import AddressBook
 from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, most_useful
+from aci_p2p.network.libp2p.connections import LOOPBACK, Connection, Connections, source_of
+from aci_p2p.network.libp2p.dialling import Dialler, Reached
 from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound, select_outbound
-from aci_p2p.network.libp2p.secure import ConnectionLost, Security, TcpChannel
-from aci_p2p.network.libp2p.yamux import PROTOCOL as YAMUX
-from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, Yamux, YamuxStream
-from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER
+from aci_p2p.network.libp2p.secure import ByteStream, Security
+from aci_p2p.network.libp2p.upgrade import HANDSHAKE_SECONDS, multiplex_outbound, secure_outbound, upgrade_inbound
+from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
+from aci_p2p.network.limits import MAX_STREAMS, MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 
-MAX_CONNECTIONS = 512
-"""Connections kept. Each costs a socket, four tasks and at most 5 MiB of buffers."""
-MAX_INBOUND_CONNECTIONS = 384
-"""Connections of which peers may have dialled so many: strangers cannot keep us from dialling."""
-IDLE_STREAMS = 2
-"""Streams of a connection that is not in use: gossip has one each way."""
-MAX_CONNECTIONS_PER_ADDRESS = 32
-"""Inbound connections kept from one IP address, loopback excepted (a NAT may hide several nodes)."""
 MAX_HANDSHAKES = 256
 """Inbound handshakes under way; one more ends the oldest, so that silent connections cannot lock honest ones out."""
-MAX_HANDSHAKES_PER_ADDRESS = 16
-"""Inbound handshakes under way from one IP address, loopback excepted; one more ends its oldest."""
-HANDSHAKE_SECONDS = 10.0
-"""Time from a TCP connection to a multiplexed one, seconds: five round trips and two signatures."""
-DIAL_SECONDS = 5.0
-"""Time for one address to take our TCP connection, seconds."""
+MAX_HANDSHAKES_PER_SOURCE = 16
+"""Inbound handshakes under way from one source, loopback excepted; one more ends its oldest."""
 NEGOTIATION_SECONDS = 10.0
 """Time to agree on a stream's protocol, seconds."""
-BAN_SECONDS = 60.0
-"""How long a peer that was thrown out is neither dialled nor let in, seconds."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
 
 log = logging.getLogger("aci_p2p.network")
-
-
-@dataclass(eq=False, slots=True)
-class Connection:
-    """One multiplexed, authenticated connection."""
-
-    peer: NodeId
-    """Who is on the other side."""
-    muxer: Yamux
-    """Its streams."""
-    outbound: bool
-    """Whether we dialled it."""
-    address: str
-    """IP address of the other side."""
-    place: TcpAddress
-    """Where we dialled it, or where it came from."""
-    opened: float
-    """When it was made, in trio's time."""
 
 
 @dataclass(slots=True)
@@ -86,54 +54,30 @@ class _Protocol:
 class Host:
     """Our end of every connection."""
 
-    def __init__(self, key: KeyPair, nursery: trio.Nursery) -> None:
-        """`nursery` holds all tasks of the host."""
+    def __init__(self, key: KeyPair, nursery: trio.Nursery, random: Random | None = None) -> None:
+        """`nursery` holds all tasks of the host; `random` spreads attempts in time."""
         self.node_id = key.node_id
+        self.book = AddressBook(key.node_id, random or SystemRandom())
+        self.connections = Connections(key.node_id)
         self._security = Security(key)
+        self.dialler = Dialler(self._security, self.connections, self.book, self._establish)
+        self.reachability = Reachability.UNKNOWN
         self._nursery = nursery
-        self._connections: dict[NodeId, list[Connection]] = {}
-        self._known: OrderedDict[NodeId, tuple[TcpAddress, ...]] = OrderedDict()
-        self._connected: OrderedDict[NodeId, None] = OrderedDict()
-        self._banned: OrderedDict[NodeId, float] = OrderedDict()
-        self._dials: dict[NodeId, trio.Event] = {}
         self._protocols: dict[str, _Protocol] = {}
         self._handshakes: OrderedDict[trio.CancelScope, str] = OrderedDict()
         self._inbound_streams: dict[NodeId, int] = {}
         self._bound: list[TcpAddress] = []
+        self._announced: dict[str, tuple[TcpAddress, ...]] = {}
         self.handler_failures = 0
-        self.on_connected: list[Callable[[Connection], None]] = []
-        self.on_disconnected: list[Callable[[NodeId], None]] = []
+        self.on_connected = self.connections.on_connected
+        self.on_disconnected = self.connections.on_disconnected
+        self.on_moved = self.connections.on_moved
+        self.on_changed: list[Callable[[], None]] = []
 
     @property
     def peers(self) -> tuple[NodeId, ...]:
         """Connected peers."""
-        return tuple(self._connections)
-
-    def describe_connections(self) -> tuple[ConnectionInfo, ...]:
-        """See `Network.connections`."""
-        now = trio.current_time()
-        return tuple(
-            ConnectionInfo(
-                peer=one.peer,
-                address=str(one.place),
-                outbound=one.outbound,
-                relay=None,
-                age_s=now - one.opened,
-                round_trip_ms=None,
-                streams=one.muxer.stream_count,
-                agent="",
-                score=0.0,
-            )
-            for one in sorted(self._all_connections(), key=lambda one: one.opened)
-        )
-
-    def known_peers(self) -> tuple[KnownPeer, ...]:
-        """See `Network.known_peers`."""
-        return tuple(
-            KnownPeer(peer, tuple(address.owned_by(peer) for address in self.known(peer)))
-            for peer in reversed(self._connected)
-            if self.known(peer)
-        )
+        return self.connections.peers
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -143,13 +87,48 @@ class Host:
     @property
     def addresses(self) -> list[TcpAddress]:
         """Where we can be dialled, the most useful addresses first."""
-        return most_useful(
+        announced = [address for several in self._announced.values() for address in several]
+        bound = [
             address for bound in self._bound for address in expand_unspecified(bound.protocol, bound.host, bound.port)
-        )
+        ]
+        return most_useful(dict.fromkeys([*announced, *bound]))
+
+    @property
+    def bound_addresses(self) -> tuple[TcpAddress, ...]:
+        """Where we listen, as bound: with port, but `0.0.0.0` for every interface."""
+        return tuple(self._bound)
+
+    def announce(self, reason: str, addresses: Sequence[TcpAddress]) -> None:
+        """Add addresses at which others can dial us to those where we listen; replaces what the reason had before."""
+        if self._announced.get(reason, ()) != tuple(addresses):
+            self._announced[reason] = tuple(addresses)
+            self._notify_changed()
+
+    def _notify_changed(self) -> None:
+        for notify in self.on_changed:
+            notify()
+
+    def connection(self, peer: NodeId) -> Connection | None:
+        """The connection to use for a peer."""
+        return self.connections.preferred(peer)
+
+    def learn(self, peer: NodeId, addresses: Sequence[TcpAddress], *, hearsay: bool = False) -> None:
+        """See `AddressBook.learn`."""
+        self.book.learn(peer, addresses, hearsay=hearsay)
+
+    def known(self, peer: NodeId) -> tuple[TcpAddress, ...]:
+        """See `AddressBook.known`."""
+        return self.book.known(peer)
+
+    def usable_by(self, peer: NodeId, addresses: Sequence[TcpAddress]) -> list[TcpAddress]:
+        """Those of the addresses that make sense to a peer: loopback only when it is on this machine itself."""
+        connection = self.connections.preferred(peer)
+        is_local = connection is not None and connection.is_local
+        return [address for address in addresses if is_local or not address.is_loopback]
 
     async def listen(self, address: TcpAddress) -> None:
         """Accept connections at an address. Raises AddressInUse, LocalError."""
-        if not address.protocol.startswith("ip"):
+        if not address.is_ip or address.relay is not None:
             msg = f"cannot listen on {address}: give an IP address"
             raise LocalError(msg)
         try:
@@ -177,23 +156,23 @@ class Host:
                     continue
                 self._nursery.start_soon(self._handle_inbound, stream)
 
-    def _end_oldest_handshake(self, address: str | None) -> None:
+    def _end_oldest_handshake(self, source: str | None) -> None:
         for scope, other in self._handshakes.items():
-            if address is None or other == address:
+            if source is None or other == source:
                 scope.cancel()
                 del self._handshakes[scope]
                 return
 
     @contextmanager
-    def _handshaking(self, address: str) -> Generator[None]:
+    def _handshaking(self, source: str) -> Generator[None]:
         """Bound inbound handshakes in time and number."""
-        of_address = sum(other == address for other in self._handshakes.values())
-        if of_address >= MAX_HANDSHAKES_PER_ADDRESS and not _is_loopback(address):
-            self._end_oldest_handshake(address)
+        of_source = sum(other == source for other in self._handshakes.values())
+        if of_source >= MAX_HANDSHAKES_PER_SOURCE and source != LOOPBACK:
+            self._end_oldest_handshake(source)
         elif len(self._handshakes) >= MAX_HANDSHAKES:
             self._end_oldest_handshake(None)
         with trio.move_on_after(HANDSHAKE_SECONDS) as scope:
-            self._handshakes[scope] = address
+            self._handshakes[scope] = source
             try:
                 yield
             finally:
@@ -201,50 +180,81 @@ class Host:
 
     async def _handle_inbound(self, stream: trio.SocketStream) -> None:
         try:
-            address, port = stream.socket.getpeername()[:2]
+            ip, port = stream.socket.getpeername()[:2]
         except OSError:
             await stream.aclose()
             return
-        channel = TcpChannel(stream, is_initiator=False)
-        connection: Connection | None = None
+        place = TcpAddress("ip6" if ":" in ip else "ip4", ip, port)
         try:
-            with self._handshaking(address):
-                if self._has_room_for(address):
-                    secure = await self._security.secure_inbound(channel)
-                    await select_inbound(secure, (YAMUX,))
-                    place = TcpAddress("ip6" if ":" in address else "ip4", address, port)
-                    muxer = Yamux(secure, is_initiator=False)
-                    connection = Connection(secure.peer, muxer, False, address, place, trio.current_time())  # noqa: FBT003
-            if connection is not None and connection.peer != self.node_id and not self._is_banned(connection.peer):
-                self._add(connection)
+            connection = await self._upgrade_inbound(stream, place, source_of(ip), None)
+            if connection is not None:
                 await self._serve_connection(connection)
         except Exception:  # whatever a stranger sends ends its own connection and nothing else
-            log.debug("the connection from %s failed", address, exc_info=True)
+            log.debug("the connection from %s failed", ip, exc_info=True)
         finally:
             await stream.aclose()
 
-    def _all_connections(self) -> list[Connection]:
-        return [connection for several in self._connections.values() for connection in several]
+    async def _upgrade_inbound(
+        self, stream: ByteStream, place: TcpAddress, source: str, relay: NodeId | None
+    ) -> Connection | None:
+        """A connection of a stream that a peer opened, entered in the table; None when it is not taken."""
+        connection: Connection | None = None
+        with self._handshaking(source):
+            if self.connections.has_room_for(source):
+                peer, muxer = await upgrade_inbound(self._security, stream)
+                if peer != self.node_id and not self.connections.is_banned(peer):
+                    opened = trio.current_time()
+                    connection = Connection(peer, muxer, False, place, source, opened, relay)  # noqa: FBT003
+                    self._add(connection)
+        return connection
 
-    def _has_room_for(self, address: str) -> bool:
-        """Whether another inbound connection is taken."""
-        inbound = [connection for connection in self._all_connections() if not connection.outbound]
-        if len(inbound) >= MAX_INBOUND_CONNECTIONS:
-            return False
-        if _is_loopback(address):
-            return True
-        return sum(connection.address == address for connection in inbound) < MAX_CONNECTIONS_PER_ADDRESS
+    async def adopt_inbound(self, stream: ByteStream, place: TcpAddress, relay: NodeId | None) -> None:
+        """Serve a connection over a stream that a peer opened to us through a relay or a hole in our NAT, till it ends.
 
-    async def _make_room(self) -> None:
-        """Before another connection is dialled, close the oldest idle one if need be; raises PeerUnreachable."""
-        connections = self._all_connections()
-        if len(connections) < MAX_CONNECTIONS:
-            return
-        idle = [one for one in connections if one.outbound and one.muxer.stream_count <= IDLE_STREAMS]
-        if not idle:
-            msg = f"all {MAX_CONNECTIONS} connections are in use"
-            raise PeerUnreachable(msg)
-        await idle[0].muxer.close()
+        The stream is closed then. `place` is where it came from. Never raises for what the peer does.
+        """
+        try:
+            connection = await self._upgrade_inbound(stream, place, _source(place, relay), relay)
+            if connection is not None:
+                await self._serve_connection(connection)
+        except Exception:  # as for connections over TCP
+            log.debug("the connection from %s failed", place, exc_info=True)
+        finally:
+            await stream.aclose()
+
+    async def adopt_outbound(
+        self, stream: ByteStream, peer: NodeId, place: TcpAddress, relay: NodeId | None
+    ) -> Connection:
+        """Make a connection of a stream that we opened to a peer through a relay, or a hole in its NAT.
+
+        The stream is closed with the connection, or at once on failure. Raises PeerUnreachable.
+        """
+        secure = await secure_outbound(self._security, stream, peer, place.transport)
+        return await self._establish(Reached(secure, place, _source(place, relay), relay))
+
+    async def _establish(self, reached: Reached) -> Connection:
+        """The connection to whom we have reached. Raises PeerUnreachable."""
+        place = reached.place.transport
+        peer = reached.secure.peer
+        muxer = await multiplex_outbound(reached.secure, place)
+        connection = Connection(peer, muxer, True, reached.place, reached.source, trio.current_time(), reached.relay)  # noqa: FBT003
+        self._add(connection)
+        self._nursery.start_soon(self._serve_connection, connection)
+        try:
+            # Once it answers, the peer counts us among its connections, too.
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                await muxer.ping()
+        except (StreamReset, trio.TooSlowError) as error:
+            await muxer.close()
+            msg = f"{place} closes the connection"
+            raise PeerUnreachable(msg) from error
+        self.book.worked(peer, reached.place)
+        return connection
+
+    def _add(self, connection: Connection) -> None:
+        self.book.connected(connection.peer)
+        for lost in self.connections.add(connection):
+            self._nursery.start_soon(lost.muxer.close)
 
     async def _serve_connection(self, connection: Connection) -> None:
         """Hold a connection until it ends."""
@@ -253,152 +263,22 @@ class Host:
         except Exception:  # a broken connection is a disconnected peer
             log.debug("the connection to %s broke", connection.peer.short, exc_info=True)
         finally:
-            self._remove(connection)
-
-    def _add(self, connection: Connection) -> None:
-        several = self._connections.setdefault(connection.peer, [])
-        for other in several:
-            # A second connection in the same direction: the peer lost the first one and has come back.
-            if other.outbound == connection.outbound:
-                self._nursery.start_soon(other.muxer.close)
-        several.append(connection)
-        self._connected[connection.peer] = None
-        self._connected.move_to_end(connection.peer)
-        if len(self._connected) > MAX_KNOWN_PEERS:
-            self._connected.popitem(last=False)
-        if len(several) == 1:
-            for notify in self.on_connected:
-                notify(connection)
-
-    def _remove(self, connection: Connection) -> None:
-        several = self._connections[connection.peer]
-        several.remove(connection)
-        if not several:
-            del self._connections[connection.peer]
-            for notify in self.on_disconnected:
-                notify(connection.peer)
-
-    def connection(self, peer: NodeId) -> Connection | None:
-        """The connection to use for a peer.
-
-        When both sides have dialled each other at once, both use the one that the smaller identity dialled.
-        """
-        usable = [one for one in self._connections.get(peer, []) if not one.muxer.is_closed]
-        return max(usable, key=lambda one: one.outbound == (self.node_id < peer), default=None)
-
-    def learn(self, peer: NodeId, addresses: Sequence[TcpAddress], *, hearsay: bool = False) -> None:
-        """Remember where a peer may be dialled: at most MAX_ADDRESSES_PER_PEER, what the peer itself says first.
-
-        `hearsay` (from another peer) never displaces an address that is known already.
-        """
-        usable = [address for address in addresses if address.port and address.peer in {None, peer}]
-        if peer == self.node_id or not usable:
-            return
-        known = self._known.get(peer, ())
-        merged = dict.fromkeys([*known, *usable] if hearsay else [*usable, *known])
-        self._known[peer] = tuple(merged)[:MAX_ADDRESSES_PER_PEER]
-        self._known.move_to_end(peer)
-        if len(self._known) > MAX_KNOWN_PEERS:
-            self._known.popitem(last=False)
-
-    def known(self, peer: NodeId) -> tuple[TcpAddress, ...]:
-        """Where a peer may be dialled."""
-        return self._known.get(peer, ())
-
-    def usable_by(self, peer: NodeId, addresses: Sequence[TcpAddress]) -> list[TcpAddress]:
-        """Those of the addresses that make sense to a peer: loopback only when it is on this machine itself."""
-        connection = self.connection(peer)
-        is_local = connection is not None and _is_loopback(connection.address)
-        return [address for address in addresses if is_local or not address.is_loopback]
+            self.connections.remove(connection)
 
     async def dial(self, peer: NodeId, addresses: Sequence[TcpAddress] = ()) -> Connection:
-        """The connection to a peer, made when there is none. Raises PeerUnreachable."""
-        await trio.lowlevel.checkpoint()
-        while True:
-            if (connection := self.connection(peer)) is not None:
-                return connection
-            if (dial := self._dials.get(peer)) is None:
-                break
-            await dial.wait()
-        if peer == self.node_id:
-            msg = "cannot connect to ourselves"
-            raise LocalError(msg)
-        if self._is_banned(peer):
-            msg = f"{peer.short} was thrown out for what it sent; not dialled for a while"
-            raise PeerUnreachable(msg)
-        self._dials[peer] = trio.Event()
-        try:
-            await self._make_room()
-            return await self._dial_each(peer, addresses or self.known(peer))
-        finally:
-            self._dials.pop(peer).set()
-
-    async def _dial_each(self, peer: NodeId, addresses: Sequence[TcpAddress]) -> Connection:
-        failures: list[str] = []
-        for address in addresses:
-            try:
-                return await self._dial_address(peer, address)
-            except PeerUnreachable as error:
-                failures.append(error.message)
-        msg = f"{peer.short} cannot be reached: {'; '.join(failures) or 'no address is known'}"
-        raise PeerUnreachable(msg)
-
-    async def _dial_address(self, peer: NodeId, address: TcpAddress) -> Connection:
-        place = address.transport
-        try:
-            with trio.fail_after(DIAL_SECONDS):
-                stream = await trio.open_tcp_stream(address.host, address.port)
-        except trio.TooSlowError:
-            msg = f"{place} does not answer"
-            raise PeerUnreachable(msg) from None
-        except OSError as error:
-            msg = f"{place} cannot be dialled: {_reason(error)}"
-            raise PeerUnreachable(msg) from error
-        try:
-            with trio.fail_after(HANDSHAKE_SECONDS):
-                secure = await self._security.secure_outbound(TcpChannel(stream, is_initiator=True), peer)
-                await select_outbound(secure, YAMUX)
-        except (ConnectionLost, trio.TooSlowError) as error:
-            await stream.aclose()
-            msg = f"{place} does not complete the handshake"
-            raise PeerUnreachable(msg) from error
-        except Exception as error:
-            log.debug("the handshake with %s failed", place, exc_info=True)
-            await stream.aclose()
-            msg = f"{place} is not {peer.short} speaking libp2p"
-            raise PeerUnreachable(msg) from error
-        except BaseException:
-            await stream.aclose()
-            raise
-        muxer = Yamux(secure, is_initiator=True)
-        connection = Connection(peer, muxer, True, address.host, address, trio.current_time())  # noqa: FBT003
-        self._add(connection)
-        self._nursery.start_soon(self._serve_connection, connection)
-        try:
-            # Once it answers, the peer counts us among its connections, too.
-            with trio.fail_after(HANDSHAKE_SECONDS):
-                await connection.muxer.ping()
-        except (StreamReset, trio.TooSlowError) as error:
-            await connection.muxer.close()
-            msg = f"{place} closes the connection"
-            raise PeerUnreachable(msg) from error
-        return connection
-
-    def _is_banned(self, peer: NodeId) -> bool:
-        return self._banned.get(peer, 0.0) > trio.current_time()
+        """The connection to a peer, made when there is none. Raises PeerUnreachable, DialledOurselves."""
+        return await self.dialler.dial(peer, addresses)
 
     async def throw_out(self, peer: NodeId) -> None:
-        """Close all connections to a peer and have nothing to do with it for BAN_SECONDS."""
-        self._banned[peer] = trio.current_time() + BAN_SECONDS
-        self._banned.move_to_end(peer)
-        if len(self._banned) > MAX_KNOWN_PEERS:
-            self._banned.popitem(last=False)
-        for connection in tuple(self._connections.get(peer, ())):
+        """Close all connections to a peer and have nothing to do with it for a while."""
+        self.connections.ban(peer)
+        for connection in self.connections.of(peer):
             await connection.muxer.close()
 
     async def open_stream(self, peer: NodeId, protocol: str) -> YamuxStream:
         """Open a stream to a peer, dialling it if needed. Raises PeerUnreachable."""
-        connection = await self.dial(peer)
+        dialled = await self.dial(peer)
+        connection = self.connections.preferred(peer) or dialled
         try:
             stream = connection.muxer.open_stream()
         except StreamReset as error:
@@ -423,10 +303,12 @@ class Host:
             msg = f"{protocol} is already served"
             raise LocalError(msg)
         served = self._protocols[protocol] = _Protocol(serve)
+        self._notify_changed()
         try:
             yield
         finally:
             del self._protocols[protocol]
+            self._notify_changed()
             for scope in tuple(served.scopes):
                 scope.cancel()
 
@@ -474,23 +356,9 @@ class Host:
     async def close(self) -> None:
         """Say good-bye on all connections."""
         async with trio.open_nursery() as nursery:
-            for several in self._connections.values():
-                for connection in several:
-                    nursery.start_soon(connection.muxer.close)
+            for connection in self.connections.all:
+                nursery.start_soon(connection.muxer.close)
 
 
-def _reason(error: OSError) -> str:
-    """Why a connection failed, in few words: trio wraps the errors of all addresses that it tried."""
-    cause: BaseException = error.__cause__ or error
-    while isinstance(cause, BaseExceptionGroup):
-        cause = cast("BaseExceptionGroup[BaseException]", cause).exceptions[-1]
-    if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, socket.gaierror):
-        return os.strerror(cause.errno).lower()
-    return str(error.strerror or error)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _source(place: TcpAddress, relay: NodeId | None) -> str:
+    return source_of(place.host) if relay is None else f"relay {relay}"

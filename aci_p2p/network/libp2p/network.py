@@ -30,8 +30,9 @@ from aci_p2p.network.libp2p import gossip as gossip_module
 from aci_p2p.network.libp2p import identify as identify_module
 from aci_p2p.network.libp2p import kademlia as kademlia_module
 from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.gossip import Gossip
-from aci_p2p.network.libp2p.host import Connection, Host
+from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.identify import request_identify, serve_identify
 from aci_p2p.network.libp2p.kademlia import Kademlia
 from aci_p2p.network.libp2p.streams import FramedStream
@@ -73,13 +74,13 @@ class Libp2pNetwork(Network):
 
     @property
     def reachability(self) -> Reachability:
-        return Reachability.UNKNOWN
+        return self._host.reachability
 
     def connections(self) -> Sequence[ConnectionInfo]:
-        return self._host.describe_connections()
+        return self._host.connections.describe()
 
     def known_peers(self) -> Sequence[KnownPeer]:
-        return self._host.known_peers()
+        return self._host.book.known_peers()
 
     async def _identify(self, connection: Connection) -> None:
         """Ask a new peer what it serves, for the address book and the routing table."""
@@ -98,12 +99,15 @@ class Libp2pNetwork(Network):
 
     async def connect(self, address: str) -> NodeId:
         target = TcpAddress.parse(address)
-        if target.peer is None or not target.port:
-            msg = f"{address} does not say whom to expect there"
-            raise LocalError(msg, hint="end it with /p2p/ and the peer id")
-        await self._host.dial(target.peer, (target,))
-        self._host.learn(target.peer, (target,))
-        return target.peer
+        if not target.port or (target.peer is None and target.relay is not None):
+            msg = f"{address} does not say where to dial"
+            raise LocalError(msg, hint="give a port, and /p2p/ with the peer id after /p2p-circuit")
+        if target.peer is None:
+            connection = await self._host.dialler.dial_anybody(target)
+        else:
+            connection = await self._host.dial(target.peer, (target,))
+        self._host.learn(connection.peer, (target,))
+        return connection.peer
 
     def learn_addresses(self, peer: NodeId, addresses: Sequence[str]) -> None:
         parsed: list[TcpAddress] = []
@@ -193,9 +197,10 @@ async def open_libp2p_network(
     """
     config = config or NetworkConfig()
     bind_to = [TcpAddress.parse(address) for address in config.listen]
+    announced = [TcpAddress.parse(address) for address in config.announce]
     random = SystemRandom()
     async with open_background() as nursery:
-        host = Host(key, nursery)
+        host = Host(key, nursery, random)
         gossip = Gossip(host, nursery, random)
         kademlia = Kademlia(host, record_validator, record_selector, random)
         with ExitStack() as stack:
@@ -203,6 +208,7 @@ async def open_libp2p_network(
             stack.enter_context(host.serve(gossip_module.PROTOCOL, gossip.serve))
             stack.enter_context(host.serve(kademlia_module.PROTOCOL, kademlia.serve))
             network = Libp2pNetwork(host, gossip, kademlia, nursery)
+            host.announce("config", announced)
             for address in bind_to:
                 await host.listen(address)
             nursery.start_soon(gossip.run)

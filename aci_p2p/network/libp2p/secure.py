@@ -1,4 +1,6 @@
-"""From a TCP connection to an encrypted, authenticated one: multistream-select, then py-libp2p's Noise XX.
+"""From a stream of bytes to an encrypted, authenticated connection: multistream-select, then py-libp2p's Noise XX.
+
+The bytes come over TCP or through a relay.
 
 Noise is the only security offered, so a plaintext dialler is refused at negotiation. The identity that the handshake
 proves must be an Ed25519 key; whoever has another kind of key is refused.
@@ -7,7 +9,7 @@ proves must be an Ed25519 key; whoever has another kind of key is refused.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 from libp2p.abc import IRawConnection, ISecureConn
@@ -26,20 +28,36 @@ from aci_p2p.protocol.identity import KeyPair, NodeId
 logging.getLogger("libp2p").addHandler(logging.NullHandler())
 
 RECEIVE_BYTES = 64 << 10
-"""Read from the socket at once, bytes: about one Noise message of the largest size."""
+"""Read from the stream at once, bytes: about one Noise message of the largest size."""
 
 
 class ConnectionLost(Exception):
-    """The TCP connection ended or broke."""
+    """The connection underneath ended or broke."""
 
 
-class TcpChannel(IRawConnection):
-    """A TCP connection as py-libp2p's Noise wants it, with one buffered read in place of two system calls a message.
+class ByteStream(Protocol):
+    """What a connection can be built on: a TCP connection (`trio.SocketStream`), or a stream through a relay."""
+
+    async def receive_some(self, max_bytes: int, /) -> bytes | bytearray:
+        """The next 1 to `max_bytes` bytes, none at the end. Raises trio.BrokenResourceError."""
+        ...
+
+    async def send_all(self, data: bytes, /) -> None:
+        """Send bytes. Raises trio.BrokenResourceError."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close it; never raises but for cancellation, under which it is closed all the same."""
+        ...
+
+
+class RawChannel(IRawConnection):
+    """A byte stream as py-libp2p's Noise wants it, with one buffered read in place of two system calls a message.
 
     `read(n)` returns exactly n bytes: py-libp2p's `read_exactly` otherwise gives up after a hundred short reads.
     """
 
-    def __init__(self, stream: trio.SocketStream, *, is_initiator: bool) -> None:
+    def __init__(self, stream: ByteStream, *, is_initiator: bool) -> None:
         self._stream = stream
         self._buffer = bytearray()
         self.is_initiator = is_initiator
@@ -102,7 +120,7 @@ class SecureChannel:
         await self._connection.write(data)
 
     async def close(self) -> None:
-        """Close the TCP connection."""
+        """Close the connection underneath."""
         await self._connection.close()
 
 
@@ -113,14 +131,19 @@ class Security:
         key_pair = create_new_key_pair(key.seed)
         self._noise = NoiseTransport(key_pair, noise_privkey=create_x25519_key_pair().private_key)
 
-    async def secure_outbound(self, channel: TcpChannel, peer: NodeId) -> SecureChannel:
-        """Encrypt a connection that we dialled; raises when the other side is not `peer`."""
+    async def secure_outbound(self, stream: ByteStream, peer: NodeId | None) -> SecureChannel:
+        """Encrypt a connection that we dialled; raises when the other side is not `peer` (None: whoever it is)."""
+        channel = RawChannel(stream, is_initiator=True)
         await select_outbound(channel, str(NOISE))
-        connection = await self._noise.secure_outbound(channel, ID(peer.peer_id))
-        return SecureChannel(connection, peer)
+        expected = None if peer is None else ID(peer.peer_id)
+        return _authenticated(await self._noise.get_pattern().handshake_outbound(channel, expected))
 
-    async def secure_inbound(self, channel: TcpChannel) -> SecureChannel:
+    async def secure_inbound(self, stream: ByteStream) -> SecureChannel:
         """Encrypt a connection that a peer dialled; raises LocalError when its key is not Ed25519."""
+        channel = RawChannel(stream, is_initiator=False)
         await select_inbound(channel, (str(NOISE),))
-        connection = await self._noise.secure_inbound(channel)
-        return SecureChannel(connection, NodeId.from_peer_id(connection.get_remote_peer().to_bytes()))
+        return _authenticated(await self._noise.get_pattern().handshake_inbound(channel))
+
+
+def _authenticated(connection: ISecureConn) -> SecureChannel:
+    return SecureChannel(connection, NodeId.from_peer_id(connection.get_remote_peer().to_bytes()))

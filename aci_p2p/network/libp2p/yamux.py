@@ -35,10 +35,10 @@ BATCH_BYTES = 65_519
 """Written at once, bytes: the plaintext of the largest Noise message."""
 MAX_OUTBOUND_STREAMS = 512
 """Streams that we keep open on one connection."""
-KEEPALIVE_SECONDS = 30.0
-"""Time between pings, seconds."""
-KEEPALIVE_TIMEOUT_SECONDS = 20.0
-"""A peer that does not answer a ping for this long is gone, seconds."""
+KEEPALIVE_SECONDS = 15.0
+"""Time between pings, seconds: what a NAT forgets, it forgets after some 30."""
+KEEPALIVE_TIMEOUT_SECONDS = 15.0
+"""A peer that does not answer a ping for this long is gone, seconds: one that vanished counts as connected for 30."""
 FRAMES_A_TURN = 128
 """Frames handled before other tasks get a turn: a peer that sends tiny ones does not stop the event loop."""
 CLOSE_SECONDS = 0.3
