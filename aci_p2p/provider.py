@@ -159,9 +159,17 @@ class ProviderRole:
                 output_token_price=offering.output_token_price,
                 slots=self._slots,
                 addresses=tuple(self._network.addresses),
+                free_slots=max(self._slots - len(self._jobs), 0),
+                price_curve=(),
             )
             for offering in self._offerings.values()
         ]
+
+    def offer(self, offerings: Sequence[Offering], slots: int) -> None:
+        """Serve other models, for other prices, or more or fewer jobs at once; bids that are out stay firm."""
+        self._offerings = {offering.root: offering for offering in offerings}
+        self._slots = slots
+        self._forget_bids(lambda root: root not in self._offerings)
 
     def statistics(self) -> ProviderStatistics:
         """A snapshot of the counters."""
@@ -276,8 +284,12 @@ class ProviderRole:
         offering = self._offerings.pop(root, None)
         if offering:
             log.warning("%s is not served any more; repair it and restart the node", offering.name)
+        self._forget_bids(lambda other: other == root)
+
+    def _forget_bids(self, gone: Callable[[bytes], bool]) -> None:
+        """Take back the bids for models that we cannot serve any more, by their weights root."""
         for digest, (offer, _) in tuple(self._outstanding.items()):
-            if offer.body.model_root == root:
+            if gone(offer.body.model_root):
                 del self._outstanding[digest]
 
 

@@ -41,6 +41,14 @@ MAX_BIDS: Final = 64
 """Bids that a consumer weighs for one offer; more providers than any job needs."""
 MAX_LATENCY_MS: Final = 3_600_000
 """An hour: beyond any promise worth making."""
+MAX_PRICE_STEPS: Final = 8
+"""Steps of a price curve: finer ones than eighths mean nothing for a handful of slots."""
+LOAD_MILLI_MAX: Final = 1_000
+"""Thousandths of a provider's slots that are in use: all."""
+MAX_FACTOR_MILLI: Final = 100_000
+"""Thousandths; a price a hundred times the one of an idle provider turns everyone away."""
+MAX_SLOTS: Final = 1 << 16
+"""Jobs that a provider runs at once."""
 MAX_ENVELOPE_BYTES: Final = 4_096
 """Bytes of an envelope carried inside another message (an offer or a proof)."""
 
@@ -349,8 +357,18 @@ class NodeRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PriceStep:
+    """From some load on, a provider asks for more or less than when it is idle."""
+
+    load_milli: Annotated[int, Wire(1, Uint(LOAD_MILLI_MAX))]
+    """Thousandths of its slots in use, from which on the factor holds."""
+    factor_milli: Annotated[int, Wire(2, Uint(MAX_FACTOR_MILLI))]
+    """Thousandths of the prices when idle."""
+
+
+@dataclass(frozen=True, slots=True)
 class CapabilityRecord:
-    """One model that a provider serves."""
+    """One model that a provider serves. With 0 slots it takes earlier ones back: the model is served no more."""
 
     model_root: Annotated[bytes, Wire(1, DIGEST)]
     """Weights root."""
@@ -359,15 +377,19 @@ class CapabilityRecord:
     context: Annotated[int, Wire(3, Uint(1 << 32))]
     """Longest sequence, tokens."""
     engine: Annotated[Engine, Wire(4, Struct(Engine))]
-    """What runs it."""
+    """What runs it, and in which quantisation."""
     input_token_price: Annotated[int, Wire(5, TOKEN_PRICE)]
-    """Base units for each prompt token; indicative, a bid is firm."""
+    """Base units for each prompt token when idle; indicative, a bid is firm."""
     output_token_price: Annotated[int, Wire(6, TOKEN_PRICE)]
-    """Base units for each output token; indicative, a bid is firm."""
-    slots: Annotated[int, Wire(7, Uint(1 << 16))]
+    """Base units for each output token when idle; indicative, a bid is firm."""
+    slots: Annotated[int, Wire(7, Uint(MAX_SLOTS))]
     """Jobs it runs at once."""
     addresses: Annotated[tuple[str, ...], Wire(8, ADDRESSES)]
     """Where the provider may be dialled."""
+    free_slots: Annotated[int, Wire(9, Uint(MAX_SLOTS))]
+    """Of them, those not in use when the record was signed."""
+    price_curve: Annotated[tuple[PriceStep, ...], Wire(10, ListOf(Struct(PriceStep), MAX_PRICE_STEPS))]
+    """How the prices change with the load: ascending, above 0; none: they do not."""
 
 
 Body: TypeAlias = (

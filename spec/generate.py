@@ -51,6 +51,7 @@ from aci_p2p.protocol.messages import (
     Kind,
     NodeRecord,
     Offer,
+    PriceStep,
     Proof,
     Receipt,
     Reveal,
@@ -325,7 +326,9 @@ def _messages() -> Iterator[Envelope[Any]]:
         Commit(job_id, output_commitment(job_id, PROVIDER.node_id, root, OUTPUT_SALT)),
         Reveal(job_id, OUTPUT_SALT, proof.data),
         NodeRecord(("/ip4/192.0.2.1/tcp/4001",), ("provider",), "aci-p2p/0.1.0"),
-        CapabilityRecord(MODEL_ROOT, "SmolLM2-135M-Instruct", 8_192, ENGINE, 10**12, 0, 1, ()),
+        CapabilityRecord(
+            MODEL_ROOT, "SmolLM2-135M-Instruct", 8_192, ENGINE, 10**12, 0, 4, (), 1, (PriceStep(500, 1_250),)
+        ),
     ]
     ours: list[Body] = [
         Input(job_id, CONVERSATION, SALT, CONSUMER_NONCE),

@@ -54,7 +54,7 @@ class Peer:
 
     def capability(self, root: bytes = ROOT, addresses: Sequence[str] | None = None) -> CapabilityRecord:
         return CapabilityRecord(
-            model_root=root, model_name="model", context=8_192, engine=ENGINE, **PRICES, slots=4,
+            model_root=root, model_name="model", context=8_192, engine=ENGINE, **PRICES, slots=4, free_slots=4, price_curve=(),
             addresses=tuple(self.network.addresses if addresses is None else addresses),
         )  # fmt: skip
 

@@ -24,7 +24,15 @@ HOUR: Final = 3_600_000
 """Milliseconds; the longest life of a record."""
 NODE_RECORD: Final = NodeRecord(("/ip4/127.0.0.1/tcp/1",), ("provider",), "aci-p2p/1")
 CAPABILITY: Final = CapabilityRecord(
-    model_root=ROOT, model_name="model", context=8_192, engine=ENGINE, **PRICES, slots=4, addresses=()
+    model_root=ROOT,
+    model_name="model",
+    context=8_192,
+    engine=ENGINE,
+    **PRICES,
+    slots=4,
+    addresses=(),
+    free_slots=4,
+    price_curve=(),
 )
 RULES: Final = RecordRules(NETWORK, lambda: NOW)
 
