@@ -245,6 +245,13 @@ class Network(ABC):
         """
 
     @abstractmethod
+    async def report(self, peer: NodeId, topic: str, validation: Validation) -> None:
+        """Count a topic's message that a peer sent outside of pubsub, as if it had forwarded it: not ACCEPTed.
+
+        Like a validator's REJECTs, these lead to a disconnection when there are too many.
+        """
+
+    @abstractmethod
     async def put_record(self, key: str, value: bytes) -> None:
         """Store a value of at most MAX_RECORD_BYTES under `/aci/...` at the closest DHT nodes. Best effort.
 

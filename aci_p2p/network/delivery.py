@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict, deque
 import trio
 
 from aci_p2p.network.api import MAX_GOSSIP_BYTES, GossipMessage, GossipValidator, Subscription
+from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.network.limits import (
     MAX_KNOWN_PEERS,
     MAX_REJECTS_PER_MINUTE,
@@ -19,6 +20,11 @@ from aci_p2p.network.limits import (
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import Decision, Reason, Validation
 
+PATIENCE_PER_SECOND = 0.1
+"""Share of their time that readers may wait for slow consumers of a topic."""
+MAX_PATIENCE_SECONDS = 0.1
+"""Longest that they wait for one at a time, seconds: a turn of the event loop under load."""
+
 log = logging.getLogger("aci_p2p.network")
 
 
@@ -28,7 +34,11 @@ def message_id(topic: str, data: bytes) -> bytes:
 
 
 class QueuedSubscription(Subscription):
-    """A bounded queue of validated messages of one topic; when full, the oldest makes room."""
+    """A bounded queue of validated messages of one topic; when full, the oldest makes room.
+
+    Readers of neighbours wait for a full queue with `wait_for_room`, but only a little, and only while its consumer
+    takes messages: a burst passes undiminished, and one slow consumer does not stop the gossip of all topics.
+    """
 
     def __init__(self, validator: GossipValidator, capacity: int) -> None:
         """`capacity`: messages queued at most."""
@@ -36,6 +46,28 @@ class QueuedSubscription(Subscription):
         self._messages: deque[GossipMessage] = deque(maxlen=capacity)
         self._dropped = 0
         self._arrived = trio.Event()
+        self._taken = trio.Event()
+        self._patience = TokenBucket.full(PATIENCE_PER_SECOND, MAX_PATIENCE_SECONDS, 0.0)
+        self._is_consumed = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another message would cost the oldest."""
+        return len(self._messages) == self._messages.maxlen
+
+    async def wait_for_room(self) -> None:
+        """Wait until there is room for a message, for as long as we have patience."""
+        while self.is_full and self._is_consumed:
+            started = trio.current_time()
+            self._patience.refill(started)
+            if self._patience.level <= 0:
+                return
+            self._taken = trio.Event()
+            with trio.move_on_after(self._patience.level) as scope:
+                await self._taken.wait()
+            self._patience.level -= trio.current_time() - started
+            if scope.cancelled_caught:
+                self._is_consumed = False
 
     @property
     def dropped(self) -> int:
@@ -43,7 +75,7 @@ class QueuedSubscription(Subscription):
 
     def deliver(self, message: GossipMessage) -> bool:
         """Queue a message; False when an older one was lost to make room."""
-        full = len(self._messages) == self._messages.maxlen
+        full = self.is_full
         self._dropped += full
         self._messages.append(message)
         self._arrived.set()
@@ -54,6 +86,8 @@ class QueuedSubscription(Subscription):
         while not self._messages:
             self._arrived = trio.Event()
             await self._arrived.wait()
+        self._is_consumed = True
+        self._taken.set()
         return self._messages.popleft()
 
 

@@ -41,7 +41,7 @@ from aci_p2p.network.limits import MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER
 from aci_p2p.network.memory_stream import MemoryStream, Pipe
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.validation import Decision
+from aci_p2p.protocol.validation import Decision, Validation
 from aci_p2p.tasks import open_background
 
 INBOX_MESSAGES = 4096
@@ -366,13 +366,20 @@ class MemoryNetwork(Network):
             return
         validation = judge(subscription.validator, forwarder, data)
         if validation.decision is not Decision.ACCEPT:
-            if self._journal.refuse(forwarder, validation):
-                self._hub.disconnect(self._node_id, forwarder)
+            self._refuse(forwarder, validation)
             return
         self._journal.accepted += 1
         if not subscription.deliver(GossipMessage(forwarder, data)):
             self._journal.dropped += 1
         self._forward(topic, data)
+
+    def _refuse(self, forwarder: NodeId, validation: Validation) -> None:
+        if self._journal.refuse(forwarder, validation) and forwarder in self._links:
+            self._hub.disconnect(self._node_id, forwarder)
+
+    async def report(self, peer: NodeId, topic: str, validation: Validation) -> None:
+        await trio.lowlevel.checkpoint()
+        self._refuse(peer, validation)
 
     async def put_record(self, key: str, value: bytes) -> None:
         check_record(key, value)

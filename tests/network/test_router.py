@@ -46,7 +46,7 @@ class Node:
         """Peers connect and subscribe to a topic."""
         for peer in peers:
             if peer not in self.router._neighbours:
-                self.router.add_peer(peer)
+                self.router.add_peer(peer, "", NOW)
                 self.router.greet(peer)
             self.receive(peer, RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=topic)]))
 
@@ -65,7 +65,7 @@ def node() -> Node:
     """A router that has joined the topic."""
     node = Node()
     for peer in PEERS:
-        node.router.add_peer(peer)
+        node.router.add_peer(peer, "", NOW)
     node.router.join(TOPIC, NOW)
     node.sent.clear()
     return node
@@ -93,7 +93,7 @@ def test_new_neighbour_hears_of_our_subscriptions(node: Node) -> None:
 
 def test_neighbours_hear_when_we_join_and_leave() -> None:
     node = Node()
-    node.router.add_peer(PEER)
+    node.router.add_peer(PEER, "", NOW)
     assert not node.sent
     node.router.join(TOPIC, NOW)
     node.router.leave(TOPIC, NOW)
@@ -120,7 +120,7 @@ def test_mesh_is_filled_to_the_degree(node: Node) -> None:
     node.neighbours(*PEERS[:20])
     assert gossipsub.DEGREE_LOW <= len(node.router.mesh(TOPIC)) <= gossipsub.DEGREE
     for peer in list(node.router.mesh(TOPIC))[:3]:
-        node.router.remove_peer(peer)
+        node.router.remove_peer(peer, NOW)
     node.heartbeats(1)
     assert len(node.router.mesh(TOPIC)) == gossipsub.DEGREE
 
@@ -258,12 +258,12 @@ def test_announced_message_is_asked_for_unless_it_was_seen(node: Node) -> None:
 
 def test_what_is_asked_of_one_neighbour_is_bounded(node: Node) -> None:
     for start in range(20):
-        identifiers = [bytes([start, number]) for number in range(100)]
+        identifiers = [bytes([start, number]).ljust(32) for number in range(100)]
         ihave = ControlIHave(topicID=TOPIC, messageIDs=identifiers)
         node.receive(PEER, RPC(control=ControlMessage(ihave=[ihave])))
     assert sum(len(one.messageIDs) for one in node.take(PEER).control.iwant) == gossipsub.MAX_IHAVE_IDS
     node.heartbeats(1)
-    node.receive(PEER, RPC(control=ControlMessage(ihave=[ControlIHave(topicID=TOPIC, messageIDs=[b"new"])])))
+    node.receive(PEER, RPC(control=ControlMessage(ihave=[ControlIHave(topicID=TOPIC, messageIDs=[b"new".ljust(32)])])))
     assert node.take(PEER).control.iwant
 
 
@@ -315,7 +315,7 @@ def test_leaving_prunes_the_mesh(node: Node) -> None:
 
 def test_nothing_is_kept_of_a_peer_that_left(node: Node) -> None:
     node.neighbours(PEER)
-    node.router.remove_peer(PEER)
+    node.router.remove_peer(PEER, NOW)
     assert node.receive(PEER, RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=TOPIC)])) == []
     assert not node.router.subscribers(TOPIC)
     assert not node.router.mesh(TOPIC)

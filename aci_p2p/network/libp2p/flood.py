@@ -56,12 +56,10 @@ class FloodGuard:
 
     def remove_peer(self, peer: NodeId, now: float) -> None:
         """A peer has left."""
-        for known in [other for other, account in self._retained.items() if now - account.left > RETAIN_SECONDS]:
-            del self._retained[known]
         account = self._accounts.pop(peer)
         account.left = now
         self._retained[peer] = account
-        if len(self._retained) > MAX_KNOWN_PEERS:
+        while len(self._retained) > MAX_KNOWN_PEERS or now - next(iter(self._retained.values())).left > RETAIN_SECONDS:
             del self._retained[next(iter(self._retained))]
 
     def admit(self, peer: NodeId, entries: int, size: int, now: float) -> bool:

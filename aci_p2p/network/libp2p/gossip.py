@@ -1,7 +1,8 @@
 """Gossip over the host's streams: one stream to each neighbour, one from it, and the router between them.
 
-Every queue is bounded. A neighbour that reads slowly loses messages, never memory of ours; a neighbour whose messages
-have to be rejected too often is disconnected.
+Every queue is bounded. A neighbour that reads slowly loses messages, never memory of ours. What a neighbour sends is read no
+faster than we judge it, by turns with the others' messages; one that floods, or whose messages have to be rejected, is
+ignored more and more and thrown out in the end (`score`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, judge
 from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.router import HEARTBEAT_SECONDS, Incoming, Router
+from aci_p2p.network.libp2p.score import MALFORMED_PENALTY
 from aci_p2p.network.libp2p.varint import prefixed, split_prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.errors import LocalError
@@ -122,15 +124,29 @@ class Gossip:
         while True:
             await trio.sleep(HEARTBEAT_SECONDS)
             self._router.heartbeat(trio.current_time())
+            for peer in self._router.scores.banned():
+                self._nursery.start_soon(self._host.throw_out, peer)
+
+    def score(self, peer: NodeId) -> float:
+        """What a neighbour's gossip has earned it; 0 for strangers."""
+        return self._router.scores.score(peer)
+
+    async def report(self, peer: NodeId, topic: str, validation: Validation) -> None:
+        """See `Network.report`."""
+        if validation.decision is Decision.REJECT:
+            self._router.scores.reject(peer, topic)
+        await self._refuse(peer, validation)
 
     def _on_connected(self, connection: Connection) -> None:
-        self._router.add_peer(connection.peer)
+        # Who comes through a relay has no address of its own.
+        address = "" if connection.relay else connection.source.partition("/")[0]
+        self._router.add_peer(connection.peer, address, trio.current_time())
         self._outboxes[connection.peer] = _Outbox()
         self._nursery.start_soon(self._write_to, connection.peer, self._outboxes[connection.peer])
 
     def _on_disconnected(self, peer: NodeId) -> None:
         self._outboxes.pop(peer).close()
-        self._router.remove_peer(peer)
+        self._router.remove_peer(peer, trio.current_time())
 
     def _send(self, peer: NodeId, rpc: RPC) -> None:
         outbox = self._outboxes.get(peer)
@@ -185,10 +201,16 @@ class Gossip:
             except (EndOfStream, StreamReset):
                 return
             except (DecodeError, ValueError):
+                self._router.scores.penalise(peer, MALFORMED_PENALTY)
                 await self._refuse(peer, _MALFORMED)
                 stream.reset()
                 return
-            for incoming in self._router.receive(peer, rpc, trio.current_time()):
+            now = trio.current_time()
+            if not self._router.admit(peer, rpc, len(encoded), now):
+                self.journal.refused[Reason.FLOODED] += max(1, len(rpc.publish))
+                await trio.lowlevel.checkpoint()
+                continue
+            for incoming in self._router.receive(peer, rpc, now):
                 await self._judge(peer, incoming)
 
     async def _judge(self, peer: NodeId, incoming: Incoming) -> None:
@@ -198,10 +220,16 @@ class Gossip:
         if subscription is None:
             return
         validation = _MALFORMED if incoming.policy_breach else judge(subscription.validator, peer, incoming.data)
-        if validation.decision is not Decision.ACCEPT:
+        if validation.decision is Decision.REJECT:
+            await self.report(peer, incoming.topic, validation)
+            return
+        if validation.decision is Decision.IGNORE:
+            self._router.ignore(incoming, peer)
             await self._refuse(peer, validation)
             return
         self.journal.accepted += 1
+        if subscription.is_full:
+            await subscription.wait_for_room()
         if not subscription.deliver(GossipMessage(peer, incoming.data)):
             self.journal.dropped += 1
         self._router.forward(incoming, peer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from random import SystemRandom
 
@@ -39,6 +40,7 @@ from aci_p2p.network.libp2p.streams import FramedStream
 from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.protocol.validation import Validation
 from aci_p2p.tasks import open_background
 
 IDENTIFY_SECONDS = 10.0
@@ -77,7 +79,7 @@ class Libp2pNetwork(Network):
         return self._host.reachability
 
     def connections(self) -> Sequence[ConnectionInfo]:
-        return self._host.connections.describe()
+        return tuple(replace(one, score=self._gossip.score(one.peer)) for one in self._host.connections.describe())
 
     def known_peers(self) -> Sequence[KnownPeer]:
         return self._host.book.known_peers()
@@ -157,6 +159,9 @@ class Libp2pNetwork(Network):
         check_gossip(data)
         await trio.lowlevel.checkpoint()
         self._gossip.publish(topic, data)
+
+    async def report(self, peer: NodeId, topic: str, validation: Validation) -> None:
+        await self._gossip.report(peer, topic, validation)
 
     async def put_record(self, key: str, value: bytes) -> None:
         await self._kademlia.put_record(key, value)

@@ -9,7 +9,8 @@ inside `data` is signed by its author. The message id is SHA-256(topic, 0, data)
 when it is configured with StrictNoSign and the same message id function; one with the default StrictSign drops our
 messages and has its own rejected here.
 
-Peer scores, peer exchange and IDONTWANT are left out: forwarders of invalid messages are disconnected instead.
+Peer exchange is left out: addresses travel as signed records. So is IDONTWANT (v1.2): it pays for messages that take long
+to transmit, and most of ours are smaller than the announcement and its envelope together.
 
 Sources: https://github.com/libp2p/specs/tree/master/pubsub/gossipsub (v1.0, v1.1; names follow it)
 """
@@ -32,7 +33,21 @@ from libp2p.pubsub.pb.rpc_pb2 import (
 )
 
 from aci_p2p.network.delivery import SeenCache, message_id
+from aci_p2p.network.libp2p.flood import FloodGuard
+from aci_p2p.network.libp2p.score import (
+    ACCEPT_GRAFT_THRESHOLD,
+    BACKOFF_PENALTY,
+    BROKEN_PROMISE_PENALTY,
+    FLOOD_PENALTY,
+    GOSSIP_THRESHOLD,
+    GRAYLISTED_RPC_PENALTY,
+    OPPORTUNISTIC_GRAFT_THRESHOLD,
+    PUBLISH_THRESHOLD,
+    PeerScores,
+    median,
+)
 from aci_p2p.network.limits import MAX_TOPIC_BYTES, MAX_TOPICS_PER_PEER
+from aci_p2p.protocol.hashing import DIGEST_BYTES
 from aci_p2p.protocol.identity import NodeId
 
 DEGREE = 6
@@ -65,6 +80,18 @@ MAX_IHAVES = 16
 """IHAVE messages that one neighbour may send in a heartbeat."""
 MAX_RETRANSMISSIONS = 3
 """How often one neighbour gets the same message on request."""
+RECENT_MESSAGES = 1_024
+"""Recent messages that a new subscriber is sent unasked; its FloodGuard has room for them."""
+MAX_CACHE_BYTES = 8 << 20
+"""Payload kept for neighbours that ask, bytes; beyond it the oldest messages go before their time."""
+PROMISE_SECONDS = 5.0
+"""Time for a neighbour to send one of the messages that it announced and we asked for, seconds."""
+OPPORTUNISTIC_GRAFT_HEARTBEATS = 60
+"""Heartbeats between two looks for better neighbours than the mesh has."""
+OPPORTUNISTIC_GRAFT_PEERS = 2
+"""Neighbours grafted then."""
+MESSAGE_OVERHEAD_BYTES = 16
+"""What a message takes in an RPC beside payload and topic, bytes at most: protobuf's tags and lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +113,7 @@ class _Neighbour:
     topics: set[str] = field(default_factory=set[str])
     ihaves: int = 0
     wanted: int = 0
+    promises: deque[tuple[float, list[bytes]]] = field(default_factory=deque[tuple[float, list[bytes]]])
 
 
 @dataclass(slots=True)
@@ -101,22 +129,36 @@ class _MessageCache:
     def __init__(self) -> None:
         self._messages: dict[bytes, _Cached] = {}
         self._windows: deque[list[bytes]] = deque([[] for _ in range(HISTORY_LENGTH)])
+        self._bytes = 0
 
     def put(self, identifier: bytes, topic: str, data: bytes) -> None:
         if identifier not in self._messages:
             self._messages[identifier] = _Cached(topic, data)
             self._windows[0].append(identifier)
+            self._bytes += len(data)
+            while self._bytes > MAX_CACHE_BYTES:
+                self._forget(next(iter(self._messages)))
+
+    def _forget(self, identifier: bytes) -> None:
+        if (cached := self._messages.pop(identifier, None)) is not None:
+            self._bytes -= len(cached.data)
 
     def get(self, identifier: bytes) -> _Cached | None:
         return self._messages.get(identifier)
 
     def recent(self, topic: str) -> list[bytes]:
+        """Ids of the topic's messages that are announced, the oldest window last."""
         windows = list(self._windows)[:HISTORY_GOSSIP]
-        return [identifier for window in windows for identifier in window if self._messages[identifier].topic == topic]
+        return [
+            identifier
+            for window in windows
+            for identifier in window
+            if (cached := self._messages.get(identifier)) is not None and cached.topic == topic
+        ]
 
     def shift(self) -> None:
         for identifier in self._windows.pop():
-            del self._messages[identifier]
+            self._forget(identifier)
         self._windows.appendleft([])
 
 
@@ -133,14 +175,19 @@ class Router:
         self._backoff: dict[tuple[str, NodeId], float] = {}
         self._seen = SeenCache()
         self._cache = _MessageCache()
+        self._flood = FloodGuard()
+        self._heartbeats = 0
+        self.scores = PeerScores()
 
     def mesh(self, topic: str) -> frozenset[NodeId]:
         """Neighbours in the topic's mesh."""
         return frozenset(self._mesh.get(topic, ()))
 
-    def add_peer(self, peer: NodeId) -> None:
-        """A peer has connected."""
+    def add_peer(self, peer: NodeId, address: str, now: float) -> None:
+        """A peer has connected from an IP address (empty when it is not the peer's own)."""
         self._neighbours[peer] = _Neighbour()
+        self.scores.add_peer(peer, address, now)
+        self._flood.add_peer(peer, now)
 
     def greet(self, peer: NodeId) -> None:
         """A stream to a neighbour is open: tell it our subscriptions, and of which meshes we count it a part."""
@@ -150,9 +197,11 @@ class Router:
             hello.subscriptions.extend(_subscription(topic, subscribe=True) for topic in self._mesh)
             self._send(peer, hello)
 
-    def remove_peer(self, peer: NodeId) -> None:
+    def remove_peer(self, peer: NodeId, now: float) -> None:
         """A neighbour is gone."""
-        self._neighbours.pop(peer, None)
+        del self._neighbours[peer]
+        self.scores.remove_peer(peer, now)
+        self._flood.remove_peer(peer, now)
         for mesh in self._mesh.values():
             mesh.discard(peer)
         for fanout, _ in self._fanout.values():
@@ -172,6 +221,7 @@ class Router:
             self._prune(topic, peer, UNSUBSCRIBE_BACKOFF_SECONDS, now)
         for peer in self._neighbours:
             self._send(peer, RPC(subscriptions=[_subscription(topic, subscribe=False)]))
+        self.scores.leave(topic)
 
     def publish(self, topic: str, data: bytes, now: float) -> None:
         """Our own message goes to every neighbour subscribed to its topic (flood publishing), once."""
@@ -181,9 +231,26 @@ class Router:
         self._cache.put(identifier, topic, data)
         rpc = RPC(publish=[Message(data=data, topicIDs=[topic])])
         for peer in self.subscribers(topic):
-            self._send(peer, rpc)
+            if self.scores.score(peer) >= PUBLISH_THRESHOLD:
+                self._send(peer, rpc)
+        self._circulates(topic, data)
         if topic not in self._mesh:
             self._fanout[topic] = (self._fanout_peers(topic), now)
+
+    def admit(self, peer: NodeId, rpc: RPC, size: int, now: float) -> bool:
+        """Whether an RPC of `size` bytes is looked at; False when its sender floods us, or is graylisted for it."""
+        if peer not in self._neighbours:
+            return False
+        if self.scores.is_graylisted(peer):
+            self.scores.penalise(peer, GRAYLISTED_RPC_PENALTY)
+            return False
+        control = rpc.control
+        entries = len(rpc.publish) + len(rpc.subscriptions) + len(control.ihave) + len(control.iwant)
+        entries = max(1, entries + len(control.graft) + len(control.prune))
+        if self._flood.admit(peer, entries, size, now):
+            return True
+        self.scores.penalise(peer, FLOOD_PENALTY * entries)
+        return False
 
     def receive(self, peer: NodeId, rpc: RPC, now: float) -> list[Incoming]:
         """Handle what a neighbour sent; returns its messages that are new, for us to judge."""
@@ -204,8 +271,18 @@ class Router:
         self._handle_control(peer, neighbour, rpc.control, now)
         return incoming
 
+    def ignore(self, incoming: Incoming, forwarder: NodeId) -> None:
+        """A message was ignored: others may bring it too, in good faith, but the first of them pays."""
+        self._circulates(incoming.topic, incoming.data)
+        self._flood.charge(forwarder, _wire_bytes(incoming.topic, incoming.data))
+
+    def _circulates(self, topic: str, data: bytes) -> None:
+        self._flood.circulates(_wire_bytes(topic, data))
+
     def forward(self, incoming: Incoming, forwarder: NodeId) -> None:
         """An accepted message goes on to the mesh, except where it came from."""
+        self.scores.deliver(forwarder, incoming.topic)
+        self._circulates(incoming.topic, incoming.data)
         self._cache.put(incoming.message_id, incoming.topic, incoming.data)
         rpc = RPC(publish=[Message(data=incoming.data, topicIDs=[incoming.topic])])
         for peer in self._mesh.get(incoming.topic, ()):
@@ -214,11 +291,19 @@ class Router:
 
     def heartbeat(self, now: float) -> None:
         """Repair the meshes and announce recent messages outside them; to be called every HEARTBEAT_SECONDS."""
-        for neighbour in self._neighbours.values():
+        self._heartbeats += 1
+        self.scores.heartbeat(now)
+        for peer, neighbour in self._neighbours.items():
             neighbour.ihaves = neighbour.wanted = 0
+            self._check_promises(peer, neighbour, now)
         self._backoff = {key: until for key, until in self._backoff.items() if until > now}
-        for topic in self._mesh:
+        for topic, mesh in self._mesh.items():
+            for peer in [peer for peer in mesh if self.scores.score(peer) < ACCEPT_GRAFT_THRESHOLD]:
+                self._leave_mesh(topic, peer)
+                self._prune(topic, peer, PRUNE_BACKOFF_SECONDS, now)
             self._fill_mesh(topic, now)
+            if self._heartbeats % OPPORTUNISTIC_GRAFT_HEARTBEATS == 0:
+                self._graft_better(topic, now)
         for topic, (_, published) in tuple(self._fanout.items()):
             if now - published > FANOUT_SECONDS:
                 del self._fanout[topic]
@@ -233,7 +318,7 @@ class Router:
         return [peer for peer, neighbour in self._neighbours.items() if topic in neighbour.topics]
 
     def _fanout_peers(self, topic: str) -> set[NodeId]:
-        subscribers = self.subscribers(topic)
+        subscribers = [peer for peer in self.subscribers(topic) if self.scores.score(peer) >= PUBLISH_THRESHOLD]
         known, _ = self._fanout.get(topic, (set[NodeId](), 0.0))
         kept = known.intersection(subscribers)
         others = [peer for peer in subscribers if peer not in kept]
@@ -244,17 +329,41 @@ class Router:
 
     def _fill_mesh(self, topic: str, now: float) -> None:
         mesh = self._mesh[topic]
-        mesh.intersection_update(self.subscribers(topic))
-        if len(mesh) >= DEGREE_LOW:
-            return
-        eligible = [
+        if len(mesh) < DEGREE_LOW:
+            for peer in self._sample(self._eligible(topic, now), DEGREE - len(mesh)):
+                self._graft(topic, peer)
+
+    def _graft_better(self, topic: str, now: float) -> None:
+        """Opportunistic grafting: when a mesh has filled with neighbours of no use, better ones get in beside them."""
+        mesh = self._mesh[topic]
+        middle = median(map(self.scores.score, mesh))
+        if mesh and middle < OPPORTUNISTIC_GRAFT_THRESHOLD:
+            better = [peer for peer in self._eligible(topic, now) if self.scores.score(peer) > middle]
+            for peer in self._sample(better, min(OPPORTUNISTIC_GRAFT_PEERS, DEGREE_HIGH - len(mesh))):
+                self._graft(topic, peer)
+
+    def _eligible(self, topic: str, now: float) -> list[NodeId]:
+        """Subscribers outside the mesh that may be grafted."""
+        mesh = self._mesh[topic]
+        return [
             peer
             for peer in self.subscribers(topic)
-            if peer not in mesh and self._backoff.get((topic, peer), 0.0) <= now
+            if peer not in mesh
+            and self._backoff.get((topic, peer), 0.0) <= now
+            and self.scores.score(peer) >= ACCEPT_GRAFT_THRESHOLD
         ]
-        for peer in self._sample(eligible, DEGREE - len(mesh)):
-            mesh.add(peer)
-            self._send(peer, _control(graft=[ControlGraft(topicID=topic)]))
+
+    def _graft(self, topic: str, peer: NodeId) -> None:
+        self._join_mesh(topic, peer)
+        self._send(peer, _control(graft=[ControlGraft(topicID=topic)]))
+
+    def _join_mesh(self, topic: str, peer: NodeId) -> None:
+        self._mesh[topic].add(peer)
+        self.scores.graft(peer, topic)
+
+    def _leave_mesh(self, topic: str, peer: NodeId) -> None:
+        self._mesh[topic].discard(peer)
+        self.scores.prune(peer, topic)
 
     def _prune(self, topic: str, peer: NodeId, backoff: int, now: float) -> None:
         self._backoff[topic, peer] = now + backoff
@@ -264,7 +373,11 @@ class Router:
         identifiers = self._cache.recent(topic)
         if not identifiers:
             return
-        outside = [peer for peer in self.subscribers(topic) if peer not in mesh]
+        outside = [
+            peer
+            for peer in self.subscribers(topic)
+            if peer not in mesh and self.scores.score(peer) >= GOSSIP_THRESHOLD
+        ]
         for peer in self._sample(outside, max(DEGREE_LAZY, int(GOSSIP_FACTOR * len(outside)))):
             announced = self._random.sample(identifiers, min(MAX_IHAVE_IDS, len(identifiers)))
             self._send(peer, _control(ihave=[ControlIHave(topicID=topic, messageIDs=announced)]))
@@ -272,7 +385,8 @@ class Router:
     def _subscribe(self, peer: NodeId, neighbour: _Neighbour, topic: str, *, subscribe: bool, now: float) -> None:
         if not subscribe:
             neighbour.topics.discard(topic)
-            self._mesh.get(topic, set()).discard(peer)
+            if topic in self._mesh:
+                self._leave_mesh(topic, peer)
         elif _is_text(topic) and len(topic.encode()) <= MAX_TOPIC_BYTES and len(neighbour.topics) < MAX_TOPICS_PER_PEER:
             known = topic in neighbour.topics
             neighbour.topics.add(topic)
@@ -280,33 +394,45 @@ class Router:
                 self._fill_mesh(topic, now)
             if not known:
                 # What was published while the subscription was on its way.
-                self._retransmit(peer, neighbour, self._cache.recent(topic))
+                self._retransmit(peer, neighbour, self._cache.recent(topic)[:RECENT_MESSAGES])
 
     def _handle_control(self, peer: NodeId, neighbour: _Neighbour, control: ControlMessage, now: float) -> None:
         for ihave in control.ihave:
-            self._handle_ihave(peer, neighbour, ihave)
+            self._handle_ihave(peer, neighbour, ihave, now)
         for iwant in control.iwant:
             self._handle_iwant(peer, neighbour, iwant)
         for graft in control.graft:
             self._handle_graft(peer, neighbour, graft.topicID, now)
         for prune in control.prune:
-            mesh = self._mesh.get(prune.topicID)
-            if mesh is not None:
-                mesh.discard(peer)
+            if prune.topicID in self._mesh:
+                self._leave_mesh(prune.topicID, peer)
                 backoff = min(prune.backoff or PRUNE_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
                 self._backoff[prune.topicID, peer] = now + backoff
 
-    def _handle_ihave(self, peer: NodeId, neighbour: _Neighbour, ihave: ControlIHave) -> None:
+    def _handle_ihave(self, peer: NodeId, neighbour: _Neighbour, ihave: ControlIHave, now: float) -> None:
         neighbour.ihaves += 1
         if ihave.topicID not in self._mesh or neighbour.ihaves > MAX_IHAVES:
             return
-        unseen = [identifier for identifier in ihave.messageIDs if identifier not in self._seen]
+        if self.scores.score(peer) < GOSSIP_THRESHOLD:
+            return
+        announced = dict.fromkeys(ihave.messageIDs)
+        unseen = [one for one in announced if len(one) == DIGEST_BYTES and one not in self._seen]
         wanted = unseen[: MAX_IHAVE_IDS - neighbour.wanted]
         if wanted:
             neighbour.wanted += len(wanted)
+            neighbour.promises.append((now + PROMISE_SECONDS, wanted))
             self._send(peer, _control(iwant=[ControlIWant(messageIDs=wanted)]))
 
+    def _check_promises(self, peer: NodeId, neighbour: _Neighbour, now: float) -> None:
+        """A promise is kept when any of the announced messages has come, from whomever: an outbox may overflow."""
+        while neighbour.promises and neighbour.promises[0][0] <= now:
+            _, wanted = neighbour.promises.popleft()
+            if not any(identifier in self._seen for identifier in wanted):
+                self.scores.penalise(peer, BROKEN_PROMISE_PENALTY)
+
     def _handle_iwant(self, peer: NodeId, neighbour: _Neighbour, iwant: ControlIWant) -> None:
+        if self.scores.score(peer) < GOSSIP_THRESHOLD:
+            return
         self._retransmit(peer, neighbour, iwant.messageIDs[:MAX_IHAVE_IDS])
 
     def _retransmit(self, peer: NodeId, neighbour: _Neighbour, identifiers: Iterable[bytes]) -> None:
@@ -321,10 +447,18 @@ class Router:
         if mesh is None or peer in mesh:
             return
         backing_off = self._backoff.get((topic, peer), 0.0) > now
-        if backing_off or len(mesh) >= DEGREE_HIGH or topic not in neighbour.topics:
+        if backing_off:
+            self.scores.penalise(peer, BACKOFF_PENALTY)
+        unwanted = self.scores.score(peer) < ACCEPT_GRAFT_THRESHOLD
+        if backing_off or unwanted or len(mesh) >= DEGREE_HIGH or topic not in neighbour.topics:
             self._prune(topic, peer, PRUNE_BACKOFF_SECONDS, now)
         else:
-            mesh.add(peer)
+            self._join_mesh(topic, peer)
+
+
+def _wire_bytes(topic: str, data: bytes) -> int:
+    """Bytes that a message takes in an RPC, at most."""
+    return len(data) + len(topic.encode()) + MESSAGE_OVERHEAD_BYTES
 
 
 def _is_text(topic: object) -> bool:
