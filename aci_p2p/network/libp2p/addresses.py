@@ -109,18 +109,16 @@ class TcpAddress:
             rest = rest[length:]
         return cls.parse(f"/{protocol}/{host}/tcp/{port}{suffix}")
 
-    def to_bytes(self) -> bytes:
-        """The binary form, without the peer; that of a circuit names the relay."""
+    def to_bytes(self, owner: NodeId | None = None) -> bytes:
+        """The binary form, with `/p2p/` only for an owner that is given; that of a circuit names the relay."""
         if self.protocol in _IP_CODES:
             host = encode_varint(_IP_CODES[self.protocol]) + ipaddress.ip_address(self.host).packed
         else:
             name = self.host.encode("ascii")
             host = encode_varint(_NAME_CODES[self.protocol]) + encode_varint(len(name)) + name
         endpoint = host + encode_varint(_TCP_CODE) + self.port.to_bytes(2)
-        if self.relay is None:
-            return endpoint
-        relay = self.relay.peer_id
-        return endpoint + encode_varint(_P2P_CODE) + encode_varint(len(relay)) + relay + encode_varint(_CIRCUIT_CODE)
+        circuit = b"" if self.relay is None else _encode_peer(self.relay) + encode_varint(_CIRCUIT_CODE)
+        return endpoint + circuit + (b"" if owner is None else _encode_peer(owner))
 
     @property
     def transport(self) -> str:
@@ -158,6 +156,10 @@ class TcpAddress:
 
     def __str__(self) -> str:
         return self.transport if self.peer is None else self.owned_by(self.peer)
+
+
+def _encode_peer(peer: NodeId) -> bytes:
+    return encode_varint(_P2P_CODE) + encode_varint(len(peer.peer_id)) + peer.peer_id
 
 
 def _parse_peers(parts: list[str], text: str) -> tuple[NodeId | None, NodeId | None]:

@@ -26,7 +26,7 @@ class CircuitError(Exception):
     """A message is malformed, or not the one that belongs here."""
 
 
-async def read_hop(stream: YamuxStream, expected: HopMessage.Type | None = None) -> HopMessage:
+async def read_hop(stream: YamuxStream, expected: HopMessage.Type.ValueType | None = None) -> HopMessage:
     """The next message of the hop protocol. Raises CircuitError, EndOfStream, StreamReset."""
     try:
         message = HopMessage.FromString(await read_prefixed(stream, MAX_MESSAGE_BYTES))
@@ -39,7 +39,7 @@ async def read_hop(stream: YamuxStream, expected: HopMessage.Type | None = None)
     return message
 
 
-async def read_stop(stream: YamuxStream, expected: StopMessage.Type) -> StopMessage:
+async def read_stop(stream: YamuxStream, expected: StopMessage.Type.ValueType) -> StopMessage:
     """The next message of the stop protocol. Raises CircuitError, EndOfStream, StreamReset."""
     try:
         message = StopMessage.FromString(await read_prefixed(stream, MAX_MESSAGE_BYTES))

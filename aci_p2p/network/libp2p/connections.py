@@ -25,6 +25,8 @@ MAX_INBOUND_CONNECTIONS = 384
 """Connections of which peers may have dialled so many: strangers cannot keep us from dialling."""
 MAX_CONNECTIONS_PER_SOURCE = 32
 """Inbound connections kept from one source, loopback excepted (a NAT may hide several nodes)."""
+YOUNG_SECONDS = 30.0
+"""How long a new connection is kept in any case, seconds: time to say who one is and to be of use."""
 IDLE_STREAMS = 2
 """Streams of a connection that is not in use: gossip has one each way."""
 BAN_SECONDS = 60.0
@@ -51,6 +53,8 @@ class Connection:
     """The relay in between; None when it is direct."""
     agent: str = ""
     """What the peer says its program is."""
+    used: float = 0.0
+    """When a stream was last opened on it, in trio's time."""
 
     @property
     def is_local(self) -> bool:
@@ -84,10 +88,15 @@ def source_of(address: str) -> str:
 class Connections:
     """All connections of a host."""
 
-    def __init__(self, own: NodeId) -> None:
+    def __init__(self, own: NodeId, low_water: int, high_water: int) -> None:
+        """Of more than `high_water` connections, those that nobody needs are closed until `low_water` are left."""
         self.own = own
+        self._low_water = low_water
+        self._high_water = high_water
         self._of_peer: dict[NodeId, list[Connection]] = {}
         self._banned: OrderedDict[NodeId, float] = OrderedDict()
+        self.protected: list[Callable[[NodeId], bool]] = []
+        self.trimmed = 0
         self.on_connected: list[Callable[[Connection], None]] = []
         self.on_disconnected: list[Callable[[NodeId], None]] = []
         self.on_moved: list[Callable[[NodeId], None]] = []
@@ -121,11 +130,13 @@ class Connections:
     def add(self, connection: Connection) -> list[Connection]:
         """Enter a connection and tell those who want to know; returns the ones that the peer must have lost.
 
-        A second connection in the same direction: the peer lost the first one and has come back.
+        A second connection in the same direction: the peer lost the first one and has come back. Not so for relayed
+        ones, which are renewed before their time is up, while there are streams on the one before.
         """
         before = self.preferred(connection.peer)
         several = self._of_peer.setdefault(connection.peer, [])
-        lost = [one for one in several if self._rank(one) == self._rank(connection)]
+        lost = [one for one in several if one.relay is None and self._rank(one) == self._rank(connection)]
+        connection.agent = several[-1].agent if several else ""
         several.append(connection)
         if len(several) == 1:
             for notify in self.on_connected:
@@ -162,6 +173,37 @@ class Connections:
             raise PeerUnreachable(msg)
         await idle[0].muxer.close()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether there are more connections than there should be."""
+        return len(self.all) > self._high_water
+
+    def superfluous(self) -> list[Connection]:
+        """The connections to close, above high water: the least useful ones that nothing speaks for, down to low water.
+
+        Kept are those that are young or in use, and those that a function in `protected` speaks for. Those that peers
+        have dialled go first, since we did not choose them, and of each kind those that were unused longest.
+        """
+        connections = self.all
+        if len(connections) <= self._high_water:
+            return []
+        old = trio.current_time() - YOUNG_SECONDS
+        idle = [
+            one
+            for one in connections
+            if one.opened <= old and one.is_idle and not any(protects(one.peer) for protects in self.protected)
+        ]
+        idle.sort(key=lambda one: (one.outbound, max(one.used, one.opened)))
+        chosen = idle[: len(connections) - self._low_water]
+        self.trimmed += len(chosen)
+        return chosen
+
+    @property
+    def banned_count(self) -> int:
+        """Peers that were thrown out lately."""
+        now = trio.current_time()
+        return sum(until > now for until in self._banned.values())
+
     def ban(self, peer: NodeId) -> None:
         """Have nothing to do with a peer for BAN_SECONDS."""
         self._banned[peer] = trio.current_time() + BAN_SECONDS
@@ -183,7 +225,7 @@ class Connections:
                 outbound=one.outbound,
                 relay=one.relay,
                 age_s=now - one.opened,
-                round_trip_ms=None,
+                round_trip_ms=None if one.muxer.round_trip is None else 1e3 * one.muxer.round_trip,
                 streams=one.muxer.stream_count,
                 agent=one.agent,
                 score=0.0,

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from random import Random, SystemRandom
+from random import SystemRandom
 
 import trio
 
 from aci_p2p.network.api import AddressInUse, PeerUnreachable, Reachability
+from aci_p2p.network.config import NetworkConfig
 from aci_p2p.network.libp2p.address_book import AddressBook
 from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, most_useful
-from aci_p2p.network.libp2p.connections import LOOPBACK, Connection, Connections, source_of
+from aci_p2p.network.libp2p.admission import Admission
+from aci_p2p.network.libp2p.connections import Connection, Connections, source_of
 from aci_p2p.network.libp2p.dialling import Dialler, Reached
 from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound, select_outbound
 from aci_p2p.network.libp2p.secure import ByteStream, Security
@@ -33,12 +34,10 @@ from aci_p2p.network.limits import MAX_STREAMS, MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 
-MAX_HANDSHAKES = 256
-"""Inbound handshakes under way; one more ends the oldest, so that silent connections cannot lock honest ones out."""
-MAX_HANDSHAKES_PER_SOURCE = 16
-"""Inbound handshakes under way from one source, loopback excepted; one more ends its oldest."""
 NEGOTIATION_SECONDS = 10.0
 """Time to agree on a stream's protocol, seconds."""
+TRIM_SECONDS = 10.0
+"""Time between two looks at which connections can be closed while there are too many, seconds."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
 
@@ -54,20 +53,22 @@ class _Protocol:
 class Host:
     """Our end of every connection."""
 
-    def __init__(self, key: KeyPair, nursery: trio.Nursery, random: Random | None = None) -> None:
-        """`nursery` holds all tasks of the host; `random` spreads attempts in time."""
+    def __init__(self, key: KeyPair, nursery: trio.Nursery, config: NetworkConfig | None = None) -> None:
+        """`nursery` holds all tasks of the host; of `config`, the water marks are for here."""
+        config = config or NetworkConfig()
         self.node_id = key.node_id
-        self.book = AddressBook(key.node_id, random or SystemRandom())
-        self.connections = Connections(key.node_id)
+        self.book = AddressBook(key.node_id, SystemRandom())
+        self.connections = Connections(key.node_id, config.low_water, config.high_water)
         self._security = Security(key)
         self.dialler = Dialler(self._security, self.connections, self.book, self._establish)
         self.reachability = Reachability.UNKNOWN
         self._nursery = nursery
         self._protocols: dict[str, _Protocol] = {}
-        self._handshakes: OrderedDict[trio.CancelScope, str] = OrderedDict()
+        self.admission = Admission()
         self._inbound_streams: dict[NodeId, int] = {}
         self._bound: list[TcpAddress] = []
         self._announced: dict[str, tuple[TcpAddress, ...]] = {}
+        self._trimming = False
         self.handler_failures = 0
         self.on_connected = self.connections.on_connected
         self.on_disconnected = self.connections.on_disconnected
@@ -151,32 +152,10 @@ class Host:
                     stream = await listener.accept()
                 except OSError:
                     # Out of file descriptors, most likely: drop the handshake that has waited longest, and try again.
-                    self._end_oldest_handshake(None)
+                    self.admission.end_oldest()
                     await trio.sleep(0.1)
                     continue
                 self._nursery.start_soon(self._handle_inbound, stream)
-
-    def _end_oldest_handshake(self, source: str | None) -> None:
-        for scope, other in self._handshakes.items():
-            if source is None or other == source:
-                scope.cancel()
-                del self._handshakes[scope]
-                return
-
-    @contextmanager
-    def _handshaking(self, source: str) -> Generator[None]:
-        """Bound inbound handshakes in time and number."""
-        of_source = sum(other == source for other in self._handshakes.values())
-        if of_source >= MAX_HANDSHAKES_PER_SOURCE and source != LOOPBACK:
-            self._end_oldest_handshake(source)
-        elif len(self._handshakes) >= MAX_HANDSHAKES:
-            self._end_oldest_handshake(None)
-        with trio.move_on_after(HANDSHAKE_SECONDS) as scope:
-            self._handshakes[scope] = source
-            try:
-                yield
-            finally:
-                self._handshakes.pop(scope, None)
 
     async def _handle_inbound(self, stream: trio.SocketStream) -> None:
         try:
@@ -184,9 +163,10 @@ class Host:
         except OSError:
             await stream.aclose()
             return
+        source = source_of(ip)
         place = TcpAddress("ip6" if ":" in ip else "ip4", ip, port)
         try:
-            connection = await self._upgrade_inbound(stream, place, source_of(ip), None)
+            connection = await self._upgrade_inbound(stream, place, source, None)
             if connection is not None:
                 await self._serve_connection(connection)
         except Exception:  # whatever a stranger sends ends its own connection and nothing else
@@ -198,15 +178,21 @@ class Host:
         self, stream: ByteStream, place: TcpAddress, source: str, relay: NodeId | None
     ) -> Connection | None:
         """A connection of a stream that a peer opened, entered in the table; None when it is not taken."""
+        if not self.admission.admits(source):
+            return None
         connection: Connection | None = None
-        with self._handshaking(source):
+        with self.admission.handshaking(source):
             if self.connections.has_room_for(source):
                 peer, muxer = await upgrade_inbound(self._security, stream)
-                if peer != self.node_id and not self.connections.is_banned(peer):
+                # Others may have come in the meantime.
+                if self._takes(peer) and self.connections.has_room_for(source):
                     opened = trio.current_time()
                     connection = Connection(peer, muxer, False, place, source, opened, relay)  # noqa: FBT003
                     self._add(connection)
         return connection
+
+    def _takes(self, peer: NodeId) -> bool:
+        return peer != self.node_id and not self.connections.is_banned(peer)
 
     async def adopt_inbound(self, stream: ByteStream, place: TcpAddress, relay: NodeId | None) -> None:
         """Serve a connection over a stream that a peer opened to us through a relay or a hole in our NAT, till it ends.
@@ -255,11 +241,43 @@ class Host:
         self.book.connected(connection.peer)
         for lost in self.connections.add(connection):
             self._nursery.start_soon(lost.muxer.close)
+        kept = self.connections.preferred(connection.peer)
+        if kept is not None and kept.outbound:
+            for extra in self.connections.of(connection.peer):
+                if extra is not kept and not extra.muxer.is_closed:
+                    self._nursery.start_soon(self._retire, extra, kept)
+        if self.connections.is_over and not self._trimming:
+            self._trimming = True
+            self._nursery.start_soon(self._trim)
+
+    async def _retire(self, extra: Connection, kept: Connection) -> None:
+        """Close a connection that another to the same peer has replaced, when nothing is left on it.
+
+        The side that dialled the one that is kept does this. Once the peer has answered on it, it uses it; what the
+        peer has opened on the extra one before, we know of when it has answered there, too.
+        """
+        with suppress(StreamReset):
+            await kept.muxer.ping()
+            await extra.muxer.ping()
+            await extra.muxer.wait_idle()
+            if not kept.muxer.is_closed:
+                await extra.muxer.close()
+
+    async def _trim(self) -> None:
+        """Close the least useful connections, until there are not too many any more."""
+        try:
+            while self.connections.is_over:
+                async with trio.open_nursery() as nursery:
+                    for connection in self.connections.superfluous():
+                        nursery.start_soon(connection.muxer.close)
+                await trio.sleep(TRIM_SECONDS)
+        finally:
+            self._trimming = False
 
     async def _serve_connection(self, connection: Connection) -> None:
         """Hold a connection until it ends."""
         try:
-            await connection.muxer.run(lambda stream: self._accept_stream(connection.peer, stream))
+            await connection.muxer.run(lambda stream: self._accept_stream(connection, stream))
         except Exception:  # a broken connection is a disconnected peer
             log.debug("the connection to %s broke", connection.peer.short, exc_info=True)
         finally:
@@ -284,6 +302,7 @@ class Host:
         except StreamReset as error:
             msg = f"{peer.short} takes no more streams from us"
             raise PeerUnreachable(msg) from error
+        connection.used = trio.current_time()
         try:
             with trio.fail_after(NEGOTIATION_SECONDS):
                 await select_outbound(stream, protocol)
@@ -312,11 +331,13 @@ class Host:
             for scope in tuple(served.scopes):
                 scope.cancel()
 
-    def _accept_stream(self, peer: NodeId, stream: YamuxStream) -> bool:
+    def _accept_stream(self, connection: Connection, stream: YamuxStream) -> bool:
+        peer = connection.peer
         count = self._inbound_streams.get(peer, 0)
         if count >= MAX_STREAMS_PER_PEER or sum(self._inbound_streams.values()) >= MAX_STREAMS:
             return False
         self._inbound_streams[peer] = count + 1
+        connection.used = trio.current_time()
         self._nursery.start_soon(self._serve_stream, peer, stream)
         return True
 
