@@ -6,7 +6,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
 import trio
@@ -21,6 +21,7 @@ from aci_p2p.keys import KeyRing
 from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.protocol.consumer import ConsumerJob, JobRequest, JobSecrets
 from aci_p2p.protocol.envelope import Envelope, Sealer
+from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.messages import NONCE_BYTES, CapabilityRecord, NodeRecord
@@ -86,6 +87,8 @@ class Node:
         """Its jobs on disk."""
         self.provider: ProviderRole | None = None
         """Its provider's role, if it serves models."""
+        self.executor: Executor | None = None
+        """What runs its models, if it serves some."""
         self._parts = parts
         self._sealer = sealer
 
@@ -112,6 +115,16 @@ class Node:
         fresh = JobSecrets(salt=entropy(NONCE_BYTES), nonce=entropy(NONCE_BYTES))
         job = ConsumerJob(self._sealer, request, fresh, self._parts.rule)
         return open_job(job, self.network, self.market, self.store, self._parts.clock)
+
+    async def provide(self, config: ProviderConfig) -> None:
+        """Serve from now on what `config` says: models, prices, slots; jobs that run are run to their end.
+
+        Raises LocalError when a model cannot be served, and then goes on as before.
+        """
+        assert self.provider is not None and self.executor is not None  # noqa: PT018 - there are both or none
+        self.provider.offer(await _offerings(self.executor, ModelStore(self.config.models_path), config), config.slots)
+        self.config = replace(self.config, provider=config)
+        await self.announce()
 
     async def announce(self) -> None:
         """Publish where we are and what we serve."""
@@ -189,17 +202,12 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
     models = ModelStore(node.config.models_path)
     opening = parts.open_executor() if parts.open_executor else open_process_executor(models, threads=config.threads)
     async with opening as executor, open_background() as nursery:
-        offerings: list[Offering] = []
-        for name in config.models or tuple(model.name for model in models.list()):
-            model = await executor.load(name) if config.preload else models.open(name)
-            offerings.append(
-                Offering(model.name, model.root, model.context, config.input_token_price, config.output_token_price)
-            )
         role = ProviderRole(
             network=node.network, market=node.market, executor=executor, store=node.store, sealer=sealer,
-            clock=parts.clock, entropy=parts.entropy, offerings=offerings, slots=config.slots,
+            clock=parts.clock, entropy=parts.entropy, offerings=await _offerings(executor, models, config),
+            slots=config.slots,
         )  # fmt: skip
-        node.provider = role
+        node.provider, node.executor = role, executor
         with node.network.serve(JOB_PROTOCOL, role.serve):
             nursery.start_soon(role.bid_on_offers)
             await node.announce()
@@ -207,3 +215,14 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
                 yield
             finally:
                 await role.hand_back()
+
+
+async def _offerings(executor: Executor, models: ModelStore, config: ProviderConfig) -> list[Offering]:
+    """What a configuration serves, its models checked, and loaded unless that is to wait. Raises LocalError."""
+    names = config.models or tuple(model.name for model in models.list())
+    if not names:
+        msg = "there is no model in the store"
+        raise LocalError(msg, hint="fetch one with: aci-p2p models pull")
+    found = [await executor.load(name) if config.preload else models.open(name) for name in names]
+    prices = config.input_token_price, config.output_token_price
+    return [Offering(model.name, model.root, model.context, *prices) for model in found]

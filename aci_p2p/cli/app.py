@@ -23,7 +23,7 @@ EXIT_INTERNAL: Final = 70
 _OUTPUT_FAILS: Final = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """The reader of our output closed it early, or the file that it goes to cannot take it."""
 
-_COMMANDS: Final = ("demo", "infer", "join", "keys", "models", "verify")
+_COMMANDS: Final = ("config", "demo", "infer", "join", "keys", "models", "verify")
 
 _EPILOG: Final = """\b
 Examples:
@@ -31,6 +31,7 @@ Examples:
   aci-p2p join                                 serve a model
   aci-p2p infer --bootstrap ADDRESS "Hello!"   ask it
   aci-p2p verify answer.aciproof               check an answer offline
+  aci-p2p config show                          what is set, and where
 """
 
 
@@ -48,9 +49,12 @@ class _LazyGroup(click.Group):
         return command
 
 
-@click.group(cls=_LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(VERSION, prog_name="aci-p2p")
-def app() -> None:
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="Configuration file of the command.")
+def app(config_file: Path | None) -> None:
     """Peer-to-peer, verifiable AI inference: ask models of the network, serve yours, check every answer."""
 
 

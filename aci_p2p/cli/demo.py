@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from aci_p2p.cli.answering import Show, speed_line, summary
-from aci_p2p.cli.common import home_option, json_option, print_json, program
+from aci_p2p.cli.common import json_option, print_json, program
+from aci_p2p.cli.options import FOLDERS, Given, configured
 from aci_p2p.cli.progress import drawn
 from aci_p2p.cli.running import Stop, run
 from aci_p2p.client import ACI, Answer
@@ -63,18 +64,19 @@ class _Plan:
     show_default="demo.aciproof in the ACI home",
     help="Where to save the proof.",
 )
-@home_option
+@configured(*FOLDERS)
 @json_option
-def command(prompt: str, max_tokens: int, proof: Path | None, home: Path, as_json: bool) -> None:  # noqa: FBT001
+def command(prompt: str, max_tokens: int, proof: Path | None, given: Given, as_json: bool) -> None:  # noqa: FBT001
     """Run a bootstrap node, three providers and a consumer on this machine, and one real job between them.
 
     The network is libp2p over loopback, the model is SmolLM2-135M-Instruct, fetched if it is not there yet; nothing is
     simulated, and nothing leaves this machine but that download.
     """
-    models = home / "models"
+    node = given.load().config.node
+    models = node.models_path
     with drawn() as report:
         fetch_default(ModelStore(models), report=report)
-    plan = _Plan(prompt or DEFAULT_PROMPT, max_tokens, proof or home / "demo.aciproof", models, as_json)
+    plan = _Plan(prompt or DEFAULT_PROMPT, max_tokens, proof or node.home / "demo.aciproof", models, as_json)
 
     async def work(stop: Stop) -> None:
         await _demo(plan, stop)

@@ -11,23 +11,15 @@ import click
 from rich.console import Console
 
 from aci_p2p.cli.answering import Show, speed_line, summary
-from aci_p2p.cli.common import AmountType, home_option, json_option, network_option, print_json, program
+from aci_p2p.cli.common import json_option, print_json, program
+from aci_p2p.cli.options import CLIENT, Given, configured
 from aci_p2p.cli.running import Stop, run
-from aci_p2p.client import (
-    ACI,
-    DEFAULT_BID_WINDOW_MS,
-    DEFAULT_MAX_TOKENS,
-    Answer,
-    Requirements,
-    conversation_of,
-    resolve_model,
-)
+from aci_p2p.client import ACI, Answer, Requirements, conversation_of, resolve_model
 from aci_p2p.config import NodeConfig
 from aci_p2p.files import write_atomically
-from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.messages import MAX_INPUT_BYTES, MAX_LATENCY_MS, MAX_TEMPERATURE_MILLI, MAX_TOKENS
-from aci_p2p.protocol.pricing import ONE_ACI, format_amount
+from aci_p2p.protocol.messages import MAX_INPUT_BYTES
+from aci_p2p.protocol.pricing import format_amount
 from aci_p2p.protocol.proof import encode_proof
 
 _EPILOG = """\b
@@ -53,59 +45,33 @@ class _Request:
 
 @click.command("infer", short_help="Ask a model of the network.", epilog=_EPILOG)
 @click.argument("prompt")
-@click.option("--bootstrap", "-b", multiple=True, required=True, help="Multiaddr of a node to join through.")
-@click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, help="Name, or weights root in hex.")
-@click.option("--max-tokens", type=click.IntRange(1, MAX_TOKENS), default=DEFAULT_MAX_TOKENS, show_default=True)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0, MAX_TEMPERATURE_MILLI / 1_000),
-    default=0.0,
-    show_default=True,
-    help="0 is greedy.",
-)
-@click.option("--max-price", type=AmountType(), default=ONE_ACI, show_default="1", help="For the whole job.")
-@click.option(
-    "--max-latency", type=click.IntRange(1, MAX_LATENCY_MS), default=MAX_LATENCY_MS, help="To the first token, ms."
-)
-@click.option(
-    "--bid-window",
-    type=click.IntRange(1, 10_000),
-    default=DEFAULT_BID_WINDOW_MS,
-    show_default=True,
-    help="Longest wait for bids, ms.",
-)
+@configured(*CLIENT)
 @click.option("--proof", type=click.Path(path_type=Path, dir_okay=False), help="Where to save the proof.")
-@home_option
-@network_option
 @json_option
-def command(
-    prompt: str,
-    bootstrap: tuple[str, ...],
-    model: str,
-    max_tokens: int,
-    temperature: float,
-    max_price: int,
-    max_latency: int,
-    bid_window: int,
-    proof: Path | None,
-    home: Path,
-    network: str,
-    as_json: bool,  # noqa: FBT001 - click passes flags so
-) -> None:
+def command(prompt: str, given: Given, proof: Path | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
     """Ask a model of the network PROMPT ('-' reads it from standard input), stream the answer, save its proof."""
+    loaded = given.load()
+    config, ask = loaded.config.client_node, loaded.config.client
+    _check_reachable(config)
     text = _read_prompt() if prompt == "-" else prompt
-    requirements = Requirements(max_price, max_latency, bid_window)
-    request = _Request(text, model, max_tokens, temperature, requirements, proof, as_json)
-    config = NodeConfig(home=home, network=network, bootstrap=bootstrap)
+    requirements = Requirements(ask.max_price, ask.max_latency_ms, ask.bid_window_ms)
+    request = _Request(text, ask.model, ask.max_tokens, ask.temperature, requirements, proof, as_json)
 
     # What can be refused here is refused before anybody is dialled.
-    resolve_model(model, config)
+    resolve_model(ask.model, config)
     conversation_of(text)
 
     async def work(stop: Stop) -> None:
         await _infer(config, request, stop)
 
     run(work)
+
+
+def _check_reachable(config: NodeConfig) -> None:
+    """Raises click.UsageError when nobody is known who could be asked."""
+    if not (config.bootstrap or config.p2p.mdns or config.address_cache_path.exists()):
+        msg = "no node is known to ask: name one with --bootstrap, ACI_BOOTSTRAP or bootstrap in the configuration file"
+        raise click.UsageError(msg)
 
 
 def _read_prompt() -> str:

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-from typing import Final
+import signal
+from dataclasses import replace
 
 import click
 import trio
 from rich.console import Console
 
-from aci_p2p.cli.common import AmountType, home_option, network_option, program
+from aci_p2p.cli.common import program
+from aci_p2p.cli.notify import notify
+from aci_p2p.cli.options import NODE, Given, configured
+from aci_p2p.cli.reload import Reloading, log_level
 from aci_p2p.cli.running import Stop, run
-from aci_p2p.config import (
-    DEFAULT_INPUT_PRICE,
-    DEFAULT_OUTPUT_PRICE,
-    DEFAULT_SLOTS,
-    NodeConfig,
-    ProviderConfig,
-)
+from aci_p2p.config import NodeConfig
 from aci_p2p.executor import ModelStore
-from aci_p2p.network import NetworkConfig
 from aci_p2p.node import Node, open_node
 from aci_p2p.protocol.pricing import format_amount
-
-DEFAULT_LISTEN: Final = "/ip4/0.0.0.0/tcp/9400"
-"""All interfaces, on a port that firewalls can be opened for."""
 
 _EPILOG = """\b
 Examples:
@@ -33,79 +25,47 @@ Examples:
   aci-p2p join --bootstrap ADDRESS --serve MODEL    join a network and serve one model
   aci-p2p join --no-serve                           only help others to find each other
   aci-p2p join --listen /ip4/127.0.0.1/tcp/0        any free port, this machine only
+  ACI_PROVIDER_SLOTS=2 aci-p2p join                 every option is a variable, too, and a setting of the file
 """
 
 
 @click.command("join", short_help="Run a node, and serve models.", epilog=_EPILOG)
-@click.option("--bootstrap", "-b", multiple=True, help="Multiaddr of a node to join through.")
-@click.option("--listen", "-l", multiple=True, default=(DEFAULT_LISTEN,), show_default=True, help="Where to listen.")
-@click.option("--serve", "-s", "models", multiple=True, help="Model to serve; by default all in the store.")
-@click.option("--no-serve", is_flag=True, help="Serve no model.")
-@click.option(
-    "--input-price", type=AmountType(), default=DEFAULT_INPUT_PRICE, show_default="0.000001", help="A prompt token."
-)
-@click.option(
-    "--output-price",
-    type=AmountType(),
-    default=DEFAULT_OUTPUT_PRICE,
-    show_default="0.000004",
-    help="An output token.",
-)
-@click.option("--slots", type=click.IntRange(1, 1_024), default=DEFAULT_SLOTS, show_default=True, help="Jobs at once.")
-@click.option("--threads", type=click.IntRange(1, 1_024), show_default="cores - 1", help="Threads of the executor.")
-@click.option("--verbose", "-v", is_flag=True, help="Log more.")
-@click.option("--key", default="node", show_default=True, help="Name of the key to run under.")
-@home_option
-@network_option
-def command(
-    bootstrap: tuple[str, ...],
-    listen: tuple[str, ...],
-    models: tuple[str, ...],
-    no_serve: bool,  # noqa: FBT001 - click passes flags so
-    input_price: int,
-    output_price: int,
-    slots: int,
-    threads: int | None,
-    verbose: bool,  # noqa: FBT001 - click passes flags so
-    key: str,
-    home: Path,
-    network: str,
-) -> None:
-    """Run a node until Ctrl-C or SIGTERM: it helps others to find each other, and serves models to the market."""
-    names = () if no_serve else models or tuple(model.name for model in ModelStore(home / "models").list())
-    provider = (
-        ProviderConfig(
-            models=names, input_token_price=input_price, output_token_price=output_price, slots=slots, threads=threads
-        )
-        if names
-        else None
-    )
-    config = NodeConfig(
-        home=home,
-        network=network,
-        key=key,
-        own_key=True,
-        p2p=NetworkConfig(listen=listen),
-        bootstrap=bootstrap,
-        provider=provider,
-    )
+@configured(*NODE)
+@click.option("--verbose", "-v", is_flag=True, help="The same as --log-level debug.")
+def command(given: Given, verbose: bool) -> None:  # noqa: FBT001 - click passes flags so
+    """Run a node until Ctrl-C or SIGTERM: it helps others to find each other, and serves models to the market.
+
+    SIGHUP makes it read its configuration again: prices, slots, models, bootstrap addresses and the log level are taken
+    at once, the rest when it starts again.
+    """
+    if verbose:
+        given.flags["log.level"] = "debug"
+    loaded = given.load()
+    config = loaded.config.node
+    provider = config.provider
+    explain = False
+    if provider is not None and provider.serve and not (provider.models or ModelStore(config.models_path).list()):
+        config, explain = replace(config, provider=None), True
 
     async def work(stop: Stop) -> None:
-        await _serve(config, stop, explain=not no_serve)
+        with trio.open_signal_receiver(signal.SIGHUP) as hangups:
+            await _serve(config, stop, Reloading(given, loaded.config, hangups), explain=explain)
 
-    run(work, daemon=True, log_level=logging.DEBUG if verbose else logging.INFO)
+    run(work, daemon=True, log_level=log_level(loaded.config.log))
 
 
-async def _serve(config: NodeConfig, stop: Stop, *, explain: bool) -> None:
+async def _serve(config: NodeConfig, stop: Stop, reloading: Reloading, *, explain: bool) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    if config.provider:
-        console.print(f"loading {', '.join(config.provider.models)} ...", style="dim")
-    elif explain:
+    if explain:
         console.print(f"no model in the store, serving none; fetch one with: {program()} models pull", style="yellow")
+    elif config.provider and config.provider.serve:
+        console.print(f"loading {', '.join(config.provider.models) or 'all models of the store'} ...", style="dim")
     async with open_node(config) as node:
         _introduce(console, node)
+        notify("READY=1")
         with stop:
-            await trio.sleep_forever()
+            await reloading.run(node)
+        notify("STOPPING=1")
     console.print("stopped")
 
 
@@ -117,8 +77,9 @@ def _introduce(console: Console, node: Node) -> None:
     if node.config.bootstrap:
         console.print(f"joined: connected to {len(node.network.peers)} of {len(node.config.bootstrap)} nodes given")
     provider = node.config.provider
-    if provider:
+    if node.provider and provider:
         prices = f"{format_amount(provider.input_token_price)} a prompt token, "
         prices += f"{format_amount(provider.output_token_price)} an output token"
-        console.print(f"serving {', '.join(provider.models)}: {provider.slots} jobs at once, {prices}")
+        names = ", ".join(record.model_name for record in node.provider.capabilities())
+        console.print(f"serving {names}: {provider.slots} jobs at once, {prices}")
     console.print(f'ask it with: {program()} infer --bootstrap {node.addresses[0]} "Hello!"', style="dim")

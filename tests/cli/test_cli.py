@@ -17,7 +17,7 @@ from aci_p2p.protocol.proof import encode_proof
 from tests.cli.conftest import Cli, one_line
 from tests.protocol.driver import ConsumerBench
 
-COMMANDS = ("demo", "infer", "join", "keys", "models", "verify")
+COMMANDS = ("config", "demo", "infer", "join", "keys", "models", "verify")
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWQYEUcREAwzfuWtPCqbKXBJdFvuwtTjguvxN2uUzEQCMD"
 
 
@@ -43,8 +43,8 @@ def test_help_lists_the_commands(cli: Cli) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_with_an_example(cli: Cli, command: str) -> None:
-    group = command in ("keys", "models")
-    result = cli(command, *(("list",) if group else ()), "--help")
+    inner = {"config": ("show",), "keys": ("list",), "models": ("list",)}
+    result = cli(command, *inner.get(command, ()), "--help")
     assert result.returncode == 0
     assert "Example" in result.stdout
     assert f"aci-p2p {command}" in result.stdout
