@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -67,7 +68,10 @@ class Host:
         self.admission = Admission()
         self._inbound_streams: dict[NodeId, int] = {}
         self._bound: list[TcpAddress] = []
+        self._listeners: list[trio.SocketListener] = []
+        self._sharing = 0
         self._announced: dict[str, tuple[TcpAddress, ...]] = {}
+        self.claims: dict[tuple[str, int], Callable[[trio.SocketStream], None]] = {}
         self._trimming = False
         self.handler_failures = 0
         self.on_connected = self.connections.on_connected
@@ -104,6 +108,29 @@ class Host:
         if self._announced.get(reason, ()) != tuple(addresses):
             self._announced[reason] = tuple(addresses)
             self._notify_changed()
+
+    def set_reachability(self, reachability: Reachability) -> None:
+        """Whether others can open connections to us, as it has turned out."""
+        if self.reachability is not reachability:
+            self.reachability = reachability
+            self._notify_changed()
+
+    @contextmanager
+    def sharing_ports(self) -> Generator[None]:
+        """Let our own sockets dial from the ports at which we listen, within the block (SO_REUSEPORT).
+
+        Only a program of the same user that asks for the same could use them, too.
+        """
+        self._share_ports(1)
+        try:
+            yield
+        finally:
+            self._share_ports(-1)
+
+    def _share_ports(self, change: int) -> None:
+        self._sharing += change
+        for listener in self._listeners:
+            listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(self._sharing > 0))
 
     def _notify_changed(self) -> None:
         for notify in self.on_changed:
@@ -143,6 +170,7 @@ class Host:
         for listener in listeners:
             host, port = listener.socket.getsockname()[:2]
             self._bound.append(TcpAddress(address.protocol, host, port, None))
+            self._listeners.append(listener)
             self._nursery.start_soon(self._accept, listener)
 
     async def _accept(self, listener: trio.SocketListener) -> None:
@@ -163,10 +191,13 @@ class Host:
         except OSError:
             await stream.aclose()
             return
+        if (claim := self.claims.get((ip, port))) is not None:
+            claim(stream)
+            return
         source = source_of(ip)
         place = TcpAddress("ip6" if ":" in ip else "ip4", ip, port)
         try:
-            connection = await self._upgrade_inbound(stream, place, source, None)
+            connection = await self._upgrade_inbound(stream, place, source)
             if connection is not None:
                 await self._serve_connection(connection)
         except Exception:  # whatever a stranger sends ends its own connection and nothing else
@@ -175,7 +206,12 @@ class Host:
             await stream.aclose()
 
     async def _upgrade_inbound(
-        self, stream: ByteStream, place: TcpAddress, source: str, relay: NodeId | None
+        self,
+        stream: ByteStream,
+        place: TcpAddress,
+        source: str,
+        relay: NodeId | None = None,
+        expected: NodeId | None = None,
     ) -> Connection | None:
         """A connection of a stream that a peer opened, entered in the table; None when it is not taken."""
         if not self.admission.admits(source):
@@ -185,7 +221,7 @@ class Host:
             if self.connections.has_room_for(source):
                 peer, muxer = await upgrade_inbound(self._security, stream)
                 # Others may have come in the meantime.
-                if self._takes(peer) and self.connections.has_room_for(source):
+                if expected in {None, peer} and self._takes(peer) and self.connections.has_room_for(source):
                     opened = trio.current_time()
                     connection = Connection(peer, muxer, False, place, source, opened, relay)  # noqa: FBT003
                     self._add(connection)
@@ -194,13 +230,16 @@ class Host:
     def _takes(self, peer: NodeId) -> bool:
         return peer != self.node_id and not self.connections.is_banned(peer)
 
-    async def adopt_inbound(self, stream: ByteStream, place: TcpAddress, relay: NodeId | None) -> None:
+    async def adopt_inbound(
+        self, stream: ByteStream, place: TcpAddress, relay: NodeId | None, expected: NodeId
+    ) -> None:
         """Serve a connection over a stream that a peer opened to us through a relay or a hole in our NAT, till it ends.
 
-        The stream is closed then. `place` is where it came from. Never raises for what the peer does.
+        The stream is closed then, at once when it is not the `expected` peer's. `place` is where it came from. Never
+        raises for what the peer does.
         """
         try:
-            connection = await self._upgrade_inbound(stream, place, _source(place, relay), relay)
+            connection = await self._upgrade_inbound(stream, place, _source(place, relay), relay, expected)
             if connection is not None:
                 await self._serve_connection(connection)
         except Exception:  # as for connections over TCP
