@@ -1,5 +1,5 @@
 """The command line: `aci-p2p`."""
 
-from aci_p2p.cli.app import main
+from aci_p2p.cli.entry import main
 
 __all__ = ["main"]

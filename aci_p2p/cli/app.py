@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -11,12 +12,11 @@ from typing import Final, cast
 
 import click
 
+from aci_p2p.cli.entry import EXIT_INTERRUPTED
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.text import printable_lines
 from aci_p2p.version import VERSION
 
-EXIT_INTERRUPTED: Final = 130
-"""128 + SIGINT, as shells report it."""
 EXIT_INTERNAL: Final = 70
 """EX_SOFTWARE of sysexits.h: a bug of ours."""
 
@@ -58,14 +58,17 @@ def app(config_file: Path | None) -> None:
     """Peer-to-peer, verifiable AI inference: ask models of the network, serve yours, check every answer."""
 
 
-def main() -> None:
+def run() -> None:
     """Run the command line; never returns."""
-    _prepare_output()
     try:
+        _prepare_output()
         code = app.main(standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the edge: everything becomes a line and a code
         code = _report(error)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # All is done: Ctrl-C while Python tidies up ends it without a word.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(code if isinstance(code, int) else 0)
 
 
