@@ -151,6 +151,24 @@ class NetworkStatistics:
 
     peers: int
     """Connected peers."""
+    inbound: int
+    """Connections that peers have dialled."""
+    outbound: int
+    """Connections that we have dialled."""
+    relayed: int
+    """Those of both through relays."""
+    trimmed: int
+    """Connections closed because there were too many."""
+    banned: int
+    """Peers thrown out lately, neither dialled nor let in for a while."""
+    handshakes: int
+    """Inbound connections that are not authenticated yet."""
+    handshakes_refused: int
+    """Inbound connections refused because too many came from one source."""
+    dials: int
+    """Searches for a peer at its addresses, successful or not."""
+    dial_failures: int
+    """Those in vain."""
     streams: int
     """Open streams that this seam knows of, both directions."""
     gossip_accepted: int

@@ -21,6 +21,7 @@ import trio
 
 from aci_p2p.network.api import (
     ConnectionInfo,
+    DialledOurselves,
     GossipMessage,
     GossipValidator,
     KnownPeer,
@@ -82,7 +83,7 @@ class MemoryHub:
         self._opened += 1
         address = f"/memory/{self._opened}/p2p/{key.node_id}"
         async with open_background() as nursery:
-            network = MemoryNetwork(self, address, nursery, RecordRules(record_validator, record_selector))
+            network = MemoryNetwork(self, key.node_id, address, nursery, RecordRules(record_validator, record_selector))
             self._endpoints[key.node_id] = network
             nursery.start_soon(network.pump)
             try:
@@ -110,6 +111,13 @@ class MemoryHub:
         """The endpoint of a peer, None when there is none or it is cut off."""
         return None if peer in self._cut_off else self._endpoints.get(peer)
 
+    def owner_of(self, number: str) -> NodeId | None:
+        """Whose endpoint has this number in its address; None when nobody's has."""
+        for peer in self._endpoints:
+            if (network := self.endpoint(peer)) is not None and network.addresses[0].startswith(f"/memory/{number}/"):
+                return peer
+        return None
+
     def is_cut_off(self, peer: NodeId) -> bool:
         """Whether the peer's cable is cut."""
         return peer in self._cut_off
@@ -129,9 +137,11 @@ class _Link:
 class MemoryNetwork(Network):
     """One endpoint of a hub. Made only by `MemoryHub.open_network`."""
 
-    def __init__(self, hub: MemoryHub, address: str, nursery: trio.Nursery, rules: RecordRules) -> None:
+    def __init__(
+        self, hub: MemoryHub, node_id: NodeId, address: str, nursery: trio.Nursery, rules: RecordRules
+    ) -> None:
         self._hub = hub
-        self._node_id = _parse_address(address)
+        self._node_id = node_id
         self._address = address
         self._nursery = nursery
         self._validate_record, self._select_record = rules
@@ -141,6 +151,8 @@ class MemoryNetwork(Network):
         self._handlers: dict[str, tuple[StreamHandler, set[trio.CancelScope]]] = {}
         self._inbound: dict[NodeId, int] = {}
         self._streams = 0
+        self._dials = 0
+        self._dial_failures = 0
         self._handler_failures = 0
         self._subscriptions: dict[str, QueuedSubscription] = {}
         self._journal = GossipJournal()
@@ -187,7 +199,12 @@ class MemoryNetwork(Network):
         return tuple(KnownPeer(peer, addresses) for peer, addresses in reversed(self._connected.items()))
 
     async def connect(self, address: str) -> NodeId:
-        peer = _parse_address(address)
+        number, peer = _parse_address(address)
+        peer = peer or self._hub.owner_of(number)
+        if peer is None:
+            msg = f"nobody answers at {address}"
+            raise PeerUnreachable(msg)
+        address = f"/memory/{number}/p2p/{peer}"
         await self._dial(peer, (address,))
         self._known[peer] = (address,)
         return peer
@@ -196,7 +213,7 @@ class MemoryNetwork(Network):
         kept: list[str] = []
         for address in addresses:
             try:
-                if _parse_address(address) == peer:
+                if _parse_address(address)[1] == peer:
                     kept.append(address)
             except LocalError:
                 continue
@@ -206,12 +223,14 @@ class MemoryNetwork(Network):
     async def _dial(self, peer: NodeId, addresses: Sequence[str]) -> MemoryNetwork:
         if peer == self._node_id:
             msg = "cannot connect to ourselves"
-            raise LocalError(msg)
+            raise DialledOurselves(msg)
         await trio.sleep(0 if peer in self._links else 2 * self._hub.latency)
         remote = self._hub.endpoint(peer)
         if peer in self._links and remote is not None:
             return remote
+        self._dials += 1
         if remote is None or self._hub.is_cut_off(self._node_id) or not set(addresses) & set(remote.addresses):
+            self._dial_failures += 1
             msg = f"{peer.short} cannot be reached at {', '.join(addresses) or 'any known address'}"
             raise PeerUnreachable(msg)
         self._add_link(peer, remote.addresses, outbound=True)
@@ -377,7 +396,7 @@ class MemoryNetwork(Network):
         if self._journal.refuse(forwarder, validation) and forwarder in self._links:
             self._hub.disconnect(self._node_id, forwarder)
 
-    async def report(self, peer: NodeId, topic: str, validation: Validation) -> None:
+    async def report(self, peer: NodeId, topic: str, validation: Validation) -> None:  # noqa: ARG002 - no scores here
         await trio.lowlevel.checkpoint()
         self._refuse(peer, validation)
 
@@ -447,6 +466,15 @@ class MemoryNetwork(Network):
     def statistics(self) -> NetworkStatistics:
         return NetworkStatistics(
             peers=len(self._links),
+            inbound=sum(not link.outbound for link in self._links.values()),
+            outbound=sum(link.outbound for link in self._links.values()),
+            relayed=0,
+            trimmed=0,
+            banned=0,
+            handshakes=0,
+            handshakes_refused=0,
+            dials=self._dials,
+            dial_failures=self._dial_failures,
             streams=self._streams,
             gossip_accepted=self._journal.accepted,
             gossip_refused=dict(self._journal.refused),
@@ -455,10 +483,13 @@ class MemoryNetwork(Network):
         )
 
 
-def _parse_address(address: str) -> NodeId:
+def _parse_address(address: str) -> tuple[str, NodeId | None]:
+    """The number of an endpoint, and who is expected there; raises LocalError."""
     match address.split("/"):
+        case ["", "memory", number] if number.isdecimal():
+            return number, None
         case ["", "memory", number, "p2p", peer] if number.isdecimal():
-            return NodeId.parse(peer)
+            return number, NodeId.parse(peer)
         case _:
             msg = f"{address!r} is not an in-memory address"
             raise LocalError(msg, hint="it looks like /memory/1/p2p/12D3KooW...")

@@ -20,7 +20,7 @@ from libp2p.peer.id import ID  # pyright: ignore[reportMissingTypeStubs]
 from libp2p.security.noise.transport import Transport as NoiseTransport
 
 from aci_p2p.network import MAX_FRAME_BYTES, PeerUnreachable, Stream, StreamClosed
-from aci_p2p.network.libp2p import host, identify, yamux
+from aci_p2p.network.libp2p import admission, identify, yamux
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.negotiation import NegotiationError, encode_message, select_outbound
@@ -118,13 +118,13 @@ async def test_silent_connections_do_not_lock_others_out(victim: Victim) -> None
         async with trio.open_nursery() as nursery:
             for stream in silent:
                 nursery.start_soon(wait_for_end, stream)
-    assert closed >= 300 - host.MAX_HANDSHAKES
+    assert closed >= 300 - admission.MAX_HANDSHAKES
     for stream in silent:
         await stream.aclose()
 
 
 async def test_handshake_that_stalls_is_ended(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "HANDSHAKE_SECONDS", 0.05)
+    monkeypatch.setattr(admission, "HANDSHAKE_SECONDS", 0.05)
     stream = await victim.tcp()
     await stream.send_all(encode_message("/multistream/1.0.0"))
     with trio.fail_after(2):
@@ -152,7 +152,7 @@ async def test_bad_frame_ends_the_connection(victim: Victim, data: bytes) -> Non
     await channel.write(data)
     await until_refused(channel)
     await channel.close()
-    assert not victim.network.peers
+    await eventually(lambda: not victim.network.peers)
 
 
 YAMUX_NONSENSE = {

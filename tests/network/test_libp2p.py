@@ -18,9 +18,10 @@ import trio
 
 from aci_p2p.network import MAX_FRAME_BYTES, AddressInUse, Network, PeerUnreachable, StreamClosed
 from aci_p2p.network.config import NetworkConfig
-from aci_p2p.network.libp2p import addresses, connections, host, kademlia, network, open_libp2p_network, upgrade
+from aci_p2p.network.libp2p import addresses, connections, host, identify, kademlia, open_libp2p_network, upgrade
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.identify import Identify
 from aci_p2p.network.libp2p.negotiation import select_inbound
 from aci_p2p.network.libp2p.secure import RawChannel, Security
 from aci_p2p.network.libp2p.yamux import Yamux, YamuxStream
@@ -361,8 +362,8 @@ async def fail_on_streams(channel: RawChannel | YamuxStream, protocols: Containe
         (Security, "secure_outbound", fail, "the handshake with /ip4/127.0.0.1/tcp/"),
         (Yamux, "_read_frames", fail, "the connection to "),
         (host, "select_inbound", fail_on_streams, "a stream from "),
-        (network, "serve_identify", fail, "serving "),
-        (network, "request_identify", fail, " does not say what it serves"),
+        (Identify, "_encode", fail_at_once, "serving "),
+        (identify, "_read", fail, " does not say what it serves"),
         (kademlia, "prefixed", fail_at_once, " did not answer a DHT query"),
     ],
     ids=["inbound", "outbound", "connection", "stream", "server", "identify", "lookup"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import trio
@@ -95,7 +95,7 @@ class Connections:
         self._high_water = high_water
         self._of_peer: dict[NodeId, list[Connection]] = {}
         self._banned: OrderedDict[NodeId, float] = OrderedDict()
-        self.protected: list[Callable[[NodeId], bool]] = []
+        self.protected: list[Callable[[], Iterable[NodeId]]] = []
         self.trimmed = 0
         self.on_connected: list[Callable[[Connection], None]] = []
         self.on_disconnected: list[Callable[[NodeId], None]] = []
@@ -179,20 +179,17 @@ class Connections:
         return len(self.all) > self._high_water
 
     def superfluous(self) -> list[Connection]:
-        """The connections to close, above high water: the least useful ones that nothing speaks for, down to low water.
+        """The connections to close, above high water: the least useful ones that nobody needs, down to low water.
 
-        Kept are those that are young or in use, and those that a function in `protected` speaks for. Those that peers
-        have dialled go first, since we did not choose them, and of each kind those that were unused longest.
+        Kept are those that are young or in use, and those to peers that a function in `protected` names. Those that
+        peers have dialled go first, since we did not choose them, and of each kind those that were unused longest.
         """
         connections = self.all
         if len(connections) <= self._high_water:
             return []
         old = trio.current_time() - YOUNG_SECONDS
-        idle = [
-            one
-            for one in connections
-            if one.opened <= old and one.is_idle and not any(protects(one.peer) for protects in self.protected)
-        ]
+        needed = {peer for protected in self.protected for peer in protected()}
+        idle = [one for one in connections if one.opened <= old and one.is_idle and one.peer not in needed]
         idle.sort(key=lambda one: (one.outbound, max(one.used, one.opened)))
         chosen = idle[: len(connections) - self._low_water]
         self.trimmed += len(chosen)

@@ -113,6 +113,10 @@ class Kademlia:
         if self._table.add(peer):
             self._found_peer.set()
 
+    def close_peers(self) -> list[NodeId]:
+        """The peers in the routing table that are closest to us: connections to them are needed."""
+        return self._table.closest(position(self._host.node_id.peer_id), BUCKET_SIZE)
+
     def avoid(self, peer: NodeId) -> None:
         """Leave a peer out of lookups for a while: it does not answer or does not serve our protocol."""
         self._table.remove(peer)

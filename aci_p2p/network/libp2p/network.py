@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -30,11 +29,11 @@ from aci_p2p.network.config import NetworkConfig
 from aci_p2p.network.libp2p import gossip as gossip_module
 from aci_p2p.network.libp2p import identify as identify_module
 from aci_p2p.network.libp2p import kademlia as kademlia_module
+from aci_p2p.network.libp2p import ping as ping_module
 from aci_p2p.network.libp2p.addresses import TcpAddress
-from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.gossip import Gossip
 from aci_p2p.network.libp2p.host import Host
-from aci_p2p.network.libp2p.identify import request_identify, serve_identify
+from aci_p2p.network.libp2p.identify import Identify, Identity
 from aci_p2p.network.libp2p.kademlia import Kademlia
 from aci_p2p.network.libp2p.streams import FramedStream
 from aci_p2p.network.libp2p.yamux import YamuxStream
@@ -43,24 +42,18 @@ from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import Validation
 from aci_p2p.tasks import open_background
 
-IDENTIFY_SECONDS = 10.0
-"""Time for a new peer to say what it serves, seconds."""
 CLOSE_SECONDS = 0.5
 """How long leaving waits for queued frames to reach the peers, seconds."""
-
-log = logging.getLogger("aci_p2p.network")
 
 
 class Libp2pNetwork(Network):
     """A running libp2p endpoint. Made only by `open_libp2p_network`."""
 
-    def __init__(self, host: Host, gossip: Gossip, kademlia: Kademlia, nursery: trio.Nursery) -> None:
+    def __init__(self, host: Host, gossip: Gossip, kademlia: Kademlia) -> None:
         self._host = host
         self._gossip = gossip
         self._kademlia = kademlia
-        self._nursery = nursery
         self._streams = 0
-        host.on_connected.append(lambda connection: nursery.start_soon(self._identify, connection))
 
     @property
     def node_id(self) -> NodeId:
@@ -83,21 +76,6 @@ class Libp2pNetwork(Network):
 
     def known_peers(self) -> Sequence[KnownPeer]:
         return self._host.book.known_peers()
-
-    async def _identify(self, connection: Connection) -> None:
-        """Ask a new peer what it serves, for the address book and the routing table."""
-        try:
-            with trio.fail_after(IDENTIFY_SECONDS):
-                identity = await request_identify(self._host, connection.peer)
-        except Exception:  # a peer that does not say stays out of the routing table
-            log.debug("%s does not say what it serves", connection.peer.short, exc_info=True)
-            self._kademlia.avoid(connection.peer)
-            return
-        self._host.learn(connection.peer, self._host.usable_by(connection.peer, identity.addresses))
-        if kademlia_module.PROTOCOL in identity.protocols:
-            self._kademlia.add_peer(connection.peer)
-        else:
-            self._kademlia.avoid(connection.peer)
 
     async def connect(self, address: str) -> NodeId:
         target = TcpAddress.parse(address)
@@ -176,15 +154,38 @@ class Libp2pNetwork(Network):
         return await self._kademlia.find_providers(key, limit)
 
     def statistics(self) -> NetworkStatistics:
-        journal = self._gossip.journal
+        journal, connections = self._gossip.journal, self._host.connections
+        outbound = sum(connection.outbound for connection in connections.all)
         return NetworkStatistics(
             peers=len(self._host.peers),
+            inbound=len(connections.all) - outbound,
+            outbound=outbound,
+            relayed=sum(connection.relay is not None for connection in connections.all),
+            trimmed=connections.trimmed,
+            banned=connections.banned_count,
+            handshakes=self._host.admission.under_way,
+            handshakes_refused=self._host.admission.refused,
+            dials=self._host.dialler.dials,
+            dial_failures=self._host.dialler.failures,
             streams=self._streams,
             gossip_accepted=journal.accepted,
             gossip_refused=dict(journal.refused),
             gossip_dropped=journal.dropped,
             handler_failures=self._host.handler_failures,
         )
+
+
+def _introduce(identify: Identify, kademlia: Kademlia) -> None:
+    """Have the DHT know which peers belong to it."""
+
+    def on_identified(peer: NodeId, identity: Identity) -> None:
+        if kademlia_module.PROTOCOL in identity.protocols:
+            kademlia.add_peer(peer)
+        else:
+            kademlia.avoid(peer)
+
+    identify.on_identified.append(on_identified)
+    identify.on_silent.append(kademlia.avoid)
 
 
 @asynccontextmanager
@@ -205,17 +206,23 @@ async def open_libp2p_network(
     announced = [TcpAddress.parse(address) for address in config.announce]
     random = SystemRandom()
     async with open_background() as nursery:
-        host = Host(key, nursery, random)
+        host = Host(key, nursery, config)
+        identify = Identify(host, nursery)
         gossip = Gossip(host, nursery, random)
         kademlia = Kademlia(host, record_validator, record_selector, random)
+        _introduce(identify, kademlia)
+        host.connections.protected += [gossip.mesh_peers, kademlia.close_peers]
         with ExitStack() as stack:
-            stack.enter_context(host.serve(identify_module.PROTOCOL, partial(serve_identify, host)))
+            stack.enter_context(host.serve(identify_module.PROTOCOL, identify.serve))
+            stack.enter_context(host.serve(identify_module.PUSH_PROTOCOL, identify.serve_push))
+            stack.enter_context(host.serve(ping_module.PROTOCOL, ping_module.serve_ping))
             stack.enter_context(host.serve(gossip_module.PROTOCOL, gossip.serve))
             stack.enter_context(host.serve(kademlia_module.PROTOCOL, kademlia.serve))
-            network = Libp2pNetwork(host, gossip, kademlia, nursery)
+            network = Libp2pNetwork(host, gossip, kademlia)
             host.announce("config", announced)
             for address in bind_to:
                 await host.listen(address)
+            nursery.start_soon(identify.run)
             nursery.start_soon(gossip.run)
             nursery.start_soon(kademlia.run)
             try:

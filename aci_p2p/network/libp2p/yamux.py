@@ -195,8 +195,12 @@ class Yamux:
         self._pending = trio.Event()
         self._closing = False
         self._closed = trio.Event()
-        self._pongs = 0
+        self._idle = trio.Event()
+        self._pings: dict[int, float] = {}
+        self._last_ping = 0
         self._ponged = trio.Event()
+        self._heard = 0.0
+        self.round_trip: float | None = None
 
     @property
     def is_closed(self) -> bool:
@@ -229,6 +233,7 @@ class Yamux:
             self._closed.set()
             self._writable.set()
             self._ponged.set()
+            self._idle.set()
             for state in self._streams.values():
                 state.break_off()
             self._streams.clear()
@@ -254,14 +259,26 @@ class Yamux:
         return YamuxStream(self, state)
 
     async def ping(self) -> None:
-        """Wait for the peer to answer a ping; raises StreamReset when the connection ends instead."""
-        answered = self._pongs
-        self.send(_PING, _SYN, 0, 0)
-        while self._pongs == answered:
-            if self._closed.is_set():
-                msg = "the connection has ended"
-                raise StreamReset(msg)
-            await self._ponged.wait()
+        """Wait for the peer to answer a ping. Raises StreamReset when the connection ends first.
+
+        How long it took is kept as `round_trip`, seconds.
+        """
+        number = self._last_ping = (self._last_ping + 1) % 2**32
+        self._pings[number] = trio.current_time()
+        self.send(_PING, _SYN, 0, number)
+        try:
+            while number in self._pings:
+                if self._closed.is_set():
+                    msg = "the connection has ended"
+                    raise StreamReset(msg)
+                await self._ponged.wait()
+        finally:
+            self._pings.pop(number, None)
+
+    async def wait_idle(self) -> None:
+        """Wait until no stream is open, or the connection has ended."""
+        while self._streams and not self._closed.is_set():
+            await self._idle.wait()
 
     async def wait_writable(self) -> None:
         """Wait until data may be queued again, or the connection has ended."""
@@ -294,6 +311,9 @@ class Yamux:
     def _drop(self, state: _State) -> None:
         if self._streams.pop(state.stream_id, None) is not None:
             self._outbound -= self._is_ours(state.stream_id)
+            if not self._streams:
+                self._idle.set()
+                self._idle = trio.Event()
 
     def _is_ours(self, stream_id: int) -> bool:
         return stream_id % 2 == self._next_id % 2
@@ -317,18 +337,22 @@ class Yamux:
     async def _keep_alive(self) -> None:
         while True:
             await trio.sleep(KEEPALIVE_SECONDS)
+            asked = trio.current_time()
             try:
                 with trio.fail_after(KEEPALIVE_TIMEOUT_SECONDS):
                     await self.ping()
             except trio.TooSlowError as error:
-                msg = "the peer does not answer pings"
-                raise YamuxError(msg) from error
+                # On a slow line the answer may be behind much data, but then there is data.
+                if self._heard < asked:
+                    msg = "the peer does not answer pings"
+                    raise YamuxError(msg) from error
 
     async def _read_frames(self) -> None:
         buffer = bytearray()
         handled = 0
         while True:
             buffer += await self._connection.receive()
+            self._heard = trio.current_time()
             offset = 0
             while len(buffer) - offset >= _HEADER.size:
                 header = _Header(*_HEADER.unpack_from(buffer, offset))
@@ -365,8 +389,8 @@ class Yamux:
         if header.kind == _PING:
             if header.flags & _SYN:
                 self.send(_PING, _ACK, 0, header.length)
-            else:
-                self._pongs += 1
+            elif (sent := self._pings.pop(header.length, None)) is not None:
+                self.round_trip = trio.current_time() - sent
                 self._ponged.set()
                 self._ponged = trio.Event()
             return
