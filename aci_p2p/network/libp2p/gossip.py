@@ -119,6 +119,10 @@ class Gossip:
         """Neighbours subscribed to a topic."""
         return tuple(self._router.subscribers(topic))
 
+    def mesh_peers(self) -> frozenset[NodeId]:
+        """Neighbours in the mesh of a topic: connections to them are needed."""
+        return self._router.mesh_peers
+
     async def run(self) -> None:
         """The heartbeat, until cancelled."""
         while True:

@@ -183,6 +183,11 @@ class Router:
         """Neighbours in the topic's mesh."""
         return frozenset(self._mesh.get(topic, ()))
 
+    @property
+    def mesh_peers(self) -> frozenset[NodeId]:
+        """Neighbours in any mesh."""
+        return frozenset().union(*self._mesh.values())
+
     def add_peer(self, peer: NodeId, address: str, now: float) -> None:
         """A peer has connected from an IP address (empty when it is not the peer's own)."""
         self._neighbours[peer] = _Neighbour()
