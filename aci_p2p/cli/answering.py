@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from aci_p2p.cli.output import write_text
 from aci_p2p.cli.verify import describe, model_name
 from aci_p2p.consumer import Offered
 from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
@@ -90,8 +91,7 @@ class Show:
                     self.timing.note(len(tokens), now)
                     if self.answer:
                         # Not through rich, which expands tabs and turns `:x:` into an emoji.
-                        self.answer.file.write(printable_lines(text))
-                        self.answer.file.flush()
+                        await write_text(self.answer.file, printable_lines(text))
         if self.answer:
             self.answer.print()
         return stream.answer

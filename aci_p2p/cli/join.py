@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import replace
+from typing import TextIO, cast
 
 import click
 import trio
@@ -12,6 +14,7 @@ from rich.console import Console
 from aci_p2p.cli.common import program
 from aci_p2p.cli.notify import notify
 from aci_p2p.cli.options import NODE, Given, configured
+from aci_p2p.cli.output import Background
 from aci_p2p.cli.reload import Reloading, log_level
 from aci_p2p.cli.running import Stop, run
 from aci_p2p.config import NodeConfig
@@ -48,14 +51,14 @@ def command(given: Given, verbose: bool) -> None:  # noqa: FBT001 - click passes
         config, explain = replace(config, provider=None), True
 
     async def work(stop: Stop) -> None:
-        with trio.open_signal_receiver(signal.SIGHUP) as hangups:
-            await _serve(config, stop, Reloading(given, loaded.config, hangups), explain=explain)
+        with trio.open_signal_receiver(signal.SIGHUP) as hangups, Background(sys.stdout) as output:
+            console = Console(file=cast("TextIO", output), highlight=False, soft_wrap=True)
+            await _serve(config, stop, Reloading(given, loaded.config, hangups), console, explain=explain)
 
     run(work, daemon=True, log_level=log_level(loaded.config.log))
 
 
-async def _serve(config: NodeConfig, stop: Stop, reloading: Reloading, *, explain: bool) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+async def _serve(config: NodeConfig, stop: Stop, reloading: Reloading, console: Console, *, explain: bool) -> None:
     if explain:
         console.print(f"no model in the store, serving none; fetch one with: {program()} models pull", style="yellow")
     elif config.provider and config.provider.serve:

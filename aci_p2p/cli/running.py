@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Final
 
 import trio
+
+from aci_p2p.cli.output import Background
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 """What ends a command."""
@@ -58,19 +62,25 @@ def run(
 
     Our own logs from `log_level` on go to standard error.
     """
-    _set_up_logs(log_level)
     stop = Stop()
-    trio.run(stop.run, work)
+    with _logs(log_level):
+        trio.run(stop.run, work)
     if stop.signal is not None and not daemon:
         raise KeyboardInterrupt
 
 
-def _set_up_logs(level: int) -> None:
-    """Show our own logs, one line each; keep those of libraries off the terminal."""
+@contextmanager
+def _logs(level: int) -> Generator[None]:
+    """Show our own logs, one line each, without ever waiting for the terminal; keep those of libraries off it."""
     logging.basicConfig(level=logging.CRITICAL + 1)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     ours = logging.getLogger("aci_p2p")
-    ours.addHandler(handler)
     ours.propagate = False
     ours.setLevel(level)
+    with Background(sys.stderr) as output:
+        handler = logging.StreamHandler(output)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+        ours.addHandler(handler)
+        try:
+            yield
+        finally:
+            ours.removeHandler(handler)
