@@ -42,6 +42,8 @@ MAX_OUTBOX_BYTES = 2 << 20
 """Waiting for one neighbour, bytes; beyond it messages to that neighbour are lost."""
 READ_BYTES = 64 << 10
 """Taken from the muxer at once, bytes."""
+LINGER_SECONDS = 1.0
+"""How long the rest of a neighbour's gossip stream is read after it has opened a newer one, seconds."""
 RETRY_SECONDS = 1.0
 """Time before a gossip stream that broke is opened again, seconds; doubled each time."""
 MAX_RETRY_SECONDS = 60.0
@@ -68,11 +70,17 @@ class _Outbox:
         self._waiting: deque[tuple[int, RPC]] = deque()
         self._bytes = 0
         self._arrived = trio.Event()
+        self._moved = False
         self.scope = trio.CancelScope()
 
     def close(self) -> None:
         """The neighbour is gone: end the task that writes to it."""
         self.scope.cancel()
+
+    def move(self) -> None:
+        """There is a better connection to the neighbour: have the stream opened anew."""
+        self._moved = True
+        self._arrived.set()
 
     def put(self, rpc: RPC) -> bool:
         """Queue; False when there is no room."""
@@ -84,11 +92,14 @@ class _Outbox:
         self._arrived.set()
         return True
 
-    async def take(self) -> RPC:
-        """Wait for something to send; returns as much as fits in one batch."""
-        while not self._waiting:
+    async def take(self) -> RPC | None:
+        """Wait for something to send; returns as much as fits in one batch, None to go on with a new stream."""
+        while not self._waiting and not self._moved:
             self._arrived = trio.Event()
             await self._arrived.wait()
+        if self._moved:
+            self._moved = False
+            return None
         batch, size = RPC(), 0
         for _ in range(min(BATCH_RPCS, len(self._waiting))):
             if size and size + self._waiting[0][0] > BATCH_BYTES:
@@ -114,6 +125,7 @@ class Gossip:
         self.journal = GossipJournal()
         host.on_connected.append(self._on_connected)
         host.on_disconnected.append(self._on_disconnected)
+        host.on_moved.append(lambda peer: self._outboxes[peer].move())
 
     def topic_peers(self, topic: str) -> tuple[NodeId, ...]:
         """Neighbours subscribed to a topic."""
@@ -162,32 +174,35 @@ class Gossip:
         with outbox.scope:
             pause = RETRY_SECONDS
             while True:
-                await self._write_stream(peer, outbox)
+                if await self._write_stream(peer, outbox):
+                    continue
                 await trio.sleep(pause)
                 pause = min(2 * pause, MAX_RETRY_SECONDS)
 
-    async def _write_stream(self, peer: NodeId, outbox: _Outbox) -> None:
+    async def _write_stream(self, peer: NodeId, outbox: _Outbox) -> bool:
+        """Send on a new stream until it breaks; True when the neighbour is to get another at once."""
         if self._host.connection(peer) is None:
-            return
+            return False
         try:
             stream = await self._host.open_stream(peer, PROTOCOL)
         except PeerUnreachable:
-            return
+            return False
         self._router.greet(peer)
         try:
-            while True:
-                rpc = await outbox.take()
+            while (rpc := await outbox.take()) is not None:
                 await stream.write(prefixed(rpc.SerializeToString()))
+            stream.close()
         except StreamReset:
-            return
+            return False
         finally:
             stream.reset()
+        return True
 
     async def serve(self, peer: NodeId, stream: YamuxStream) -> None:
-        """Read a neighbour's gossip stream; a newer one of the same neighbour replaces it."""
+        """Read a neighbour's gossip stream; a newer one takes its place after LINGER_SECONDS."""
         with trio.CancelScope() as scope:
             if (older := self._readers.get(peer)) is not None:
-                older.cancel()
+                older.deadline = trio.current_time() + LINGER_SECONDS
             self._readers[peer] = scope
             try:
                 await self._read_stream(peer, stream)
