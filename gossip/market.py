@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from random import Random
+from typing import Final
 
 import trio
 
 from aci_p2p.clock import Clock
-from aci_p2p.network.api import Network, Subscription
+from aci_p2p.gossip.topic import Topic, TopicStatistics, open_topic
+from aci_p2p.network.api import Network
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import ResourceError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MarketView
 from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
-from aci_p2p.protocol.validation import ACCEPTED, MessageRefused, Validation
 from aci_p2p.tasks import open_background
 
 OFFER_QUEUE: Final = 256
-"""Offers waiting for our provider; a provider that lags this far behind bids too late anyway."""
+"""Offers waiting for our provider; one that lags so far behind would bid too late for the oldest."""
 MAX_WAITING_JOBS: Final = 1_024
 """Jobs of ours that wait for bids at once."""
 READY_POLL_S: Final = 0.02
 """Seconds between looks at who has joined a topic."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class MarketStatistics:
     """A snapshot of the market's queues."""
 
-    offers_waiting: int
-    """Offers not yet taken by our provider."""
-    offers_dropped: int
-    """Offers lost because our provider lagged."""
-    bids_dropped: int
-    """Bids lost because a consumer of ours lagged."""
+    offers: TopicStatistics
+    """Offers, of which our provider is the consumer."""
+    bids: TopicStatistics
+    """Bids, on their way to the jobs that wait for them."""
+    job_bids_dropped: int
+    """Bids lost because a job of ours had MAX_BIDS waiting."""
     waiting_jobs: int
     """Jobs of ours that wait for bids."""
 
@@ -47,33 +45,44 @@ class MarketStatistics:
 class Market:
     """Offers and bids of one network. Made by `open_market`."""
 
-    def __init__(self, network: Network, network_id: str, clock: Clock) -> None:
-        """`network_id` names the topics; `clock` gives Unix milliseconds."""
+    def __init__(
+        self, network: Network, view: MarketView, offers: Topic[Offer], bids: Topic[Bid], clock: Clock
+    ) -> None:
+        """`view` checks what `offers` and `bids` carry; `clock` gives Unix milliseconds."""
         self._network = network
+        self._view = view
+        self._offers = offers
+        self._bids = bids
         self._clock = clock
-        self._view = MarketView(network_id)
-        self.offer_topic = f"/aci/{network_id}/offers/1"
-        self.bid_topic = f"/aci/{network_id}/bids/1"
-        self._checked_offers: OrderedDict[bytes, Envelope[Offer]] = OrderedDict()
-        self._checked_bids: OrderedDict[bytes, Envelope[Bid]] = OrderedDict()
-        self._offers_in, self._offers_out = trio.open_memory_channel[Envelope[Offer]](OFFER_QUEUE)
         self._waiting: dict[bytes, trio.MemorySendChannel[Envelope[Bid]]] = {}
-        self._offers_dropped = 0
-        self._bids_dropped = 0
+        self._job_bids_dropped = 0
+
+    @property
+    def offer_topic(self) -> str:
+        """Name of the offers' topic."""
+        return self._offers.name
+
+    @property
+    def bid_topic(self) -> str:
+        """Name of the bids' topic."""
+        return self._bids.name
 
     async def next_offer(self) -> Envelope[Offer]:
         """Wait for the next offer of somebody else."""
-        return await self._offers_out.receive()
+        while True:
+            offer = await self._offers.receive()
+            if offer.sender != self._network.node_id:
+                return offer
 
     async def publish_offer(self, offer: Envelope[Offer]) -> None:
         """Broadcast our offer. Raises MessageRefused when others would refuse it too."""
         # We hear most of its bids first, and check them against it before we forward them.
         self._view.check_offer(offer.data, self._clock())
-        await self._network.publish(self.offer_topic, offer.data)
+        await self._offers.publish(offer)
 
     async def publish_bid(self, bid: Envelope[Bid]) -> None:
         """Broadcast our bid."""
-        await self._network.publish(self.bid_topic, bid.data)
+        await self._bids.publish(bid)
 
     @contextmanager
     def bids(self, job_id: bytes) -> Generator[trio.MemoryReceiveChannel[Envelope[Bid]]]:
@@ -98,65 +107,39 @@ class Market:
     def statistics(self) -> MarketStatistics:
         """A snapshot of the queues."""
         return MarketStatistics(
-            offers_waiting=self._offers_in.statistics().current_buffer_used,
-            offers_dropped=self._offers_dropped,
-            bids_dropped=self._bids_dropped,
+            offers=self._offers.statistics(),
+            bids=self._bids.statistics(),
+            job_bids_dropped=self._job_bids_dropped,
             waiting_jobs=len(self._waiting),
         )
 
-    def validate_offer(self, _forwarder: NodeId, data: bytes) -> Validation:
-        """Judge a message on the offers' topic."""
-        return self._validate(self._view.check_offer, self._checked_offers, data)
-
-    def validate_bid(self, _forwarder: NodeId, data: bytes) -> Validation:
-        """Judge a message on the bids' topic."""
-        return self._validate(self._view.check_bid, self._checked_bids, data)
-
-    def _validate(
-        self, check: Callable[[bytes, int], Envelope[T]], checked: OrderedDict[bytes, Envelope[T]], data: bytes
-    ) -> Validation:
-        try:
-            checked[data] = check(data, self._clock())
-        except MessageRefused as error:
-            return error.validation
-        # As many as the subscription can hold; older ones were dropped there too.
-        if len(checked) > OFFER_QUEUE:
-            checked.popitem(last=False)
-        return ACCEPTED
-
-    async def deliver_offers(self, subscription: Subscription) -> None:
-        """Hand accepted offers to our provider, until cancelled."""
-        async for message in subscription:
-            offer = self._checked_offers.pop(message.data, None)
-            if offer is None or offer.sender == self._network.node_id:
-                continue
-            try:
-                self._offers_in.send_nowait(offer)
-            except trio.WouldBlock:
-                self._offers_dropped += 1
-
-    async def deliver_bids(self, subscription: Subscription) -> None:
-        """Hand accepted bids to the jobs of ours that wait for them, until cancelled."""
-        async for message in subscription:
-            bid = self._checked_bids.pop(message.data, None)
-            waiting = self._waiting.get(bid.body.job_id) if bid else None
-            if bid is None or waiting is None:
+    async def deliver_bids(self) -> None:
+        """Hand bids to the jobs of ours that wait for them, until cancelled."""
+        async for bid in self._bids:
+            waiting = self._waiting.get(bid.body.job_id)
+            if waiting is None:
                 continue
             try:
                 waiting.send_nowait(bid)
             except (trio.WouldBlock, trio.BrokenResourceError):
-                self._bids_dropped += 1
+                self._job_bids_dropped += 1
 
 
 @asynccontextmanager
-async def open_market(network: Network, network_id: str, clock: Clock) -> AsyncGenerator[Market]:
-    """Join the market's topics within the block."""
-    market = Market(network, network_id, clock)
+async def open_market(
+    network: Network, network_id: str, clock: Clock, *, random: Random | None = None
+) -> AsyncGenerator[Market]:
+    """Join the market's topics within the block.
+
+    `network_id` names the topics; `clock` gives Unix milliseconds; `random` is as in `open_topic`.
+    """
+    view = MarketView(network_id)
+    offer_topic, bid_topic = f"/aci/{network_id}/offers/1", f"/aci/{network_id}/bids/1"
     async with (
-        network.subscribe(market.offer_topic, market.validate_offer, capacity=OFFER_QUEUE) as offers,
-        network.subscribe(market.bid_topic, market.validate_bid, capacity=OFFER_QUEUE) as bids,
+        open_topic(network, offer_topic, view.check_offer, clock, capacity=OFFER_QUEUE, random=random) as offers,
+        open_topic(network, bid_topic, view.check_bid, clock, capacity=OFFER_QUEUE, random=random) as bids,
         open_background() as nursery,
     ):
-        nursery.start_soon(market.deliver_offers, offers)
-        nursery.start_soon(market.deliver_bids, bids)
+        market = Market(network, view, offers, bids, clock)
+        nursery.start_soon(market.deliver_bids)
         yield market

@@ -18,7 +18,7 @@ ENTRIES_PER_SECOND = 100.0
 """Worthless messages and control entries on average. An honest neighbour sends a few control entries a heartbeat and
 topic; a hundred forgeries a second cost us 1% of a core."""
 ENTRIES_BURST = 4_096.0
-"""Worthless entries at once: what a neighbour repeats when it meets us (RECENT_MESSAGES), and announcements after it."""
+"""Worthless entries at once: what a neighbour repeats when it meets us (RECENT_MESSAGES), several times over."""
 BYTES_PER_SECOND = 256 * 1024.0
 """Worthless bytes on average: announcements take 16 KiB a heartbeat and topic at most."""
 BYTES_BURST = 8 * 1024 * 1024.0

@@ -1,8 +1,8 @@
 """Gossip over the host's streams: one stream to each neighbour, one from it, and the router between them.
 
-Every queue is bounded. A neighbour that reads slowly loses messages, never memory of ours. What a neighbour sends is read no
-faster than we judge it, by turns with the others' messages; one that floods, or whose messages have to be rejected, is
-ignored more and more and thrown out in the end (`score`).
+Every queue is bounded. A neighbour that reads slowly loses messages, never memory of ours. What a neighbour sends is
+read no faster than we judge it, by turns with the others' messages; one that floods, or whose messages have to be
+rejected, is ignored more and more and thrown out in the end (`score`).
 """
 
 from __future__ import annotations

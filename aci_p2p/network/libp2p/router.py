@@ -9,8 +9,8 @@ inside `data` is signed by its author. The message id is SHA-256(topic, 0, data)
 when it is configured with StrictNoSign and the same message id function; one with the default StrictSign drops our
 messages and has its own rejected here.
 
-Peer exchange is left out: addresses travel as signed records. So is IDONTWANT (v1.2): it pays for messages that take long
-to transmit, and most of ours are smaller than the announcement and its envelope together.
+Peer exchange is left out: addresses travel as signed records. So is IDONTWANT (v1.2): it spares the duplicates of
+messages that take long to transmit, but ours take a kilobyte, and an announcement costs as much as the duplicate.
 
 Sources: https://github.com/libp2p/specs/tree/master/pubsub/gossipsub (v1.0, v1.1; names follow it)
 """
@@ -379,9 +379,7 @@ class Router:
         if not identifiers:
             return
         outside = [
-            peer
-            for peer in self.subscribers(topic)
-            if peer not in mesh and self.scores.score(peer) >= GOSSIP_THRESHOLD
+            peer for peer in self.subscribers(topic) if peer not in mesh and self.scores.score(peer) >= GOSSIP_THRESHOLD
         ]
         for peer in self._sample(outside, max(DEGREE_LAZY, int(GOSSIP_FACTOR * len(outside)))):
             announced = self._random.sample(identifiers, min(MAX_IHAVE_IDS, len(identifiers)))

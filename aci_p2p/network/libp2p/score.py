@@ -37,7 +37,7 @@ FIRST_DELIVERIES_DECAY = 0.5 ** (1 / 100)
 TOPIC_SCORE_CAP = 20.0
 """Most that all topics together are worth: one flood outweighs it."""
 INVALID_MESSAGES_WEIGHT = -0.25
-"""P4: points for the square of a topic's invalid messages. A few are forgiven (clocks and versions differ), 18 are not."""
+"""P4: points for the square of a topic's invalid messages. A few are forgiven, 18 are not."""
 INVALID_MESSAGES_DECAY = 0.5 ** (1 / 600)
 """P4: factor a heartbeat; half is gone after ten minutes, so that a drip below any rate limit adds up."""
 COLOCATION_WEIGHT = -1.0
@@ -149,7 +149,9 @@ class PeerScores:
             self._prefixes[stats.prefix] -= 1
             self._prefixes += Counter()
         stats.prefix = None
-        stats.topics = {name: _TopicStats(invalid=topic.invalid) for name, topic in stats.topics.items() if topic.invalid}
+        stats.topics = {
+            name: _TopicStats(invalid=topic.invalid) for name, topic in stats.topics.items() if topic.invalid
+        }
         if stats.topics or stats.penalty:
             stats.left = now
             self._retained[peer] = stats

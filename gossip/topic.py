@@ -1,0 +1,347 @@
+"""A topic of signed envelopes: broadcast by gossip, and what gossip loses is fetched from neighbours' logs.
+
+Each node keeps a log of what it has accepted or published (`log`), serves it, and asks a neighbour now and then, and
+each new one at once, what it has missed (`catchup`). Whatever way a message comes, it passes the same check and is
+delivered once. What is fetched is not broadcast again: the others fetch it too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from random import Random, SystemRandom
+from typing import Final, Generic, Self, TypeVar
+
+import trio
+
+from aci_p2p.clock import Clock
+from aci_p2p.gossip.catchup import CatchUp, Quotas
+from aci_p2p.gossip.log import TopicLog
+from aci_p2p.network import Network, PeerUnreachable, Stream, StreamClosed, Subscription
+from aci_p2p.network.delivery import message_id
+from aci_p2p.protocol.catchup import (
+    EPOCH_BYTES,
+    MAX_ANSWER_BYTES,
+    MAX_REQUEST_BYTES,
+    Fetch,
+    Fetched,
+    News,
+    Since,
+    decode,
+    encode,
+)
+from aci_p2p.protocol.cbor import CborError
+from aci_p2p.protocol.envelope import Envelope
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.validation import ACCEPTED, Decision, MessageRefused, Reason, Validation
+from aci_p2p.protocol.wire import Malformed
+from aci_p2p.tasks import open_background
+
+PROTOCOL_PREFIX: Final = "/aci/catch-up/1.0.0"
+"""Stream protocol id of a topic's log, followed by the topic's name."""
+QUEUE: Final = 256
+"""Messages waiting for their consumer, unless a topic says otherwise; the oldest make room."""
+MAX_REMEMBERED: Final = 16_384
+"""Messages of a topic remembered as delivered until they expire: four times the log."""
+MAX_REFUSED: Final = 1_024
+"""Ids remembered of messages that the check refused, so that they are not fetched again."""
+POLL_S: Final = 1.0
+"""Seconds between looks at who has joined the topic."""
+MAX_PAGES: Final = 8
+"""Answers of one neighbour read in a row: a whole log."""
+ANSWER_S: Final = 5.0
+"""Time for a neighbour to answer, seconds; it has the messages in memory."""
+REQUEST_S: Final = 30.0
+"""Time for a neighbour to ask its next question, seconds: it checks signatures in between."""
+
+ROOM_S: Final = 5.0
+"""How long fetching waits for a consumer to take one message, seconds; one that takes none is waited for no more."""
+
+_MALFORMED: Final = Validation(Decision.REJECT, Reason.MALFORMED)
+
+T = TypeVar("T")
+A = TypeVar("A", News, Fetched)
+Check = Callable[[bytes, int], Envelope[T]]
+"""Checks a message and opens its envelope: (payload, Unix milliseconds); raises MessageRefused."""
+
+log = logging.getLogger("aci_p2p.gossip")
+
+
+@dataclass(frozen=True, slots=True)
+class TopicStatistics:
+    """A snapshot of a topic's queue and log."""
+
+    waiting: int
+    """Messages not yet taken by the consumer."""
+    dropped: int
+    """Messages lost because the consumer lagged."""
+    log_messages: int
+    """Messages in the log."""
+    log_bytes: int
+    """Their payload, bytes."""
+    exchanges: int
+    """Questions that we have asked neighbours."""
+    failed_exchanges: int
+    """Those that a neighbour did not answer to the end."""
+    caught_up: int
+    """Messages that gossip had not brought and that were fetched and accepted."""
+    served: int
+    """Messages that neighbours have fetched from us."""
+
+
+class Topic(Generic[T]):
+    """One topic of one node. Made by `open_topic`."""
+
+    def __init__(
+        self, network: Network, name: str, check: Check[T], clock: Clock, *, capacity: int, random: Random
+    ) -> None:
+        """See `open_topic`."""
+        self._network = network
+        self.name = name
+        self._check = check
+        self._clock = clock
+        self._log = TopicLog(random.randbytes(EPOCH_BYTES))
+        self._catchup = CatchUp(random)
+        self._quotas = Quotas()
+        self._remembered: OrderedDict[bytes, int] = OrderedDict()
+        self._refused: OrderedDict[bytes, None] = OrderedDict()
+        self._checked: OrderedDict[bytes, Envelope[T]] = OrderedDict()
+        self._capacity = capacity
+        self._queue: deque[Envelope[T]] = deque()
+        self._queue_changed = trio.Event()
+        self._is_consumed = False
+        self._dropped = self._exchanges = self._failed_exchanges = self._caught_up = self._served = 0
+
+    async def publish(self, envelope: Envelope[T]) -> None:
+        """Broadcast a message of ours, and keep it for those who miss it. Our own topic does not deliver it."""
+        self._remember(message_id(self.name, envelope.data), envelope)
+        await self._network.publish(self.name, envelope.data)
+
+    async def receive(self) -> Envelope[T]:
+        """Wait for the next message."""
+        await trio.lowlevel.checkpoint()
+        while not self._queue:
+            await self._queue_changed.wait()
+        envelope = self._queue.popleft()
+        self._is_consumed = True
+        self._notify()
+        return envelope
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Envelope[T]:
+        return await self.receive()
+
+    def statistics(self) -> TopicStatistics:
+        """A snapshot of queue and log."""
+        self._log.trim(self._clock())
+        return TopicStatistics(
+            waiting=len(self._queue),
+            dropped=self._dropped,
+            log_messages=len(self._log),
+            log_bytes=self._log.payload_bytes,
+            exchanges=self._exchanges,
+            failed_exchanges=self._failed_exchanges,
+            caught_up=self._caught_up,
+            served=self._served,
+        )
+
+    def validate(self, _forwarder: NodeId, data: bytes) -> Validation:
+        """Judge a message that gossip brings (a `GossipValidator`)."""
+        identifier = message_id(self.name, data)
+        if self._is_remembered(identifier):
+            # Gossip brings late what was fetched from a log; its forwarder may not know.
+            return Validation(Decision.IGNORE, Reason.REPLAYED)
+        try:
+            envelope = self._check(data, self._clock())
+        except MessageRefused as error:
+            self._refuse(identifier)
+            return error.validation
+        self._remember(identifier, envelope)
+        self._checked[identifier] = envelope
+        if len(self._checked) > self._capacity:
+            # As many as the subscription can hold; older ones were dropped there too.
+            self._checked.popitem(last=False)
+        return ACCEPTED
+
+    async def deliver(self, subscription: Subscription) -> None:
+        """Hand what gossip has brought to the consumer, until cancelled."""
+        async for message in subscription:
+            envelope = self._checked.pop(message_id(self.name, message.data), None)
+            if envelope is not None:
+                self._enqueue(envelope)
+
+    def _enqueue(self, envelope: Envelope[T]) -> None:
+        if len(self._queue) >= self._capacity:
+            self._queue.popleft()
+            self._dropped += 1
+        self._queue.append(envelope)
+        self._notify()
+
+    def _notify(self) -> None:
+        self._queue_changed.set()
+        self._queue_changed = trio.Event()
+
+    def _remember(self, identifier: bytes, envelope: Envelope[T]) -> None:
+        now, expires_at = self._clock(), envelope.header.expires_at
+        self._log.add(identifier, envelope.data, expires_at, now)
+        self._remembered[identifier] = expires_at
+        while len(self._remembered) > MAX_REMEMBERED or next(iter(self._remembered.values()), now + 1) <= now:
+            self._remembered.popitem(last=False)
+
+    def _is_remembered(self, identifier: bytes) -> bool:
+        expires_at = self._remembered.get(identifier)
+        return expires_at is not None and expires_at > self._clock()
+
+    def _refuse(self, identifier: bytes) -> None:
+        self._refused[identifier] = None
+        if len(self._refused) > MAX_REFUSED:
+            self._refused.popitem(last=False)
+
+    # Serving our log.
+
+    async def serve(self, stream: Stream) -> None:
+        """Answer a neighbour's questions about our log, within its quotas (a `StreamHandler`)."""
+        peer = stream.peer
+        if not self._quotas.take_exchange(peer, trio.current_time()):
+            return
+        try:
+            with trio.move_on_after(REQUEST_S):
+                request = decode(Since, await stream.receive(), max_bytes=MAX_REQUEST_BYTES)
+                await stream.send(encode(self._log.since(request, self._clock())))
+            while await self._serve_fetch(stream):
+                pass
+        except (CborError, Malformed):
+            await self._network.report(peer, self.name, _MALFORMED)
+
+    async def _serve_fetch(self, stream: Stream) -> bool:
+        with trio.move_on_after(REQUEST_S):
+            fetch = decode(Fetch, await stream.receive(), max_bytes=MAX_REQUEST_BYTES)
+            found = (self._log.get(identifier, self._clock()) for identifier in fetch.identifiers)
+            messages = tuple(data for data in found if data is not None)
+            if self._quotas.take_bytes(stream.peer, sum(map(len, messages)), trio.current_time()):
+                await stream.send(encode(Fetched(messages)))
+                self._served += len(messages)
+                return True
+        return False
+
+    # Asking neighbours.
+
+    async def catch_up(self) -> None:
+        """Ask neighbours what we have missed, until cancelled."""
+        while True:
+            await trio.sleep(POLL_S)
+            peer = self._catchup.next_peer(self._network.topic_peers(self.name), trio.current_time())
+            if peer is not None:
+                await self._ask(peer)
+
+    async def _ask(self, peer: NodeId) -> None:
+        try:
+            for _ in range(MAX_PAGES):
+                self._exchanges += 1
+                if not await self._exchange(peer):
+                    break
+        except (StreamClosed, PeerUnreachable, trio.TooSlowError):
+            log.debug("%s does not answer about %s", peer.short, self.name, exc_info=True)
+        except (CborError, Malformed) as error:
+            log.debug("%s answers nonsense about %s: %s", peer.short, self.name, error.message)
+            await self._network.report(peer, self.name, _MALFORMED)
+        else:
+            return
+        self._failed_exchanges += 1
+        self._catchup.failed(peer, trio.current_time())
+
+    async def _exchange(self, peer: NodeId) -> bool:
+        """One question and what follows from its answer; whether there is more to ask at once."""
+        request = self._catchup.request(peer)
+        with trio.CancelScope() as opening:
+            opening.deadline = trio.current_time() + ANSWER_S
+            async with self._network.open_stream(peer, PROTOCOL_PREFIX + self.name) as stream:
+                opening.deadline = float("inf")
+                news = await _asked(stream, request, News)
+                self._catchup.judge(request, news)
+                batches = self._catchup.batches(news, self._is_known)
+                fetched = 0
+                for batch in batches:
+                    fetched += await self._fetch(stream, batch)
+            wanted = sum(map(len, batches))
+            self._catchup.succeeded(peer, news, wanted=wanted, fetched=fetched, now=trio.current_time())
+            return news.head > news.sequence and (fetched > 0 or not wanted)
+        raise trio.TooSlowError
+
+    def _is_known(self, identifier: bytes) -> bool:
+        return self._is_remembered(identifier) or identifier in self._refused or identifier in self._log
+
+    async def _fetch(self, stream: Stream, batch: tuple[bytes, ...]) -> int:
+        """Fetch messages and treat each as if gossip had brought it; how many came."""
+        fetched = await _asked(stream, Fetch(batch), Fetched)
+        missing = set(batch)
+        for data in fetched.messages:
+            identifier = message_id(self.name, data)
+            if identifier not in missing:
+                msg = "a message that was not asked for"
+                raise Malformed(msg)
+            missing.remove(identifier)
+            if not self._is_known(identifier):
+                await self._accept(stream.peer, identifier, data)
+        return len(fetched.messages)
+
+    async def _accept(self, peer: NodeId, identifier: bytes, data: bytes) -> None:
+        try:
+            envelope = self._check(data, self._clock())
+        except MessageRefused as error:
+            self._refuse(identifier)
+            await self._network.report(peer, self.name, error.validation)
+            return
+        self._remember(identifier, envelope)
+        self._caught_up += 1
+        await self._wait_for_room()
+        self._enqueue(envelope)
+
+    async def _wait_for_room(self) -> None:
+        """Unlike gossip, fetching can wait for a slow consumer, if there is one."""
+        await trio.lowlevel.checkpoint()
+        while len(self._queue) >= self._capacity and self._is_consumed:
+            with trio.move_on_after(ROOM_S) as scope:
+                await self._queue_changed.wait()
+            if scope.cancelled_caught:
+                self._is_consumed = False
+
+
+async def _asked(stream: Stream, question: Since | Fetch, answer: type[A]) -> A:
+    """Ask, and wait ANSWER_S for the answer. Raises TooSlowError, StreamClosed, CborError, Malformed."""
+    with trio.fail_after(ANSWER_S):
+        await stream.send(encode(question))
+        return decode(answer, await stream.receive(), max_bytes=MAX_ANSWER_BYTES)
+
+
+@asynccontextmanager
+async def open_topic(
+    network: Network,
+    name: str,
+    check: Check[T],
+    clock: Clock,
+    *,
+    capacity: int = QUEUE,
+    random: Random | None = None,
+) -> AsyncGenerator[Topic[T]]:
+    """Join a topic of signed envelopes within the block.
+
+    `name`: of the topic, the same for all who take part. `check` judges each message once, whichever way it comes, and
+    must not block. `clock`: Unix milliseconds, which decide when messages expire. `capacity`: messages that wait for
+    `Topic.receive`; beyond it the oldest are lost, and counted. `random` picks the neighbours that are asked and the
+    moments; by default the system's. Raises LocalError when the topic is joined already.
+    """
+    topic = Topic(network, name, check, clock, capacity=capacity, random=random or SystemRandom())
+    with network.serve(PROTOCOL_PREFIX + name, topic.serve):
+        async with (
+            network.subscribe(name, topic.validate, capacity=capacity) as subscription,
+            open_background() as tasks,
+        ):
+            tasks.start_soon(topic.deliver, subscription)
+            tasks.start_soon(topic.catch_up)
+            yield topic
