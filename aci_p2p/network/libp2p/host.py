@@ -130,6 +130,8 @@ class Host:
     def _share_ports(self, change: int) -> None:
         self._sharing += change
         for listener in self._listeners:
+            if listener.socket.fileno() < 0:
+                continue  # closed: the host is on its way out
             listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(self._sharing > 0))
 
     def _notify_changed(self) -> None:

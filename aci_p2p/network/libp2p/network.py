@@ -10,6 +10,7 @@ from random import SystemRandom
 
 import trio
 
+from aci_p2p.clock import system_clock
 from aci_p2p.network.api import (
     ConnectionInfo,
     GossipValidator,
@@ -36,6 +37,7 @@ from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.identify import Identify, Identity
 from aci_p2p.network.libp2p.kademlia import Kademlia
 from aci_p2p.network.libp2p.streams import FramedStream
+from aci_p2p.network.libp2p.traversal import Traversal
 from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
@@ -211,6 +213,7 @@ async def open_libp2p_network(
         gossip = Gossip(host, nursery, random)
         kademlia = Kademlia(host, record_validator, record_selector, random)
         _introduce(identify, kademlia)
+        traversal = Traversal(host, identify, key, config, nursery=nursery, random=random, clock=system_clock)
         host.connections.protected += [gossip.mesh_peers, kademlia.close_peers]
         with ExitStack() as stack:
             stack.enter_context(host.serve(identify_module.PROTOCOL, identify.serve))
@@ -218,6 +221,7 @@ async def open_libp2p_network(
             stack.enter_context(host.serve(ping_module.PROTOCOL, ping_module.serve_ping))
             stack.enter_context(host.serve(gossip_module.PROTOCOL, gossip.serve))
             stack.enter_context(host.serve(kademlia_module.PROTOCOL, kademlia.serve))
+            stack.enter_context(traversal.serving())
             network = Libp2pNetwork(host, gossip, kademlia)
             host.announce("config", announced)
             for address in bind_to:
@@ -225,6 +229,7 @@ async def open_libp2p_network(
             nursery.start_soon(identify.run)
             nursery.start_soon(gossip.run)
             nursery.start_soon(kademlia.run)
+            nursery.start_soon(traversal.run)
             try:
                 yield network
             finally:
