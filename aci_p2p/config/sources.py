@@ -211,22 +211,24 @@ def _shown(raw: object) -> str:
 
 
 def _build(values: Mapping[str, object], origins: Mapping[str, Origin]) -> Config:
-    """Build the configuration; who refuses it blames the value that alone is refused too, or all of its table."""
+    """Build the configuration. When a table is refused, those of its values are named that the refusal comes from."""
+    for section in SECTIONS:
+        given = {key: value for key, value in values.items() if BY_KEY[key].section == section}
+        error = _refusal(given)
+        if error is None:
+            continue
+        without = {key: _refusal({other: given[other] for other in given if other != key}) for key in given}
+        blamed = [key for key, rest in without.items() if rest is None or rest.message != error.message] or list(given)
+        raise ConfigError(origins[blamed[-1]], " and ".join(blamed), error.message, hint=error.hint)
+    return build(values)
+
+
+def _refusal(values: Mapping[str, object]) -> LocalError | None:
     try:
-        return build(values)
-    except LocalError as whole:
-        for key, value in values.items():
-            try:
-                build({key: value})
-            except LocalError as error:
-                raise ConfigError(origins[key], key, error.message, hint=error.hint) from None
-        for section in SECTIONS:
-            keys = [key for key in values if BY_KEY[key].section == section]
-            try:
-                build({key: values[key] for key in keys})
-            except LocalError as error:
-                raise ConfigError(origins[keys[-1]], " and ".join(keys), error.message, hint=error.hint) from None
-        raise AssertionError(whole) from None
+        build(values)
+    except LocalError as error:
+        return error
+    return None
 
 
 def _meant(key: str) -> str:
