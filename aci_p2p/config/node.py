@@ -26,6 +26,10 @@ DEFAULT_SLOTS: Final = 4
 """Jobs at once; the default executor decodes as many in one batch with little loss."""
 MAX_SLOTS: Final = 1_024
 """Jobs at once, and threads, that a node can be told: more than any machine has use for."""
+DEFAULT_GRACE_S: Final = 30
+"""Seconds; most answers take fewer, and service managers wait for 90 before they kill."""
+MAX_GRACE_S: Final = 3_600
+"""Seconds; the longest answer of a large model takes less."""
 DEFAULT_MAX_TOKENS: Final = 256
 """Output tokens; a long paragraph."""
 DEFAULT_BID_WINDOW_MS: Final = 1_000
@@ -34,6 +38,8 @@ MAX_BID_WINDOW_MS: Final = 10_000
 """Milliseconds; a person waits, and nobody believes in an answer after ten seconds of silence."""
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 """From most to least."""
+LOG_FORMATS: Final = ("text", "logfmt", "json")
+"""One line for each event: for people, as key=value pairs, as JSON documents."""
 
 _NETWORK_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
@@ -56,9 +62,14 @@ class ProviderConfig:
     """Load the models at the start, not at the first job."""
     threads: int | None = None
     """Threads of the executor; None: one less than the machine has cores."""
+    grace_s: int = DEFAULT_GRACE_S
+    """Seconds for running jobs to end when the node is stopped; what runs then still is handed back."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that cannot work."""
+        if not 0 <= self.grace_s <= MAX_GRACE_S:
+            msg = f"the grace period is between 0 and {MAX_GRACE_S} s"
+            raise LocalError(msg)
         if not 1 <= self.slots <= MAX_SLOTS or not 1 <= (self.threads or 1) <= MAX_SLOTS or self.threads == 0:
             msg = f"slots and threads are between 1 and {MAX_SLOTS}"
             raise LocalError(msg)
@@ -108,9 +119,14 @@ class LogConfig:
 
     level: str = "info"
     """The least that is said: one of LOG_LEVELS."""
+    format: str = "text"
+    """How it is said: one of LOG_FORMATS."""
 
     def __post_init__(self) -> None:
-        """Raises LocalError on an unknown level."""
+        """Raises LocalError on an unknown level or format."""
+        if self.format not in LOG_FORMATS:
+            msg = f"{self.format!r} is no log format"
+            raise LocalError(msg, hint=f"one of {', '.join(LOG_FORMATS)}")
         if self.level not in LOG_LEVELS:
             msg = f"{self.level!r} is no log level"
             raise LocalError(msg, hint=f"one of {', '.join(LOG_LEVELS)}")

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, Final, cast, get_type_hints
 
 from aci_p2p.config import kinds
-from aci_p2p.config.node import DEFAULT_LISTEN, LOG_LEVELS, ClientConfig, LogConfig, NodeConfig, ProviderConfig
+from aci_p2p.config.node import (
+    DEFAULT_LISTEN,
+    LOG_FORMATS,
+    LOG_LEVELS,
+    ClientConfig,
+    LogConfig,
+    NodeConfig,
+    ProviderConfig,
+)
 from aci_p2p.network.config import NetworkConfig
 
 SECTIONS: Final[Mapping[str, type[Any]]] = {
@@ -165,6 +173,7 @@ SETTINGS: Final = (
     _row("provider.slots", "--slots", "Jobs at once.", live=True),
     _switch("provider.preload", "Load the models at the start, not at the first job."),
     _row("provider.threads", "--threads", "Threads of the executor; by default one less than there are cores."),
+    _row("provider.grace_s", "--grace", "Seconds for running jobs to end when the node is stopped.", live=True),
     _row("client.model", "--model -m", "Model to ask: a name, or a weights root in hex."),
     _row("client.max_tokens", "--max-tokens", "Longest answer, tokens."),
     _row("client.temperature", "--temperature", "How freely tokens are drawn; 0 always takes the likeliest."),
@@ -172,6 +181,7 @@ SETTINGS: Final = (
     _row("client.max_latency_ms", "--max-latency", "Longest promised time to the first token, ms."),
     _row("client.bid_window_ms", "--bid-window", "Longest wait for bids, ms."),
     _row("log.level", "--log-level", "Least that is logged.", live=True, kind=kinds.Choice(*LOG_LEVELS)),
+    _row("log.format", "--log-format", "How each event is logged, in a line.", kind=kinds.Choice(*LOG_FORMATS)),
 )
 """All of them, in the order of the file."""
 

@@ -9,6 +9,7 @@ from aci_p2p.config import SETTINGS, Setting, kinds
 
 SPECIAL = {
     "client.temperature": ("0.5", "1.25"),
+    "log.format": ("logfmt", "json"),
     "log.level": ("debug", "error"),
     "network": ("aci-a", "aci-b"),
     "p2p.low_water": ("7", "8"),

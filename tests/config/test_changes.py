@@ -15,6 +15,7 @@ LIVE = {
     "provider.input_token_price",
     "provider.output_token_price",
     "provider.slots",
+    "provider.grace_s",
 }
 
 
