@@ -14,7 +14,7 @@ import trio
 from aci_p2p.clock import Clock, system_clock
 from aci_p2p.config import NodeConfig, ProviderConfig
 from aci_p2p.consumer import RunningJob, open_job
-from aci_p2p.dht import Discovery, RecordRules, open_discovery
+from aci_p2p.dht import Discovery, DiscoveryOptions, RecordRules, open_discovery
 from aci_p2p.executor import Executor, ModelStore, open_process_executor
 from aci_p2p.gossip import Market, open_market
 from aci_p2p.keys import KeyRing
@@ -128,16 +128,22 @@ class Node:
 
     async def announce(self) -> None:
         """Publish where we are and what we serve."""
+        await self.discovery.announce(self._describe)
+
+    def _describe(self) -> tuple[NodeRecord, Sequence[CapabilityRecord]]:
         roles = ("provider",) if self.provider else ("bootstrap",)
         record = NodeRecord(tuple(self.addresses), roles, SOFTWARE)
-        await self.discovery.announce(record, self.provider.capabilities() if self.provider else ())
+        return record, self.provider.capabilities() if self.provider else ()
 
 
 @asynccontextmanager
-async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None = None) -> AsyncGenerator[Node]:
-    """Run a node within the block: it has joined through its bootstrap addresses, and serves if it is told to.
+async def open_node(
+    config: NodeConfig | None = None, *, parts: NodeParts | None = None, require_bootstrap: bool = True
+) -> AsyncGenerator[Node]:
+    """Run a node within the block: it joins through its bootstrap addresses and its cache, and serves if it is told to.
 
-    Raises LocalError (key, models, addresses), AddressInUse, BootstrapFailed.
+    With `require_bootstrap` it has joined when the block begins; without, it starts whether anybody answers or not, and
+    keeps trying. Raises LocalError (key, models, addresses), AddressInUse, BootstrapFailed.
     """
     config, parts = config or NodeConfig(), parts or NodeParts()
     rules = RecordRules(config.network, parts.clock)
@@ -148,13 +154,13 @@ async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None
             open_store(config.database_path, key.node_id, threads=parts.threads) as store,
             open_network(key, config.p2p, rules) as network,
             open_market(network, config.network, parts.clock) as market,
-            open_discovery(network, sealer, rules, parts.clock) as discovery,
+            open_discovery(network, sealer, rules, parts.clock, _discovery_options(config, parts)) as discovery,
             open_background() as tasks,
         ):
             await store.note_key(parts.clock())
             await store.recover(parts.clock())
             tasks.start_soon(_settle, store, parts.clock)
-            await discovery.join(config.bootstrap)
+            await discovery.join(config.bootstrap, require=require_bootstrap)
             node = Node(
                 config=config, parts=parts, sealer=sealer, network=network, market=market, discovery=discovery,
                 store=store,
@@ -166,6 +172,12 @@ async def open_node(config: NodeConfig | None = None, *, parts: NodeParts | None
             if config.own_key:
                 await node.announce()
             yield node
+
+
+def _discovery_options(config: NodeConfig, parts: NodeParts) -> DiscoveryOptions:
+    return DiscoveryOptions(
+        cache=config.address_cache_path, mdns=config.p2p.mdns, offline=config.offline, threads=parts.threads
+    )
 
 
 async def _settle(store: Store, clock: Clock) -> None:

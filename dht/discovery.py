@@ -1,178 +1,269 @@
-"""Finding nodes and providers: bootstrap, announcement, lookup."""
+"""Finding nodes and providers: joining, announcing, looking up. The trio shell around the machines of this room."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from typing import Final, TypeVar
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random, SystemRandom
+from typing import Final
 
 import trio
 
 from aci_p2p.clock import Clock
+from aci_p2p.dht.announcing import Announcer, Record
+from aci_p2p.dht.bootstrap import BootstrapReport
+from aci_p2p.dht.exchange import MAX_MODELS, PUBLISH_S, SECOND_PUBLISH_S, RecordExchange, exchange_topic
+from aci_p2p.dht.joining import CacheKeeper, Membership
 from aci_p2p.dht.records import RecordRules, capability_key, node_key
-from aci_p2p.network.api import Network
+from aci_p2p.dht.search import MAX_PROVIDERS, Searches
+from aci_p2p.network.api import Network, Subscription
 from aci_p2p.protocol.envelope import Envelope, Sealer
-from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
+from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.messages import SECOND, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.validation import ACCEPTED, MessageRefused, Validation
 from aci_p2p.tasks import open_background
 
-REANNOUNCE_S: Final = 600.0
-"""Seconds between announcements; records live six times as long, so that five may be lost."""
+TICK_S: Final = 1.0
+"""Seconds between looks at what there is to do: one timer for all of it."""
 RECORD_LIFETIME_MS: Final = 3_600 * SECOND
 """An hour."""
-DIAL_TIMEOUT_S: Final = 5.0
-"""Seconds for connecting to one node, noise handshake included."""
-LOOKUP_TIMEOUT_S: Final = 5.0
-"""Seconds for a whole lookup of a model's providers."""
-MAX_PROVIDERS: Final = 32
-"""Providers that a lookup returns at most."""
+LEAVE_S: Final = 1.0
+"""Seconds for taking our records back when we leave."""
+ANNOUNCE_WAIT_S: Final = 3.0
+"""Seconds that announcing waits for the DHT; storing goes on behind."""
+PUBLISH_AT_ONCE: Final = 8
+"""Records that are being stored in the DHT at once."""
+EXCHANGE_QUEUE: Final = 64
+"""Exchanged records waiting to be looked at; their contents are kept when they are checked."""
+EXCHANGE_JITTER: Final = 0.2
+"""Part of the time between publications by which one may come sooner or later."""
 
 log = logging.getLogger("aci_p2p.dht")
 
-T = TypeVar("T")
-U = TypeVar("U")
+Describe = Callable[[], tuple[NodeRecord, Sequence[CapabilityRecord]]]
+"""What a node says of itself at the moment."""
 
 
-class BootstrapFailed(ResourceError):
-    """None of the given bootstrap addresses could be reached."""
+@dataclass(frozen=True, slots=True)
+class DiscoveryOptions:
+    """By which ways a node finds others."""
 
-    code = "bootstrap_failed"
-
-    def __init__(self, failures: Sequence[tuple[str, AciError]]) -> None:
-        """`failures`: each address with what went wrong."""
-        tried = "; ".join(f"{address}: {error.message}" for address, error in failures)
-        super().__init__(f"no bootstrap node answers ({tried})", hint="check the address, and that the node runs")
-        self.failures = tuple(failures)
+    cache: Path | None = None
+    """File of the address cache; None: remember nothing."""
+    mdns: bool = False
+    """Find and be found by nodes of the same local network."""
+    offline: bool = False
+    """Contact nobody that is not named: neither cache nor exchange nor mDNS, and nobody that a record tells of."""
+    threads: bool = True
+    """Read and write the cache in a thread; False under virtual time."""
 
 
 class Discovery:
     """What one node announces and finds. Made by `open_discovery`."""
 
-    def __init__(self, network: Network, sealer: Sealer, rules: RecordRules, clock: Clock) -> None:
-        """`sealer` signs our records; `rules` judge those of others."""
+    def __init__(
+        self,
+        network: Network,
+        sealer: Sealer,
+        rules: RecordRules,
+        clock: Clock,
+        *,
+        membership: Membership,
+        exchange: RecordExchange | None,
+        searches: Searches,
+        random: Random,
+        nursery: trio.Nursery,
+    ) -> None:
+        """`sealer` signs our records; `rules` judge those of others; `nursery` holds what goes on in between."""
         self._network = network
         self._sealer = sealer
         self._rules = rules
         self._clock = clock
-        self._node: NodeRecord | None = None
-        self._capabilities: tuple[CapabilityRecord, ...] = ()
+        self._membership = membership
+        self._exchange = exchange
+        self._searches = searches
+        self._random = random
+        self._nursery = nursery
+        self._announcer = Announcer(random)
+        self._describe: Describe | None = None
+        self._topic = exchange_topic(sealer.network)
+        self._next_exchange = 0.0
+        self._exchanges = 0
+        self._publishing = trio.CapacityLimiter(PUBLISH_AT_ONCE)
 
-    async def join(self, bootstrap: Sequence[str]) -> tuple[NodeId, ...]:
-        """Connect to all bootstrap addresses at once; who answered.
+    async def join(self, bootstrap: Sequence[str], *, require: bool = True) -> None:
+        """Keep to these addresses from now on, and wait until somebody answers, there or where the cache says.
 
+        With `require`, nobody's answer is an error; without, waiting ends after a second, and the node keeps trying.
         Raises LocalError for an address that is none, BootstrapFailed when nobody answered.
         """
-        results = await _gather(self._dial, bootstrap)
-        for result in results:
-            if isinstance(result, LocalError):
-                raise result
-        reached = tuple(result for result in results if isinstance(result, NodeId))
-        if bootstrap and not reached:
-            pairs = zip(bootstrap, results, strict=True)
-            raise BootstrapFailed([(address, error) for address, error in pairs if isinstance(error, AciError)])
-        return reached
+        await self._membership.join(bootstrap, require=require)
 
-    async def announce(self, node: NodeRecord, capabilities: Sequence[CapabilityRecord]) -> None:
-        """Publish our records now; they are renewed until the block of `open_discovery` ends.
+    def bootstrap_report(self) -> tuple[BootstrapReport, ...]:
+        """How it stands with the bootstrap addresses."""
+        return self._membership.report()
 
-        One that cannot be published is logged, hinders no other, and is tried again when the others are renewed.
+    async def announce(self, describe: Describe) -> None:
+        """Publish our records now; until the block of `open_discovery` ends they are renewed, and changes published.
+
+        Waits until they are stored, at most ANNOUNCE_WAIT_S. What `describe` says is looked at every second. A record
+        that cannot be published is logged, hinders no other, and is tried again. In the end they are taken back.
         """
-        self._node = node
-        self._capabilities = tuple(capabilities)
-        await self.announce_again()
-
-    async def announce_again(self) -> None:
-        """Publish our records once more, newly signed. What fails is logged."""
-        if self._node is not None:
-            with _failures_logged("this node"):
-                await self._put(node_key(self._network.node_id), self._node)
-        for capability in self._capabilities:
-            with _failures_logged(capability.model_name):
-                await self._put(capability_key(capability.model_root, self._network.node_id), capability)
-                await self._network.provide(capability.model_root)
+        self._describe = describe
+        self._announcer.update(*describe())
+        records = self._announcer.due(len(self._network.peers), trio.current_time(), renew=True)
+        published = trio.Event()
+        self._nursery.start_soon(self._publish, records, published)
+        with trio.move_on_after(ANNOUNCE_WAIT_S):
+            await published.wait()
 
     async def find_providers(self, model_root: bytes, limit: int = MAX_PROVIDERS) -> list[Envelope[CapabilityRecord]]:
-        """Providers of a model whose signed records we could check, connected where possible; maybe none."""
-        found: dict[NodeId, Envelope[CapabilityRecord]] = {}
+        """Providers of a model whose signed records we could check, connected where possible; maybe none.
 
-        async def look_up(node: NodeId) -> None:
-            record = await self._capability(model_root, node)
-            if record is not None:
-                # Counts from now on, however long the node takes to answer.
-                found[node] = record
-                await self._reach(node, record.body.addresses)
+        Ends when `limit` are connected, soon after the first is, or after LOOKUP_TIMEOUT_S; connecting to the others
+        goes on. Those that are connected and have a free slot come first.
+        """
+        return await self._searches.find(model_root, limit)
 
-        with trio.move_on_after(LOOKUP_TIMEOUT_S):
-            nodes = await self._network.find_providers(model_root, limit)
-            await _gather(look_up, [node for node in nodes if node != self._network.node_id][:limit])
-        return list(found.values())
+    def known_nodes(self) -> list[Envelope[NodeRecord]]:
+        """Nodes that have told of themselves over gossip, the latest first."""
+        return self._exchange.nodes(self._clock()) if self._exchange else []
 
-    async def _capability(self, model_root: bytes, node: NodeId) -> Envelope[CapabilityRecord] | None:
-        key = capability_key(model_root, node)
-        value = await self._network.get_record(key)
-        if value is None:
-            return None
+    async def run(self) -> None:
+        """Do what is due, until cancelled."""
+        while True:
+            now = trio.current_time()
+            self._membership.tick(now)
+            if self._describe is not None:
+                self._announcer.update(*self._describe())
+                if records := self._announcer.due(len(self._network.peers), now):
+                    self._nursery.start_soon(self._publish, records)
+                if self._exchange and now >= self._next_exchange and self._network.topic_peers(self._topic):
+                    self._exchanges += 1
+                    gap = SECOND_PUBLISH_S if self._exchanges == 1 else PUBLISH_S
+                    self._next_exchange = now + gap * self._random.uniform(1 - EXCHANGE_JITTER, 1 + EXCHANGE_JITTER)
+                    self._nursery.start_soon(self._exchange_records)
+            await self._membership.wait(TICK_S)
+
+    async def leave(self) -> None:
+        """Take back what we said we serve, and write the address cache."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + LEAVE_S):
+            if self._network.peers and (records := self._announcer.withdraw()):
+                await self._publish(records)
+        await self._membership.leave()
+
+    async def _publish(self, records: Sequence[Record], published: trio.Event | None = None) -> None:
+        async with trio.open_nursery() as nursery:
+            for record in records:
+                nursery.start_soon(self._publish_one, record)
+        if published is not None:
+            published.set()
+
+    async def _publish_one(self, record: Record) -> None:
+        async with self._publishing:
+            try:
+                await self._put(record)
+            except AciError as error:
+                name = record.model_name if isinstance(record, CapabilityRecord) else "this node"
+                log.warning("%s cannot be announced: %s", name, error)
+                self._announcer.failed(record, trio.current_time())
+
+    async def _put(self, record: Record) -> None:
+        data = self._seal(record)
+        if isinstance(record, NodeRecord):
+            await self._network.put_record(node_key(self._network.node_id), data)
+            return
+        if not record.slots and self._exchange:
+            await self._network.publish(self._topic, data)
+        await self._network.put_record(capability_key(record.model_root, self._network.node_id), data)
+        if record.slots:
+            await self._network.provide(record.model_root)
+
+    async def _exchange_records(self) -> None:
+        """Tell our neighbours about ourselves."""
+        for record in self._announcer.current[: MAX_MODELS + 1]:
+            if record.addresses:
+                await self._network.publish(self._topic, self._seal(record))
+
+    def _seal(self, record: Record) -> bytes:
+        return self._sealer.seal(record, self._clock(), lifetime_ms=RECORD_LIFETIME_MS).data
+
+
+class _Listener:
+    """Hears what others exchange, and remembers where they can be dialled."""
+
+    def __init__(self, network: Network, exchange: RecordExchange, clock: Clock) -> None:
+        self._network = network
+        self._exchange = exchange
+        self._clock = clock
+
+    def validate(self, forwarder: NodeId, data: bytes) -> Validation:
+        """Judge a message; what it says is kept at once, since the queue behind may overflow."""
         try:
-            return self._rules.open_capability(key, value)
-        except AciError:
-            return None
+            node = self._exchange.hear(forwarder, data, self._clock(), trio.current_time())
+        except MessageRefused as error:
+            return error.validation
+        if node is not None:
+            self._network.learn_addresses(node.sender, node.body.addresses)
+        return ACCEPTED
 
-    async def _reach(self, node: NodeId, addresses: Sequence[str]) -> None:
-        """Connect to a node at one of the addresses that it claims for itself."""
-        self._network.learn_addresses(node, addresses)
-        for address in addresses:
-            if node not in self._network.peers and address.endswith(f"/p2p/{node}"):
-                await self._dial(address)
-
-    async def _dial(self, address: str) -> NodeId | AciError:
-        try:
-            with trio.fail_after(DIAL_TIMEOUT_S):
-                return await self._network.connect(address)
-        except AciError as error:
-            return error
-        except trio.TooSlowError:
-            return ResourceError(f"no answer within {DIAL_TIMEOUT_S:g} s")
-
-    async def _put(self, key: str, record: NodeRecord | CapabilityRecord) -> None:
-        envelope = self._sealer.seal(record, self._clock(), lifetime_ms=RECORD_LIFETIME_MS)
-        await self._network.put_record(key, envelope.data)
-
-
-@contextmanager
-def _failures_logged(what: str) -> Generator[None]:
-    try:
-        yield
-    except AciError as error:
-        log.warning("%s cannot be announced: %s", what, error)
-
-
-async def _gather(function: Callable[[T], Awaitable[U]], items: Sequence[T]) -> list[U]:
-    """Results of `function` over `items`, run at once, in the order of the items."""
-    results: dict[int, U] = {}
-
-    async def run(index: int, item: T) -> None:
-        results[index] = await function(item)
-
-    async with trio.open_nursery() as nursery:
-        for index, item in enumerate(items):
-            nursery.start_soon(run, index, item)
-    return [results[index] for index in range(len(items))]
+    async def run(self, subscription: Subscription) -> None:
+        """Empty the queue, until cancelled."""
+        async for _ in subscription:
+            pass
 
 
 @asynccontextmanager
 async def open_discovery(
-    network: Network, sealer: Sealer, rules: RecordRules, clock: Clock
+    network: Network,
+    sealer: Sealer,
+    rules: RecordRules,
+    clock: Clock,
+    options: DiscoveryOptions | None = None,
+    random: Random | None = None,
 ) -> AsyncGenerator[Discovery]:
-    """Discovery over a network within the block; what was announced is renewed every REANNOUNCE_S seconds."""
-    discovery = Discovery(network, sealer, rules, clock)
+    """Discovery over a network within the block, which begins with nobody: see `Discovery.join`.
 
-    async def renew() -> None:
-        while True:
-            await trio.sleep(REANNOUNCE_S)
-            await discovery.announce_again()
+    What was announced is renewed until the end, and then taken back. `random`: None takes the system's.
+    """
+    options, random = options or DiscoveryOptions(), random or SystemRandom()
+    exchange = RecordExchange(sealer.network, network.node_id, random.randbytes(32))
+    cache: CacheKeeper | None = None
+    if options.cache is not None and not options.offline:
+        cache = CacheKeeper(options.cache, clock, threads=options.threads)
 
-    async with open_background() as nursery:
-        nursery.start_soon(renew)
-        yield discovery
+    def hints() -> list[str]:
+        connected = set(network.peers)
+        heard = [(node.sender, node.body.addresses) for node in exchange.nodes(clock())]
+        known = [*((one.peer, one.addresses) for one in network.known_peers()), *heard]
+        return [address for peer, addresses in known if peer not in connected for address in addresses[:1]]
+
+    async with open_background() as nursery, AsyncExitStack() as stack:
+        membership = Membership(network, random, nursery, cache=cache, hints=list if options.offline else hints)
+        searches = Searches(network, rules, exchange, clock, nursery, may_dial=not options.offline)
+        discovery = Discovery(
+            network, sealer, rules, clock, membership=membership, exchange=None if options.offline else exchange,
+            searches=searches, random=random, nursery=nursery,
+        )  # fmt: skip
+        await membership.load()
+        if not options.offline:
+            listener = _Listener(network, exchange, clock)
+            topic = exchange_topic(sealer.network)
+            subscription = await stack.enter_async_context(
+                network.subscribe(topic, listener.validate, capacity=EXCHANGE_QUEUE)
+            )
+            nursery.start_soon(listener.run, subscription)
+        if options.mdns and not options.offline:
+            # Imported here: few nodes use it, and what it needs takes a tenth of a second.
+            from aci_p2p.dht.mdns import open_mdns  # noqa: PLC0415
+
+            await stack.enter_async_context(open_mdns(network, membership.offer, random))
+        nursery.start_soon(discovery.run)
+        try:
+            yield discovery
+        finally:
+            await discovery.leave()

@@ -6,6 +6,7 @@ The DHT is a hint, never an authority: every record is signed by the node it is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final
 
 import base58
@@ -30,6 +31,15 @@ def node_key(node: NodeId) -> str:
 def capability_key(model_root: bytes, node: NodeId) -> str:
     """Where a provider's record for one model lies."""
     return f"{CAPABILITY_PREFIX}{base58.b58encode(model_root).decode()}/{node}"
+
+
+def check_capability(body: CapabilityRecord) -> None:
+    """What its wire form does not say. Raises MessageRefused."""
+    # No more free slots than slots.
+    require(body.free_slots <= body.slots, Decision.REJECT, Reason.MALFORMED)
+    # Steps ascend from above 0, so that one load has one price.
+    loads = [0, *(step.load_milli for step in body.price_curve)]
+    require(all(low < high for low, high in pairwise(loads)), Decision.REJECT, Reason.MALFORMED)
 
 
 class RecordRules:
@@ -63,6 +73,7 @@ class RecordRules:
         expected = capability_key(record.body.model_root, record.sender)
         # Under the names of the model and of the node that signed it.
         require(key == expected, Decision.REJECT, Reason.BAD_RECORD_KEY)
+        check_capability(record.body)
         return record
 
     def validate(self, key: str, value: bytes) -> None:

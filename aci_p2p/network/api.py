@@ -157,6 +157,16 @@ class NetworkStatistics:
     """Connections that we have dialled."""
     relayed: int
     """Those of both through relays."""
+    relays: int
+    """Relays that lead others to us."""
+    reservations: int
+    """Peers that we relay for."""
+    circuits: int
+    """Connections of others that go through us."""
+    holes_punched: int
+    """Relayed connections that we have turned into direct ones (DCUtR)."""
+    holes_failed: int
+    """Those with which it was tried in vain."""
     trimmed: int
     """Connections closed because there were too many."""
     banned: int
@@ -229,7 +239,8 @@ class Network(ABC):
     async def connect(self, address: str) -> NodeId:
         """Dial a multiaddr, with `/p2p/<peer id>` if it matters who answers; a no-op when connected to that peer.
 
-        Names are resolved with the system's resolver and all their IP addresses tried; `/dnsaddr` is not for here.
+        `/p2p/<peer id>` alone dials the peer wherever it is known to be. Names are resolved with the system's resolver
+        and all their IP addresses tried; `/dnsaddr` is not for here.
         Raises LocalError for what is no address (DialledOurselves for one that leads to us), PeerUnreachable.
         """
 

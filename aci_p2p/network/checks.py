@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aci_p2p.network.api import MAX_FRAME_BYTES, MAX_GOSSIP_BYTES, MAX_RECORD_BYTES, MAX_RECORD_KEY_BYTES
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import NodeId
 
 RECORD_NAMESPACE = "/aci/"
 """Prefix of every DHT value's key."""
@@ -40,3 +41,12 @@ def check_provider_key(key: bytes) -> None:
     if len(key) != PROVIDER_KEY_BYTES:
         msg = f"a provider key is {PROVIDER_KEY_BYTES} bytes, not {len(key)}"
         raise LocalError(msg)
+
+
+def peer_alone(address: str) -> NodeId | None:
+    """The peer of `/p2p/<peer id>`; None for a multiaddr that says more. Raises LocalError."""
+    match address.split("/"):
+        case ["", "p2p", peer]:
+            return NodeId.parse(peer)
+        case _:
+            return None

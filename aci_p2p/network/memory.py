@@ -36,7 +36,7 @@ from aci_p2p.network.api import (
     StreamHandler,
     Subscription,
 )
-from aci_p2p.network.checks import check_gossip, check_provider_key, check_record
+from aci_p2p.network.checks import check_gossip, check_provider_key, check_record, peer_alone
 from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, SeenCache, judge, message_id
 from aci_p2p.network.limits import MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER, PROVIDER_SECONDS
 from aci_p2p.network.memory_stream import MemoryStream, Pipe
@@ -199,6 +199,9 @@ class MemoryNetwork(Network):
         return tuple(KnownPeer(peer, addresses) for peer, addresses in reversed(self._connected.items()))
 
     async def connect(self, address: str) -> NodeId:
+        if (known := peer_alone(address)) is not None:
+            await self._dial(known, self._known.get(known, ()))
+            return known
         number, peer = _parse_address(address)
         peer = peer or self._hub.owner_of(number)
         if peer is None:
@@ -469,6 +472,11 @@ class MemoryNetwork(Network):
             inbound=sum(not link.outbound for link in self._links.values()),
             outbound=sum(link.outbound for link in self._links.values()),
             relayed=0,
+            relays=0,
+            reservations=0,
+            circuits=0,
+            holes_punched=0,
+            holes_failed=0,
             trimmed=0,
             banned=0,
             handshakes=0,

@@ -25,7 +25,7 @@ from aci_p2p.network.api import (
     StreamHandler,
     Subscription,
 )
-from aci_p2p.network.checks import check_gossip
+from aci_p2p.network.checks import check_gossip, peer_alone
 from aci_p2p.network.config import NetworkConfig
 from aci_p2p.network.libp2p import gossip as gossip_module
 from aci_p2p.network.libp2p import identify as identify_module
@@ -80,6 +80,9 @@ class Libp2pNetwork(Network):
         return self._host.book.known_peers()
 
     async def connect(self, address: str) -> NodeId:
+        if (known := peer_alone(address)) is not None:
+            await self._host.dial(known)
+            return known
         target = TcpAddress.parse(address)
         if not target.port or (target.peer is None and target.relay is not None):
             msg = f"{address} does not say where to dial"
@@ -157,12 +160,13 @@ class Libp2pNetwork(Network):
 
     def statistics(self) -> NetworkStatistics:
         journal, connections = self._gossip.journal, self._host.connections
-        outbound = sum(connection.outbound for connection in connections.all)
+        every = connections.all
+        outbound = sum(connection.outbound for connection in every)
         return NetworkStatistics(
             peers=len(self._host.peers),
-            inbound=len(connections.all) - outbound,
+            inbound=len(every) - outbound,
             outbound=outbound,
-            relayed=sum(connection.relay is not None for connection in connections.all),
+            relayed=sum(connection.relay is not None for connection in every),
             trimmed=connections.trimmed,
             banned=connections.banned_count,
             handshakes=self._host.admission.under_way,
