@@ -34,7 +34,7 @@ from aci_p2p.protocol.catchup import (
     encode,
 )
 from aci_p2p.protocol.cbor import CborError
-from aci_p2p.protocol.envelope import Envelope
+from aci_p2p.protocol.envelope import Envelope, sender_of
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import ACCEPTED, Decision, MessageRefused, Reason, Validation
 from aci_p2p.protocol.wire import Malformed
@@ -150,7 +150,7 @@ class Topic(Generic[T]):
             served=self._served,
         )
 
-    def validate(self, _forwarder: NodeId, data: bytes) -> Validation:
+    def validate(self, forwarder: NodeId, data: bytes) -> Validation:
         """Judge a message that gossip brings (a `GossipValidator`)."""
         identifier = message_id(self.name, data)
         if self._is_remembered(identifier):
@@ -160,6 +160,9 @@ class Topic(Generic[T]):
             envelope = self._check(data, self._clock())
         except MessageRefused as error:
             self._refuse(identifier)
+            if error.validation.reason is Reason.FLOODED and sender_of(data) == forwarder:
+                # Others may have seen less of it, but a node knows how much it publishes itself.
+                return Validation(Decision.REJECT, Reason.FLOODED)
             return error.validation
         self._remember(identifier, envelope)
         self._checked[identifier] = envelope

@@ -176,6 +176,11 @@ def kind_of(data: bytes) -> Kind:
     return _parse_header(data).kind
 
 
+def sender_of(data: bytes) -> NodeId:
+    """Whom an envelope names as its sender, unchecked otherwise. Raises MessageRefused when it is no envelope."""
+    return _parse_header(data).sender
+
+
 def _parse_header(data: bytes) -> Header:
     value = _decode(data)
     version = value.get(1) if isinstance(value, dict) else None

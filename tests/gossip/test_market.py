@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
@@ -24,6 +24,7 @@ from aci_p2p.protocol.envelope import MAX_SKEW_MS, Envelope, Sealer
 from aci_p2p.protocol.errors import ResourceError
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
+from aci_p2p.protocol.replay import MAX_PER_SENDER
 from aci_p2p.protocol.validation import ACCEPTED, Decision, Reason, Validation
 from tests.protocol.driver import NETWORK, NOW, PRICES, alter
 
@@ -411,6 +412,18 @@ async def test_jobs_that_wait_are_limited(
             assert a.market.statistics().waiting_jobs == 2
         with a.market.bids(b"3"):
             assert a.market.statistics().waiting_jobs == 1
+
+
+async def test_only_the_author_of_a_flood_is_blamed_for_it(
+    autojump_clock: MockClock, open_traders: OpenTraders
+) -> None:
+    async with open_traders(3) as (a, b, c):
+        for number in range(MAX_PER_SENDER):
+            assert b.market._offers.validate(a.network.node_id, a.offer(number).data) == ACCEPTED
+        more = [a.offer(MAX_PER_SENDER + number).data for number in range(2)]
+        ignored = Validation(Decision.IGNORE, Reason.FLOODED)
+        assert b.market._offers.validate(c.network.node_id, more[0]) == ignored
+        assert b.market._offers.validate(a.network.node_id, more[1]) == replace(ignored, decision=Decision.REJECT)
 
 
 class Delivered(Subscription):

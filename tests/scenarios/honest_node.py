@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -20,12 +21,16 @@ from aci_p2p.dht import capability_key
 from aci_p2p.network import Stream
 from aci_p2p.node import Node, open_node
 from aci_p2p.tasks import open_background
+from tests.network.attack import judge
+from tests.network.driver import TOPIC
 from tests.scenarios.messages import make_capability, make_offer
 
 NETWORK: Final = "aci-scenario"
 """Network id of the swarm."""
 INTERVAL_S: Final = 0.5
 """Seconds between two offers."""
+REMEMBERED: Final = 20_000
+"""Offers heard last, of attackers too."""
 FAILING: Final = "/test/fail/1"
 """A protocol whose handler has a bug."""
 HOLDING: Final = "/test/hold/1"
@@ -38,7 +43,7 @@ class HonestNode:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._published: list[str] = []
-        self._heard: list[str] = []
+        self._heard: deque[str] = deque(maxlen=REMEMBERED)
         self._counting = False
 
     async def publish(self) -> None:
@@ -64,14 +69,13 @@ class HonestNode:
         match command["do"]:
             case "begin":
                 self._published.clear()
-                self._heard.clear()
                 self._counting = True
                 return None
             case "end":
                 self._counting = False
                 return self._published
             case "heard":
-                return self._heard
+                return list(self._heard)
             case "peers":
                 return [str(peer) for peer in network.peers]
             case "refused":
@@ -108,8 +112,8 @@ async def run(home: Path, bootstrap: tuple[str, ...]) -> None:
     """Run a node with its files below `home` until standard input ends."""
     async with open_node(NodeConfig(home=home, network=NETWORK, bootstrap=bootstrap)) as node:
         honest = HonestNode(node)
-        with node.network.serve(FAILING, fail), node.network.serve(HOLDING, hold):
-            async with open_background() as nursery:
+        async with node.network.subscribe(TOPIC, judge, capacity=8), open_background() as nursery:
+            with node.network.serve(FAILING, fail), node.network.serve(HOLDING, hold):
                 nursery.start_soon(honest.listen)
                 nursery.start_soon(honest.publish)
                 say([str(node.node_id), node.addresses[0]])

@@ -58,7 +58,8 @@ ATTACKS: dict[str, Attack] = {
     "flood of forged records": floods.record_flood,
     "flood of forged offers": floods.flood(floods.forged),
     "flood of signed offers": floods.flood(floods.signed),
-    "flood of offers by many": floods.flood(floods.signed_by_many),
+    # Nothing tells them from the offers of a busy market.
+    "flood of offers by many": floods.flood(floods.signed_by_many, seconds=3),
     "clocks an hour slow": floods.flood(floods.an_hour_late, seconds=2),
     "clocks an hour fast": floods.flood(floods.an_hour_early, seconds=2),
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from random import SystemRandom
 import trio
 
 from aci_p2p.network.api import AddressInUse, PeerUnreachable, Reachability
+from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.network.config import NetworkConfig
 from aci_p2p.network.libp2p.address_book import AddressBook
 from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, most_useful
@@ -31,7 +33,7 @@ from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound,
 from aci_p2p.network.libp2p.secure import ByteStream, Security
 from aci_p2p.network.libp2p.upgrade import HANDSHAKE_SECONDS, multiplex_outbound, secure_outbound, upgrade_inbound
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
-from aci_p2p.network.limits import MAX_STREAMS, MAX_STREAMS_PER_PEER
+from aci_p2p.network.limits import MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 
@@ -39,6 +41,11 @@ NEGOTIATION_SECONDS = 10.0
 """Time to agree on a stream's protocol, seconds."""
 TRIM_SECONDS = 10.0
 """Time between two looks at which connections can be closed while there are too many, seconds."""
+FAILED_STREAMS_PER_SECOND = 1.0
+"""Inbound streams of one peer that may come to nothing in the long run, per second: garbage, protocols that nobody
+agrees on, more streams than it may have. Honest peers of other versions ask in vain now and then."""
+FAILED_STREAMS_BURST = 256.0
+"""Inbound streams of one peer that may come to nothing at once: a busy consumer meets the limit of streams."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
 
@@ -67,6 +74,7 @@ class Host:
         self._protocols: dict[str, _Protocol] = {}
         self.admission = Admission()
         self._inbound_streams: dict[NodeId, int] = {}
+        self._patience: OrderedDict[NodeId, TokenBucket] = OrderedDict()
         self._bound: list[TcpAddress] = []
         self._listeners: list[trio.SocketListener] = []
         self._sharing = 0
@@ -376,6 +384,7 @@ class Host:
         peer = connection.peer
         count = self._inbound_streams.get(peer, 0)
         if count >= MAX_STREAMS_PER_PEER or sum(self._inbound_streams.values()) >= MAX_STREAMS:
+            self._note_failed_stream(peer)
             return False
         self._inbound_streams[peer] = count + 1
         connection.used = trio.current_time()
@@ -388,6 +397,7 @@ class Host:
                 served = self._protocols.get(await select_inbound(stream, self._protocols))
         except Exception:  # a stream without a protocol is nobody's but the peer's
             log.debug("a stream from %s asked for nothing that we serve", peer.short, exc_info=True)
+            self._note_failed_stream(peer)
             served = None
         try:
             if served is None:
@@ -410,10 +420,24 @@ class Host:
         except Exception:  # a server never raises into the host's task tree
             log.debug("serving %s failed", peer.short, exc_info=True)
             self.handler_failures += 1
+            self._note_failed_stream(peer)
             stream.reset()
         finally:
             protocol.scopes.discard(scope)
             stream.close()
+
+    def _note_failed_stream(self, peer: NodeId) -> None:
+        """An inbound stream came to nothing; a peer of which too many do is thrown out."""
+        now = trio.current_time()
+        if peer not in self._patience:
+            self._patience[peer] = TokenBucket.full(FAILED_STREAMS_PER_SECOND, FAILED_STREAMS_BURST, now)
+        self._patience.move_to_end(peer)
+        if len(self._patience) > MAX_KNOWN_PEERS:
+            self._patience.popitem(last=False)
+        if not self._patience[peer].take(1, now) and not self.connections.is_banned(peer):
+            log.info("%s is thrown out: too many of its streams come to nothing", peer.short)
+            self.connections.ban(peer)
+            self._nursery.start_soon(self.throw_out, peer)
 
     async def close(self) -> None:
         """Say good-bye on all connections."""
