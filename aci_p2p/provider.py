@@ -29,6 +29,7 @@ from aci_p2p.jobs import FAREWELL_S, JobShell, StreamPump
 from aci_p2p.network.api import Network, Stream
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import (
     Effect,
     Failed,
@@ -101,16 +102,42 @@ class Offering:
 
 @dataclass(frozen=True, slots=True)
 class ProviderStatistics:
-    """A snapshot of the provider's work."""
+    """A snapshot of the provider's work since it began."""
 
+    slots: int
+    """Jobs at once."""
     running: int
     """Jobs being run."""
+    bids: int
+    """Bids made."""
     outstanding: int
-    """Bids that may still be awarded."""
+    """Of those, the ones that may still be awarded."""
     finished: int
     """Jobs that ended with a receipt."""
     failed: int
     """Jobs that ended without one."""
+    earned: int
+    """What the finished ones have paid, base units."""
+    draining: bool
+    """Whether no more jobs are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """How far a running job is."""
+
+    job_id: bytes
+    """32 bytes."""
+    consumer: NodeId
+    """For whom."""
+    model: str
+    """Name in our model store."""
+    elapsed_s: float
+    """Seconds since its award."""
+    tokens: int
+    """Tokens produced."""
+    tokens_per_s: float
+    """Decoding speed after the first part; 0 before there is a second."""
 
 
 class ProviderRole:
@@ -141,11 +168,14 @@ class ProviderRole:
         self._slots = slots
         self._outstanding: OrderedDict[bytes, tuple[Envelope[Offer], Envelope[Bid]]] = OrderedDict()
         self._latency_ms = FIRST_LATENCY_MS
-        self._jobs: set[trio.CancelScope] = set()
+        self._jobs: dict[trio.CancelScope, _ServedJob] = {}
         self._idle = trio.Event()
         self._idle.set()
+        self._draining = False
+        self._bids = 0
         self._finished = 0
         self._failed = 0
+        self._earned = 0
 
     def capabilities(self) -> list[CapabilityRecord]:
         """What we announce in the DHT."""
@@ -159,7 +189,7 @@ class ProviderRole:
                 output_token_price=offering.output_token_price,
                 slots=self._slots,
                 addresses=tuple(self._network.addresses),
-                free_slots=max(self._slots - len(self._jobs), 0),
+                free_slots=0 if self._draining else max(self._slots - len(self._jobs), 0),
                 price_curve=(),
             )
             for offering in self._offerings.values()
@@ -173,7 +203,20 @@ class ProviderRole:
 
     def statistics(self) -> ProviderStatistics:
         """A snapshot of the counters."""
-        return ProviderStatistics(len(self._jobs), len(self._outstanding), self._finished, self._failed)
+        return ProviderStatistics(
+            slots=self._slots,
+            running=len(self._jobs),
+            bids=self._bids,
+            outstanding=len(self._outstanding),
+            finished=self._finished,
+            failed=self._failed,
+            earned=self._earned,
+            draining=self._draining,
+        )
+
+    def progress(self) -> list[JobProgress]:
+        """The running jobs, the oldest first."""
+        return [job.progress() for job in self._jobs.values()]
 
     async def bid_on_offers(self) -> None:
         """Answer every offer that we can serve with a firm bid, until cancelled."""
@@ -184,9 +227,16 @@ class ProviderRole:
                 if bid is not None:
                     self._forget_expired()
                     self._outstanding[bid.digest] = (offer, bid)
+                    self._bids += 1
                     await self._market.publish_bid(bid)
             except AciError as error:
-                log.warning("no bid for job %s: %s", offer.body.job_id.hex()[:8], error)
+                log.warning("no bid", extra={"fields": {"job": offer.body.job_id.hex()[:8], "error": error}})
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no more jobs, and wait until those that run have ended, `grace_s` seconds at most."""
+        self._draining = True
+        with trio.move_on_after(grace_s):
+            await self._idle.wait()
 
     async def hand_back(self) -> None:
         """Cancel the running jobs, and wait until their consumers were told or FAREWELL_S seconds are over."""
@@ -202,7 +252,8 @@ class ProviderRole:
     def _bid(self, offer: Envelope[Offer]) -> Envelope[Bid] | None:
         """Our bid for an offer; None when we do not serve the model, lack a slot, or could never fit the answer."""
         offering = self._offerings.get(offer.body.model_root)
-        if offering is None or len(self._jobs) >= self._slots or offer.body.max_tokens >= offering.context:
+        is_full = self._draining or len(self._jobs) >= self._slots
+        if offering is None or is_full or offer.body.max_tokens >= offering.context:
             return None
         bid = Bid(
             job_id=offer.body.job_id,
@@ -231,59 +282,72 @@ class ProviderRole:
             now = self._clock()
             award = open_envelope(frame, Award, network=self._sealer.network, now=now)
         except MessageRefused as error:
-            log.info("no award from %s: %s", stream.peer.short, error)
+            log.info("no award", extra={"fields": {"peer": stream.peer.short, "error": error}})
             return
         known = self._outstanding.get(award.body.bid_digest)
         if known and award.sender != known[0].sender:
             # Bids are public: whoever heard ours must not be able to use it up.
-            log.info("award from %s for a bid to %s", award.sender.short, known[0].sender.short)
+            fields = {"peer": award.sender.short, "consumer": known[0].sender.short}
+            log.info("award for a bid to another", extra={"fields": fields})
             return
         self._outstanding.pop(award.body.bid_digest, None)
         if known is None:
             await self._decline(stream, award.body.job_id, AbortCode.TIMEOUT, "there is no such bid, or it expired")
+        elif self._draining:
+            await self._decline(stream, award.body.job_id, AbortCode.BUSY, "the provider is shutting down")
         elif len(self._jobs) >= self._slots:
             await self._decline(stream, award.body.job_id, AbortCode.BUSY, "all slots are taken by now")
         else:
             with trio.CancelScope() as scope:
                 if not self._jobs:
                     self._idle = trio.Event()
-                self._jobs.add(scope)
+                self._jobs[scope] = job = self._take(*known)
                 try:
-                    await self._run(stream, frame, *known)
+                    await self._run(stream, frame, job)
                 finally:
-                    self._jobs.discard(scope)
+                    del self._jobs[scope]
                     if not self._jobs:
                         self._idle.set()
 
     async def _decline(self, stream: Stream, job_id: bytes, code: AbortCode, detail: str) -> None:
         await stream.send(self._sealer.seal(Abort(job_id, code, detail), self._clock()).data)
 
-    async def _run(self, stream: Stream, frame: bytes, offer: Envelope[Offer], bid: Envelope[Bid]) -> None:
+    def _take(self, offer: Envelope[Offer], bid: Envelope[Bid]) -> _ServedJob:
         secrets = ProviderSecrets(self._entropy(NONCE_BYTES), self._entropy(NONCE_BYTES))
         job = ProviderJob(self._sealer, offer, bid, secrets)
         model = self._offerings[offer.body.model_root].name
-        running = _ServedJob(job, self._store, self._clock, self._executor, model)
+        return _ServedJob(job, offer, self._store, self._clock, self._executor, model)
+
+    async def _run(self, stream: Stream, frame: bytes, job: _ServedJob) -> None:
         try:
-            await running.serve(stream, frame)
+            await job.serve(stream, frame)
         finally:
-            name = f"job {job.job_id.hex()[:8]} of {offer.sender.short}"
-            if running.error is None:
+            progress = job.progress()
+            fields = {
+                "job": progress.job_id.hex()[:8],
+                "consumer": progress.consumer.short,
+                "tokens": progress.tokens,
+                "seconds": f"{progress.elapsed_s:.1f}",
+            }
+            if job.error is None:
                 self._finished += 1
-                log.info("%s: done for %s", name, format_amount(job.price))
+                self._earned += job.price
+                log.info("job done", extra={"fields": {**fields, "price": format_amount(job.price)}})
             else:
                 self._failed += 1
-                log.info("%s: %s", name, running.error)
-        if running.unavailable:
-            self._withdraw(offer.body.model_root)
-        if running.latency_s is not None:
-            measured = min(round(running.latency_s * MS_PER_S), MAX_LATENCY_MS)
+                log.info("job failed", extra={"fields": {**fields, "error": job.error}})
+        if job.unavailable:
+            self._withdraw(job.model_root)
+        if job.latency_s is not None:
+            measured = min(round(job.latency_s * MS_PER_S), MAX_LATENCY_MS)
             self._latency_ms += (measured - self._latency_ms) // LATENCY_WEIGHT
 
     def _withdraw(self, root: bytes) -> None:
         """Serve a model no more, that cannot be loaded or is not what it was: every job that we won would fail."""
         offering = self._offerings.pop(root, None)
         if offering:
-            log.warning("%s is not served any more; repair it and restart the node", offering.name)
+            problem = "a model is not served any more; repair it and restart the node"
+            log.warning(problem, extra={"fields": {"model": offering.name}})
         self._forget_bids(lambda other: other == root)
 
     def _forget_bids(self, gone: Callable[[bytes], bool]) -> None:
@@ -296,15 +360,46 @@ class ProviderRole:
 class _ServedJob(JobShell[ProviderEvent]):
     """One job that we won."""
 
-    def __init__(self, job: ProviderJob, store: Store, clock: Clock, executor: Executor, model: str) -> None:
+    def __init__(
+        self, job: ProviderJob, offer: Envelope[Offer], store: Store, clock: Clock, executor: Executor, model: str
+    ) -> None:
         super().__init__(job, store, clock)
+        self._job = job
+        self._offer = offer
         self._executor = executor
         self._model = model
+        self._started = trio.current_time()
+        self._first: tuple[float, int] | None = None
+        self._last = 0.0
+        self._tokens = 0
         self._generation = trio.CancelScope()
         self._tasks: trio.Nursery | None = None
         self.latency_s: float | None = None
         self.unavailable = False
         self.error: AciError | None = LocalError("the job did not run to its end")
+
+    @property
+    def model_root(self) -> bytes:
+        """Weights root, 32 bytes."""
+        return self._offer.body.model_root
+
+    @property
+    def price(self) -> int:
+        """What it costs, base units; 0 until the answer is complete."""
+        return self._job.price
+
+    def progress(self) -> JobProgress:
+        """How far it is."""
+        elapsed = trio.current_time() - self._started
+        first, tokens = self._first or (0.0, 0)
+        speed = (self._tokens - tokens) / (self._last - first) if self._last > first else 0.0
+        return JobProgress(self._job.job_id, self._offer.sender, self._model, elapsed, self._tokens, speed)
+
+    def _note(self, tokens: int) -> None:
+        self._last = trio.current_time()
+        self._tokens += tokens
+        if self._first is None:
+            self._first = self._last, self._tokens
 
     async def serve(self, stream: Stream, frame: bytes) -> None:
         """Run the job to its end, or until its consumer is gone."""
@@ -339,7 +434,7 @@ class _ServedJob(JobShell[ProviderEvent]):
             try:
                 await self._stream_answer(run)
             except AciError as error:
-                log.warning("generation failed: %s", error)
+                log.warning("generation failed", extra={"fields": {"model": self._model, "error": error}})
                 self.unavailable = isinstance(error, ModelUnavailable | WeightsMismatch)
                 await self.tell(_failure(error))
 
@@ -357,6 +452,7 @@ class _ServedJob(JobShell[ProviderEvent]):
                 if self.latency_s is None:
                     self.latency_s = trio.current_time() - started
                 if chunk.tokens or chunk.text:
+                    self._note(len(chunk.tokens))
                     await self.tell(Produced(chunk.tokens, chunk.text))
                 finish = chunk.finish or finish
         if finish is None:

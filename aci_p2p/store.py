@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar, TypeVarTuple
 
@@ -73,8 +73,24 @@ _OPEN_STATES: Final = tuple(state.value for state in LIMITS)
 _COLUMNS: Final = "node, job_id, role, state, updated_at, model_root, peer, price, blame, detail, proof, receipt"
 """`price` is decimal text: base units go beyond SQLite's 64-bit integers."""
 _THIS_JOB: Final = "node = ? AND job_id = ? AND role = ?"
+_SUM_PRICE: Final = tuple(f"SUM(CAST(substr(price, {start}, 9) AS INTEGER))" for start in (-9, -18, -27, -36, -45))
+"""The sum in parts of nine digits, the lowest first: each sum fits 64 bits for 10^9 jobs."""
 _UNFIT: Final = (sqlite3.Error, ValueError, OverflowError, LocalError)
 """What SQLite raises, and what a value does that it cannot hold, or that a damaged file held."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobTotal:
+    """All our jobs of one role that stand in one state."""
+
+    role: Party
+    """CONSUMER or PROVIDER: which side we were."""
+    state: State
+    """Where they stand."""
+    jobs: int
+    """How many."""
+    price: int
+    """What they cost together, base units; jobs without a complete answer count as 0."""
 
 
 class StoreError(LocalError):
@@ -105,6 +121,19 @@ class Store:
     async def jobs(self) -> list[JobRecord]:
         """All our jobs, latest first. Raises StoreError."""
         return await self._run(self._select, "node = ? ORDER BY updated_at DESC", (self._node.public_key,))
+
+    async def totals(self) -> list[JobTotal]:
+        """How many jobs stand where, and what they cost. Raises StoreError."""
+
+        def select() -> list[JobTotal]:
+            sums = ", ".join(_SUM_PRICE)
+            query = f"SELECT role, state, COUNT(*), {sums} FROM jobs WHERE node = ? GROUP BY role, state"  # noqa: S608 - ours, values are bound
+            return [
+                JobTotal(Party(role), State(state), jobs, sum(part * 10 ** (9 * at) for at, part in enumerate(parts)))
+                for role, state, jobs, *parts in self._connection.execute(query, (self._node.public_key,))
+            ]
+
+        return await self._run(select)
 
     async def history(self, job_id: bytes, role: Party) -> list[tuple[State, int]]:
         """The job's transitions in order: state and Unix milliseconds. Raises StoreError."""

@@ -473,3 +473,20 @@ def test_killed_amid_commits(path: Path, acknowledged: int) -> None:
     assert stored == list(range(len(stored)))
     assert len(stored) in (2 * len(lines), 2 * len(lines) + 2)
     assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+async def test_totals_are_exact_and_of_one_node(path: Path) -> None:
+    largest = 2**128 - 1
+    async with open_store(path, NODE) as store:
+        assert await store.totals() == []
+        jobs = [record(1, price=largest), record(2, price=largest), record(3, price=123_456_789_012)]
+        jobs += [record(4, price=0, state=State.CANCELLED), record(5, role=Party.PROVIDER, price=10**9)]
+        await store.put_jobs(jobs)
+        found = {(total.role, total.state): (total.jobs, total.price) for total in await store.totals()}
+    assert found == {
+        (Party.CONSUMER, State.PENDING): (3, 2 * largest + 123_456_789_012),
+        (Party.CONSUMER, State.CANCELLED): (1, 0),
+        (Party.PROVIDER, State.PENDING): (1, 10**9),
+    }
+    async with open_store(path, OTHER) as store:
+        assert await store.totals() == []
