@@ -90,6 +90,7 @@ class Discovery:
         self._nursery = nursery
         self._announcer = Announcer(random)
         self._describe: Describe | None = None
+        self._failing: set[bytes] = set()
         self._topic = exchange_topic(sealer.network)
         self._next_exchange = 0.0
         self._exchanges = 0
@@ -165,11 +166,16 @@ class Discovery:
 
     async def _publish_one(self, record: Record) -> None:
         async with self._publishing:
+            key = record.model_root if isinstance(record, CapabilityRecord) else b""
             try:
                 await self._put(record)
+                self._failing.discard(key)
             except AciError as error:
                 name = record.model_name if isinstance(record, CapabilityRecord) else "this node"
-                log.warning("%s cannot be announced: %s", name, error)
+                # Told once, though it is tried again and again.
+                level = logging.DEBUG if key in self._failing else logging.WARNING
+                log.log(level, "%s cannot be announced: %s", name, error)
+                self._failing.add(key)
                 self._announcer.failed(record, trio.current_time())
 
     async def _put(self, record: Record) -> None:

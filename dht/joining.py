@@ -135,6 +135,7 @@ class Membership:
         self._joiner = Joiner(network.node_id, random)
         self._changed = trio.Event()
         self._is_saving = False
+        self._noted: frozenset[NodeId] = frozenset()
 
     def report(self) -> tuple[BootstrapReport, ...]:
         """How it stands with the named addresses."""
@@ -181,7 +182,9 @@ class Membership:
         for address in self._joiner.next_attempts(peers, now):
             self._nursery.start_soon(self._attempt, address)
         if self._cache is not None:
-            self._cache.note(self._network)
+            if (connected := frozenset(peers)) != self._noted:
+                self._cache.note(self._network)
+                self._noted = connected
             if not self._is_saving and self._cache.is_due(now):
                 self._is_saving = True
                 self._nursery.start_soon(self._save, self._cache)
@@ -200,6 +203,7 @@ class Membership:
 
     async def _save(self, cache: CacheKeeper) -> None:
         try:
+            cache.note(self._network)
             await cache.save()
         finally:
             self._is_saving = False

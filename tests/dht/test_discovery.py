@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from random import Random
 from typing import Final
 
 import pytest
@@ -14,7 +15,10 @@ from trio.testing import MockClock
 
 from aci_p2p.clock import virtual_clock
 from aci_p2p.dht import BootstrapFailed, Discovery, RecordRules, capability_key, node_key, open_discovery
-from aci_p2p.dht.discovery import DIAL_TIMEOUT_S, LOOKUP_TIMEOUT_S, MAX_PROVIDERS, REANNOUNCE_S, RECORD_LIFETIME_MS
+from aci_p2p.dht.announcing import JITTER, REANNOUNCE_S
+from aci_p2p.dht.discovery import RECORD_LIFETIME_MS, DiscoveryOptions
+from aci_p2p.dht.joining import DIAL_TIMEOUT_S
+from aci_p2p.dht.search import LOOKUP_TIMEOUT_S, MAX_PROVIDERS, PATIENCE_S
 from aci_p2p.network import Network
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.envelope import Sealer
@@ -59,7 +63,7 @@ class Peer:
         )  # fmt: skip
 
     async def announce(self, *capabilities: CapabilityRecord) -> None:
-        await self.discovery.announce(NodeRecord((self.address,), (), "aci-p2p/1"), capabilities)
+        await self.discovery.announce(lambda: (NodeRecord((self.address,), (), "aci-p2p/1"), capabilities))
 
     async def found(self, root: bytes = ROOT, **limit: int) -> list[NodeId]:
         """The providers of a model, each with its own record."""
@@ -77,12 +81,12 @@ def hub() -> MemoryHub:
 
 
 @asynccontextmanager
-async def open_peer(hub: MemoryHub, number: int) -> AsyncGenerator[Peer]:
+async def open_peer(hub: MemoryHub, number: int, options: DiscoveryOptions | None = None) -> AsyncGenerator[Peer]:
     key = KeyPair(number.to_bytes(32))
     sealer = Sealer(key, NETWORK)
     async with (
         hub.open_network(key, record_validator=RULES.validate, record_selector=RULES.select) as network,
-        open_discovery(network, sealer, RULES, clock) as discovery,
+        open_discovery(network, sealer, RULES, clock, options, Random(number)) as discovery,
     ):
         yield Peer(network, discovery, sealer)
 
@@ -112,15 +116,16 @@ def dead(number: int) -> str:
 
 async def test_joining_through_all_bootstrap_nodes(autojump_clock: MockClock, hub: MemoryHub) -> None:
     async with open_peer(hub, 1) as a, open_peer(hub, 2) as b, open_peer(hub, 3) as c:
-        assert await c.discovery.join([b.address, a.address]) == (b.node_id, a.node_id)
+        await c.discovery.join([b.address, a.address])
         assert set(c.network.peers) == {a.node_id, b.node_id}
-        assert await c.discovery.join([]) == ()
+        await c.discovery.join([])
 
 
 async def test_joining_with_a_dead_bootstrap_node(autojump_clock: MockClock, hub: MemoryHub) -> None:
-    async with open_peer(hub, 1) as a, open_peer(hub, 2) as b:
-        assert await b.discovery.join([dead(99), a.address]) == (a.node_id,)
-        assert await b.discovery.join([a.address, dead(99)]) == (a.node_id,)
+    for addresses in (lambda a: [dead(99), a], lambda a: [a, dead(99)]):
+        async with open_peer(hub, 1) as a, open_peer(hub, 2) as b:
+            await b.discovery.join(addresses(a.address))
+            assert b.network.peers == (a.node_id,)
 
 
 async def test_joining_when_all_bootstrap_nodes_are_dead(autojump_clock: MockClock, hub: MemoryHub) -> None:
@@ -324,14 +329,18 @@ async def test_a_lookup_ends_in_time(
 async def test_announcements_are_renewed(autojump_clock: MockClock, open_peers: OpenPeers) -> None:
     async with open_peers(3) as (_, provider, consumer):
         await provider.announce(provider.capability())
+        key = capability_key(ROOT, provider.node_id)
         issued: list[int] = []
-        for _ in range(4):
-            (record,) = await consumer.discovery.find_providers(ROOT)
-            issued.append(record.header.issued_at - NOW)
-            await trio.sleep(REANNOUNCE_S)
-        gaps = [later - earlier for earlier, later in pairwise(issued)]
-        assert all(abs(gap - REANNOUNCE_S * 1_000) < 1_000 for gap in gaps)
-        await trio.sleep(30 * HOUR_S)
+        for _ in range(3 * HOUR_S // 60):
+            await trio.sleep(60)
+            record = RULES.open_capability(key, await consumer.network.get_record(key) or b"")
+            if record.header.issued_at not in issued:
+                issued.append(record.header.issued_at)
+        gaps = [(later - earlier) / 1_000 for earlier, later in pairwise(issued)]
+        assert len(gaps) >= 14
+        assert all(REANNOUNCE_S * (1 - JITTER) <= gap <= REANNOUNCE_S * (1 + JITTER) + 2 for gap in gaps)
+        # Not all nodes of a network that started together announce together.
+        assert max(gaps) - min(gaps) > REANNOUNCE_S * JITTER / 2
         assert await consumer.found() == [provider.node_id]
 
 
@@ -367,12 +376,30 @@ async def test_records_expire_when_nobody_renews_them(
         async with open_peer(hub, 9) as provider:
             await provider.discovery.join([consumer.address])
             await provider.announce(provider.capability())
-        start = trio.current_time()
-        await trio.sleep(HOUR_S - 10)
+            await trio.sleep(10)
+            # It leaves without a word.
+            hub.cut_off(provider.node_id)
+        (record,) = await consumer.discovery.find_providers(ROOT)
+        left = (record.header.expires_at - clock()) / 1_000
+        assert HOUR_S - 20 < left < HOUR_S
+        await trio.sleep(left - 10)
         assert await consumer.found() == [provider.node_id]
-        await trio.sleep(start + HOUR_S - trio.current_time() + 1)
+        await trio.sleep(11)
         assert await consumer.found() == []
         assert await consumer.network.get_record(node_key(provider.node_id)) is None
+
+
+async def test_a_provider_that_leaves_takes_its_record_back(
+    autojump_clock: MockClock, open_peers: OpenPeers, hub: MemoryHub
+) -> None:
+    async with open_peers(3) as (_, consumer, other):
+        async with open_peer(hub, 9) as provider:
+            await provider.discovery.join([consumer.address])
+            await provider.announce(provider.capability())
+            await trio.sleep(100)
+            assert await other.found() == [provider.node_id]
+        assert await consumer.found() == []
+        assert await other.found() == []
 
 
 @pytest.mark.parametrize("failing", ["put_record", "provide"])
@@ -385,6 +412,8 @@ async def test_a_record_that_cannot_be_announced_hinders_no_other(
 ) -> None:
     """Nor does it end the node, and later it is announced."""
     async with open_peers(3) as (_, provider, consumer):
+        # The DHT is to be all there is.
+        monkeypatch.setattr(provider.network, "topic_peers", lambda _topic: ())
         real = getattr(provider.network, failing)
         broken = {ROOT, capability_key(ROOT, provider.node_id), node_key(provider.node_id)}
 
@@ -398,15 +427,16 @@ async def test_a_record_that_cannot_be_announced_hinders_no_other(
         await provider.announce(provider.capability(), provider.capability(OTHER_ROOT))
         assert await consumer.found() == []
         assert await consumer.found(OTHER_ROOT) == [provider.node_id]
-        messages = [record.getMessage() for record in caplog.records]
-        assert "model cannot be announced: no room" in messages
-        assert ("this node cannot be announced: no room" in messages) == (failing == "put_record")
         # Renewal goes on while it fails, for longer than records live, and succeeds when it can.
         await trio.sleep(2 * HOUR_S)
         assert await consumer.found() == []
         assert await consumer.found(OTHER_ROOT) == [provider.node_id]
+        # That is told once, not at every attempt.
+        messages = [record.getMessage() for record in caplog.records]
+        assert messages.count("model cannot be announced: no room") == 1
+        assert messages.count("this node cannot be announced: no room") == (failing == "put_record")
         broken.clear()
-        await trio.sleep(REANNOUNCE_S)
+        await trio.sleep(REANNOUNCE_S * (1 + JITTER))
         assert await consumer.found() == [provider.node_id]
         assert await consumer.network.get_record(node_key(provider.node_id)) is not None
 
