@@ -38,9 +38,10 @@ class Stop:
         inner, self._inner = self._inner, None
         return bool(inner is not None and inner.__exit__(kind, error, trace))
 
-    async def watch(self) -> None:
+    async def watch(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Wait for signals, until cancelled."""
         with trio.open_signal_receiver(*SIGNALS) as signals:
+            task_status.started()
             async for number in signals:
                 scope = self._inner if self._inner and self.signal is None else self._outer
                 self.signal = signal.Signals(number)
@@ -50,7 +51,7 @@ class Stop:
         """Do the work while watching for signals."""
         with self._outer:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.watch)
+                await nursery.start(self.watch)
                 await work(self)
                 nursery.cancel_scope.cancel()
 
