@@ -139,7 +139,8 @@ class Laboratory:
         for process in self._processes:
             process.kill()
         for process in self._processes:
-            process.wait()
+            # Waits for it and closes what we hold of its pipes.
+            process.__exit__(None, None, None)
 
 
 def _on(machine: str | None) -> tuple[str, ...]:

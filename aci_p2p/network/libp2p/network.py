@@ -51,10 +51,11 @@ CLOSE_SECONDS = 0.5
 class Libp2pNetwork(Network):
     """A running libp2p endpoint. Made only by `open_libp2p_network`."""
 
-    def __init__(self, host: Host, gossip: Gossip, kademlia: Kademlia) -> None:
+    def __init__(self, host: Host, gossip: Gossip, kademlia: Kademlia, traversal: Traversal) -> None:
         self._host = host
         self._gossip = gossip
         self._kademlia = kademlia
+        self._traversal = traversal
         self._streams = 0
 
     @property
@@ -160,13 +161,18 @@ class Libp2pNetwork(Network):
 
     def statistics(self) -> NetworkStatistics:
         journal, connections = self._gossip.journal, self._host.connections
-        every = connections.all
+        every, traversal = connections.all, self._traversal
         outbound = sum(connection.outbound for connection in every)
         return NetworkStatistics(
             peers=len(self._host.peers),
             inbound=len(every) - outbound,
             outbound=outbound,
             relayed=sum(connection.relay is not None for connection in every),
+            relays=len(traversal.client.reservations),
+            reservations=len(traversal.server.capacity.reserving),
+            circuits=traversal.server.capacity.circuits,
+            holes_punched=traversal.puncher.succeeded,
+            holes_failed=traversal.puncher.failed,
             trimmed=connections.trimmed,
             banned=connections.banned_count,
             handshakes=self._host.admission.under_way,
@@ -226,7 +232,7 @@ async def open_libp2p_network(
             stack.enter_context(host.serve(gossip_module.PROTOCOL, gossip.serve))
             stack.enter_context(host.serve(kademlia_module.PROTOCOL, kademlia.serve))
             stack.enter_context(traversal.serving())
-            network = Libp2pNetwork(host, gossip, kademlia)
+            network = Libp2pNetwork(host, gossip, kademlia, traversal)
             host.announce("config", announced)
             for address in bind_to:
                 await host.listen(address)
