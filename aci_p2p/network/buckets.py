@@ -23,9 +23,9 @@ class TokenBucket:
         """A full bucket at `now`, seconds."""
         return cls(rate, burst, burst, now)
 
-    def refill(self, now: float, *, more: float = 0.0) -> None:
-        """Add what has come in since the last time, and `more` tokens."""
-        self.level = min(self.burst, self.level + self.rate * (now - self.updated) + more)
+    def refill(self, now: float) -> None:
+        """Add what has come in since the last time."""
+        self.level = min(self.burst, self.level + self.rate * (now - self.updated))
         self.updated = now
 
     def take(self, tokens: float, now: float) -> bool:

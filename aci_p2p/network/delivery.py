@@ -55,9 +55,14 @@ class QueuedSubscription(Subscription):
         """Whether another message would cost the oldest."""
         return len(self._messages) == self._messages.maxlen
 
+    @property
+    def is_worth_waiting_for(self) -> bool:
+        """Whether it is full, but its consumer takes messages."""
+        return self._is_consumed and self.is_full
+
     async def wait_for_room(self) -> None:
         """Wait until there is room for a message, for as long as we have patience."""
-        while self.is_full and self._is_consumed:
+        while self.is_worth_waiting_for:
             started = trio.current_time()
             self._patience.refill(started)
             if self._patience.level <= 0:

@@ -247,7 +247,7 @@ class Gossip:
             await self._refuse(peer, validation)
             return
         self.journal.accepted += 1
-        if subscription.is_full:
+        if subscription.is_worth_waiting_for:
             await subscription.wait_for_room()
         if not subscription.deliver(GossipMessage(peer, incoming.data)):
             self.journal.dropped += 1

@@ -90,8 +90,8 @@ OPPORTUNISTIC_GRAFT_HEARTBEATS = 60
 """Heartbeats between two looks for better neighbours than the mesh has."""
 OPPORTUNISTIC_GRAFT_PEERS = 2
 """Neighbours grafted then."""
-MESSAGE_OVERHEAD_BYTES = 16
-"""What a message takes in an RPC beside payload and topic, bytes at most: protobuf's tags and lengths."""
+MESSAGE_OVERHEAD_BYTES = MAX_TOPIC_BYTES + 16
+"""What a message takes in an RPC beside its payload, bytes at most: topic, protobuf's tags and lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,7 @@ class Router:
         for peer in self.subscribers(topic):
             if self.scores.score(peer) >= PUBLISH_THRESHOLD:
                 self._send(peer, rpc)
-        self._circulates(topic, data)
+        self._flood.circulates(len(data) + MESSAGE_OVERHEAD_BYTES)
         if topic not in self._mesh:
             self._fanout[topic] = (self._fanout_peers(topic), now)
 
@@ -249,9 +249,11 @@ class Router:
         if self.scores.is_graylisted(peer):
             self.scores.penalise(peer, GRAYLISTED_RPC_PENALTY)
             return False
-        control = rpc.control
-        entries = len(rpc.publish) + len(rpc.subscriptions) + len(control.ihave) + len(control.iwant)
-        entries = max(1, entries + len(control.graft) + len(control.prune))
+        entries = len(rpc.publish) + len(rpc.subscriptions)
+        if rpc.HasField("control"):
+            control = rpc.control
+            entries += len(control.ihave) + len(control.iwant) + len(control.graft) + len(control.prune)
+        entries = max(1, entries)
         if self._flood.admit(peer, entries, size, now):
             return True
         self.scores.penalise(peer, FLOOD_PENALTY * entries)
@@ -273,21 +275,20 @@ class Router:
             if self._seen.add(identifier, now):
                 breach = bool(message.from_id or message.seqno or message.signature or message.key)
                 incoming.append(Incoming(identifier, topic, message.data, breach))
-        self._handle_control(peer, neighbour, rpc.control, now)
+        if rpc.HasField("control"):
+            self._handle_control(peer, neighbour, rpc.control, now)
         return incoming
 
     def ignore(self, incoming: Incoming, forwarder: NodeId) -> None:
         """A message was ignored: others may bring it too, in good faith, but the first of them pays."""
-        self._circulates(incoming.topic, incoming.data)
-        self._flood.charge(forwarder, _wire_bytes(incoming.topic, incoming.data))
-
-    def _circulates(self, topic: str, data: bytes) -> None:
-        self._flood.circulates(_wire_bytes(topic, data))
+        size = len(incoming.data) + MESSAGE_OVERHEAD_BYTES
+        self._flood.circulates(size)
+        self._flood.charge(forwarder, size)
 
     def forward(self, incoming: Incoming, forwarder: NodeId) -> None:
         """An accepted message goes on to the mesh, except where it came from."""
         self.scores.deliver(forwarder, incoming.topic)
-        self._circulates(incoming.topic, incoming.data)
+        self._flood.circulates(len(incoming.data) + MESSAGE_OVERHEAD_BYTES)
         self._cache.put(incoming.message_id, incoming.topic, incoming.data)
         rpc = RPC(publish=[Message(data=incoming.data, topicIDs=[incoming.topic])])
         for peer in self._mesh.get(incoming.topic, ()):
@@ -457,11 +458,6 @@ class Router:
             self._prune(topic, peer, PRUNE_BACKOFF_SECONDS, now)
         else:
             self._join_mesh(topic, peer)
-
-
-def _wire_bytes(topic: str, data: bytes) -> int:
-    """Bytes that a message takes in an RPC, at most."""
-    return len(data) + len(topic.encode()) + MESSAGE_OVERHEAD_BYTES
 
 
 def _is_text(topic: object) -> bool:
