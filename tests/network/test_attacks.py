@@ -20,12 +20,12 @@ from libp2p.peer.id import ID  # pyright: ignore[reportMissingTypeStubs]
 from libp2p.security.noise.transport import Transport as NoiseTransport
 
 from aci_p2p.network import MAX_FRAME_BYTES, PeerUnreachable, Stream, StreamClosed
-from aci_p2p.network.libp2p import admission, identify, yamux
+from aci_p2p.network.libp2p import admission, host, identify, yamux
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.negotiation import NegotiationError, encode_message, select_outbound
 from aci_p2p.network.libp2p.network import Libp2pNetwork
-from aci_p2p.network.libp2p.secure import ConnectionLost, RawChannel
+from aci_p2p.network.libp2p.secure import ConnectionLost, RawChannel, SecureChannel, Security
 from aci_p2p.network.libp2p.varint import encode_varint, prefixed
 from aci_p2p.network.libp2p.yamux import StreamReset, YamuxStream
 from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
@@ -37,7 +37,6 @@ from tests.network.attack import (
     DATA,
     FIN,
     GO_AWAY,
-    HEADER,
     PING,
     RST,
     SYN,
@@ -131,6 +130,27 @@ async def test_handshake_that_stalls_is_ended(victim: Victim, monkeypatch: pytes
         while await stream.receive_some(100):
             pass
     await stream.aclose()
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_handshake_in_drips_is_ended(victim: Victim, monkeypatch: pytest.MonkeyPatch, *, encrypted: bool) -> None:
+    """What counts is the time of the whole handshake, not that since the last byte."""
+    monkeypatch.setattr(admission, "HANDSHAKE_SECONDS", 0.3)
+    stream = await victim.tcp()
+    started = trio.current_time()
+    drips = encode_message("/multistream/1.0.0") + encode_message("/nope") * 8
+    if encrypted:
+        channel: SecureChannel | RawChannel = await Security(ATTACKER).secure_outbound(stream, victim.network.node_id)
+    else:
+        channel = RawChannel(stream, is_initiator=True)
+    with trio.fail_after(5), pytest.raises(ConnectionLost):
+        for drip in drips:
+            await channel.write(bytes([drip]))
+            await trio.sleep(0.02)
+    assert 0.2 < trio.current_time() - started < 1
+    assert victim.network.statistics().handshakes == 0
+    assert not victim.network.peers
+    await channel.close()
 
 
 YAMUX_GARBAGE = {
@@ -253,6 +273,28 @@ async def test_streams_that_never_negotiate(victim: Victim) -> None:
                 await stream.write(garbage)
         await trio.sleep(0.05)
         await victim.serves_honest_peers()
+
+
+@pytest.mark.parametrize("dripping", [False, True])
+async def test_streams_without_a_protocol_give_their_slots_back(
+    victim: Victim, monkeypatch: pytest.MonkeyPatch, *, dripping: bool
+) -> None:
+    monkeypatch.setattr(host, "NEGOTIATION_SECONDS", 0.3)
+    async with victim.attacked_by_host() as attacker:
+        connection = attacker.connection(victim.network.node_id)
+        assert connection is not None
+        streams = [connection.muxer.open_stream() for _ in range(3 * MAX_STREAMS_PER_PEER)]
+        with trio.fail_after(5):
+            for drip in encode_message("/multistream/1.0.0") if dripping else ():
+                for stream in streams:
+                    with suppress(StreamReset):
+                        await stream.write(bytes([drip]))
+                await trio.sleep(0.02)
+        await eventually(lambda: connection.muxer.stream_count <= 2)
+        monkeypatch.undo()
+        stream = await attacker.open_stream(victim.network.node_id, ECHO)
+        await stream.write(prefixed(b"slot"))
+        assert await stream.read_exactly(5) == prefixed(b"slot")
 
 
 FRAME_GARBAGE = {

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 import pytest
 import trio
 
-from aci_p2p.network import MAX_FRAME_BYTES, PeerUnreachable, Stream, StreamClosed
+from aci_p2p.network import MAX_FRAME_BYTES, DialledOurselves, PeerUnreachable, Stream, StreamClosed
 from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
 from tests.network.driver import ECHO, STRANGER, Opener, OpenLine, echo, eventually, make_key
@@ -52,8 +52,28 @@ async def test_bad_address_is_our_own_fault(open_network: Opener, address: str) 
 
 async def test_connecting_to_ourselves_is_refused(open_network: Opener) -> None:
     async with open_network(1) as network:
-        with pytest.raises(LocalError):
-            await network.connect(network.addresses[0])
+        for address in (network.addresses[0], network.addresses[0].split("/p2p/")[0]):
+            with pytest.raises(DialledOurselves):
+                await network.connect(address)
+        assert not network.peers
+        assert not network.known_peers()
+
+
+async def test_whoever_answers_is_found(open_network: Opener) -> None:
+    async with open_network(1) as a, open_network(2) as b:
+        bare = b.addresses[0].split("/p2p/")[0]
+        assert await a.connect(bare) == b.node_id
+        assert await a.connect(bare) == b.node_id
+        assert list(a.peers) == [b.node_id]
+        assert a.known_peers()[0].addresses == tuple(b.addresses)
+
+
+async def test_nobody_answers_at_an_address_that_names_nobody(open_network: Opener) -> None:
+    async with open_network(1) as a:
+        async with open_network(2) as b:
+            bare = b.addresses[0].split("/p2p/")[0]
+        with pytest.raises(PeerUnreachable):
+            await a.connect(bare)
 
 
 async def test_peer_that_is_gone_is_unreachable(open_network: Opener) -> None:
@@ -405,9 +425,63 @@ async def test_connections_say_who_dialled_and_known_peers_outlive_them(open_net
             (from_a,), (from_b,) = a.connections(), b.connections()
             assert (from_a.peer, from_a.outbound, from_a.relay) == (b.node_id, True, None)
             assert from_a.address.removesuffix(f"/p2p/{b.node_id}") == b.addresses[0].removesuffix(f"/p2p/{b.node_id}")
-            assert (from_b.peer, from_b.outbound) == (a.node_id, False)
-            assert 0 <= from_a.age_s < 10
+            assert (from_b.peer, from_b.outbound, from_b.relay) == (a.node_id, False, None)
+            for one in (from_a, from_b):
+                assert 0 <= one.age_s < 10
+                assert one.score == 0
+            assert from_a.round_trip_ms is not None
+            assert 0 <= from_a.round_trip_ms < 1000
+            assert (a.statistics().inbound, a.statistics().outbound) == (0, 1)
+            assert (b.statistics().inbound, b.statistics().outbound) == (1, 0)
         await eventually(lambda: not a.connections())
         (known,) = a.known_peers()
         assert known.peer == b.node_id
         assert b.addresses[0] in known.addresses
+
+
+async def test_connections_are_in_the_order_in_which_they_were_made(open_network: Opener) -> None:
+    async with open_network(1) as a, open_network(2) as b, open_network(3) as c, open_network(4) as d:
+        await a.connect(c.addresses[0])
+        await b.connect(a.addresses[0])
+        await a.connect(d.addresses[0])
+        await eventually(lambda: len(a.connections()) == 3)
+        assert [one.peer for one in a.connections()] == [c.node_id, b.node_id, d.node_id]
+        # The latest first; who has dialled us has said where to find it by now, or will.
+        await eventually(lambda: len(a.known_peers()) == 3)
+        assert [one.peer for one in a.known_peers()] == [d.node_id, b.node_id, c.node_id]
+        for known, network in zip(a.known_peers(), (d, b, c), strict=True):
+            assert known.addresses == tuple(network.addresses)
+            assert await a.connect(known.addresses[0]) == known.peer
+
+
+async def test_peer_that_comes_back_is_the_latest_known(open_network: Opener) -> None:
+    async with open_network(1) as a, open_network(2) as b:
+        async with open_network(3) as c:
+            await a.connect(c.addresses[0])
+            await a.connect(b.addresses[0])
+        await eventually(lambda: list(a.peers) == [b.node_id])
+        assert [one.peer for one in a.known_peers()] == [b.node_id, c.node_id]
+        async with open_network(3) as c:
+            await c.connect(a.addresses[0])
+            await eventually(lambda: [one.peer for one in a.known_peers()] == [c.node_id, b.node_id])
+
+
+async def test_streams_of_a_connection_are_counted(open_line: OpenLine) -> None:
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, echo):
+            async with AsyncExitStack() as stack:
+                for _ in range(5):
+                    await stack.enter_async_context(a.open_stream(b.node_id, ECHO))
+                await eventually(lambda: a.connections()[0].streams >= 5 <= b.connections()[0].streams)
+            await eventually(lambda: a.connections()[0].streams <= 2 >= b.connections()[0].streams)
+
+
+async def test_failed_dials_are_counted(open_network: Opener) -> None:
+    async with open_network(1) as a, open_network(2) as b:
+        address = b.addresses[0].replace(str(b.node_id), str(STRANGER))
+        with pytest.raises(PeerUnreachable):
+            await a.connect(address)
+        assert (a.statistics().dials, a.statistics().dial_failures) == (1, 1)
+        await a.connect(b.addresses[0])
+        await a.connect(b.addresses[0])
+        assert (a.statistics().dials, a.statistics().dial_failures) == (2, 1)

@@ -1,0 +1,258 @@
+"""The table of connections: one a pair, ghosts, water marks, relayed ones, who is held to account."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+import trio
+import trio.testing
+
+from aci_p2p.network import NetworkConfig, PeerUnreachable
+from aci_p2p.network.libp2p import connections, host, yamux
+from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.connections import Connection, source_of
+from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.yamux import YamuxStream
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.tasks import open_background
+from tests.network.driver import ECHO, Opener, echo, eventually, make_key
+
+LISTEN = TcpAddress("ip4", "127.0.0.1", 0)
+RELAY = make_key(77).node_id
+CIRCUIT = TcpAddress("ip4", "192.0.2.1", 4001, None, RELAY)
+
+
+@asynccontextmanager
+async def hosts(count: int, config: NetworkConfig | None = None) -> AsyncGenerator[list[Host]]:
+    """Hosts that listen on loopback, the smallest identity first."""
+    async with open_background() as nursery:
+        keys = sorted((make_key(number) for number in range(1, count + 1)), key=lambda key: key.node_id)
+        opened = [Host(key, nursery, config) for key in keys]
+        for one in opened:
+            await one.listen(LISTEN)
+        yield opened
+
+
+async def echo_bytes(_peer: NodeId, stream: YamuxStream) -> None:
+    """Send back what comes."""
+    while True:
+        await stream.write(await stream.read(1000))
+
+
+async def answers(stream: YamuxStream) -> bool:
+    """Whether a stream still works."""
+    await stream.write(b"x")
+    with trio.fail_after(2):
+        return await stream.read(10) == b"x"
+
+
+async def connect_relayed(a: Host, b: Host) -> Connection:
+    """Connect two hosts as through a relay: over a pair of streams in memory."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    b._nursery.start_soon(b.adopt_inbound, theirs, CIRCUIT, RELAY, a.node_id)
+    return await a.adopt_outbound(ours, b.node_id, CIRCUIT, RELAY)
+
+
+@pytest.mark.parametrize("who_first", [0, 1])
+async def test_extra_connection_is_closed_when_nothing_is_on_it(who_first: int) -> None:
+    async with hosts(2) as both:
+        small, large = both
+        first, second = both[who_first], both[1 - who_first]
+        with small.serve(ECHO, echo_bytes), large.serve(ECHO, echo_bytes):
+            await first.dial(second.node_id, second.addresses)
+            streams = [await small.open_stream(large.node_id, ECHO), await large.open_stream(small.node_id, ECHO)]
+            (before,) = first.connections.of(second.node_id)
+            await second.dialler.dial_direct(first.node_id, first.addresses)
+            for one, other in ((small, large), (large, small)):
+                kept = one.connection(other.node_id)
+                assert kept is not None
+                assert kept.outbound == (one is small)
+                assert len(one.connections.of(other.node_id)) == 2
+            for stream in streams:
+                assert await answers(stream)
+            for stream in streams:
+                stream.close()
+            await eventually(lambda: all(len(one.connections.all) == 1 for one in both))
+            assert (before in first.connections.all) == (first is small)
+            assert [one.outbound for one in small.connections.all] == [True]
+            assert await answers(await large.open_stream(small.node_id, ECHO))
+
+
+async def test_dials_of_both_sides_at_once_lose_no_stream() -> None:
+    done = 0
+
+    async def talk(here: Host, there: Host) -> None:
+        nonlocal done
+        here.learn(there.node_id, there.addresses)
+        for _ in range(5):
+            stream = await here.open_stream(there.node_id, ECHO)
+            for _ in range(3):
+                assert await answers(stream)
+            stream.close()
+        done += 1
+
+    for _ in range(5):
+        async with hosts(2) as (a, b):
+            with a.serve(ECHO, echo_bytes), b.serve(ECHO, echo_bytes):
+                async with trio.open_nursery() as nursery:
+                    for _ in range(4):
+                        nursery.start_soon(talk, a, b)
+                        nursery.start_soon(talk, b, a)
+                await eventually(lambda: len(a.connections.all) == len(b.connections.all) == 1)
+    assert done == 40
+
+
+async def test_gossip_moves_to_the_connection_that_stays(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a, open_libp2p(2) as b:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a.connect, b.addresses[0])
+            nursery.start_soon(b.connect, a.addresses[0])
+        await eventually(lambda: len(a.connections()) == len(b.connections()) == 1)
+        assert (a.connections()[0].outbound, b.connections()[0].outbound) in {(True, False), (False, True)}
+        await eventually(lambda: a.connections()[0].streams == 2)
+
+
+async def test_direct_connection_replaces_a_relayed_one() -> None:
+    moved: list[NodeId] = []
+    async with hosts(2) as (a, b):
+        b.on_moved.append(moved.append)
+        with b.serve(ECHO, echo_bytes):
+            relayed = await connect_relayed(a, b)
+            assert (relayed.relay, relayed.is_local, relayed.place) == (RELAY, False, CIRCUIT)
+            assert [one.relay for one in b.connections.describe()] == [RELAY]
+            assert await a.dial(b.node_id) is relayed
+            stream = await a.open_stream(b.node_id, ECHO)
+            assert await answers(stream)
+            direct = await a.dialler.dial_direct(b.node_id, [CIRCUIT, *b.addresses])
+            assert a.connection(b.node_id) is direct
+            assert moved == [a.node_id]
+            assert await answers(stream)
+            stream.close()
+            await eventually(lambda: a.connections.all == [direct] and len(b.connections.all) == 1)
+
+
+async def test_relayed_connection_does_not_replace_a_direct_one() -> None:
+    async with hosts(2) as (a, b):
+        direct = await a.dial(b.node_id, b.addresses)
+        await connect_relayed(b, a)
+        assert a.connection(b.node_id) is direct
+        await eventually(lambda: a.connections.all == [direct] and len(b.connections.all) == 1)
+
+
+async def test_relayed_stranger_is_not_let_in() -> None:
+    async with hosts(3) as (a, b, c):
+        ours, theirs = trio.testing.memory_stream_pair()
+        b._nursery.start_soon(b.adopt_inbound, theirs, CIRCUIT, RELAY, a.node_id)
+        with pytest.raises(PeerUnreachable, match="is not"):
+            await a.adopt_outbound(ours, c.node_id, CIRCUIT, RELAY)
+        await b.throw_out(a.node_id)
+        with pytest.raises(PeerUnreachable):
+            await connect_relayed(a, b)
+        await eventually(lambda: not a.peers)
+        assert not b.peers
+        with pytest.raises(trio.ClosedResourceError):
+            await ours.send_all(b"x")
+
+
+async def test_peer_that_vanished_does_not_look_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yamux, "KEEPALIVE_SECONDS", 0.1)
+    monkeypatch.setattr(yamux, "KEEPALIVE_TIMEOUT_SECONDS", 0.1)
+    async with hosts(2) as (a, b):
+        await a.dial(b.node_id, b.addresses)
+        (there,) = b.connections.all
+        # Its answers stop, but its end of the TCP connection stays open, as when its machine has lost power.
+        monkeypatch.setattr(there.muxer, "send", lambda *_: None)
+        started = trio.current_time()
+        await eventually(lambda: not a.peers)
+        assert trio.current_time() - started < 1
+
+
+async def test_round_trip_is_measured() -> None:
+    async with hosts(2) as (a, b):
+        await a.dial(b.node_id, b.addresses)
+        (described,) = a.connections.describe()
+        assert described.round_trip_ms is not None
+        assert 0 < described.round_trip_ms < 1000
+
+
+async def test_least_useful_connections_are_closed_above_high_water(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "YOUNG_SECONDS", 0.0)
+    monkeypatch.setattr(host, "TRIM_SECONDS", 0.05)
+    async with hosts(8, NetworkConfig(low_water=4, high_water=6)) as (ours, *others):
+        busy, needed, dialled, *strangers = others
+        with ours.serve(ECHO, echo_bytes):
+            ours.connections.protected.append(lambda: [needed.node_id])
+            for other in (busy, needed, strangers[0]):
+                await other.dial(ours.node_id, ours.addresses)
+            streams = [await busy.open_stream(ours.node_id, ECHO) for _ in range(connections.IDLE_STREAMS + 1)]
+            await ours.dial(dialled.node_id, dialled.addresses)
+            for other in strangers[1:3]:
+                await other.dial(ours.node_id, ours.addresses)
+            (await strangers[0].open_stream(ours.node_id, ECHO)).reset()
+            await trio.sleep(0.1)
+            assert len(ours.peers) == 6
+            await strangers[3].dial(ours.node_id, ours.addresses)
+            await eventually(lambda: len(ours.peers) == 4)
+            kept = {one.node_id for one in (busy, needed, dialled, strangers[3])}
+            assert set(ours.peers) == kept
+            assert ours.connections.trimmed == 3
+            assert all([await answers(stream) for stream in streams])
+
+
+async def test_young_connections_are_spared_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "YOUNG_SECONDS", 0.5)
+    monkeypatch.setattr(host, "TRIM_SECONDS", 0.05)
+    async with hosts(5, NetworkConfig(low_water=1, high_water=2)) as (ours, *others):
+        for other in others:
+            await other.dial(ours.node_id, ours.addresses)
+        assert len(ours.peers) == 4
+        await eventually(lambda: len(ours.peers) == 1)
+        assert ours.peers == (others[3].node_id,)
+
+
+async def test_connections_from_one_source_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "source_of", lambda _ip: "192.0.2.1")
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS_PER_SOURCE", 2)
+    async with hosts(5) as (ours, *others):
+        async with trio.open_nursery() as nursery:
+            # All at once: what counts is the number at the end of the handshake.
+            for other in others:
+                nursery.start_soon(_try_to_dial, other, ours)
+        assert len(ours.peers) == 2
+        # Those that we dial do not count.
+        missing = next(other for other in others if other.node_id not in ours.peers)
+        await ours.dial(missing.node_id, missing.addresses)
+
+
+async def _try_to_dial(dialler: Host, listener: Host) -> None:
+    with suppress(PeerUnreachable):
+        await dialler.dial(listener.node_id, listener.addresses)
+
+
+@pytest.mark.parametrize(
+    ("address", "source"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("127.0.0.1", "loopback"),
+        ("127.8.0.1", "loopback"),
+        ("::1", "loopback"),
+        ("::ffff:127.0.0.1", "loopback"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+    ],
+)
+def test_who_is_held_to_account(address: str, source: str) -> None:
+    assert source_of(address) == source
+
+
+async def test_connections_tell_the_agent(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a, open_libp2p(2) as b:
+        with a.serve(ECHO, echo):
+            await b.connect(a.addresses[0])
+            await eventually(lambda: b.connections()[0].agent)
+            await eventually(lambda: a.connections()[0].agent)
+        assert b.connections()[0].agent.startswith("aci-p2p/")

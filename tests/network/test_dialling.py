@@ -1,0 +1,282 @@
+"""Finding a peer: names, several addresses at once, addresses that failed, whoever answers."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from random import Random
+
+import pytest
+import trio
+
+from aci_p2p.network import DialledOurselves, PeerUnreachable
+from aci_p2p.network.libp2p import address_book, dialling, host, upgrade
+from aci_p2p.network.libp2p.address_book import AddressBook
+from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.connections import Connection
+from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.secure import SecureChannel
+from aci_p2p.network.libp2p.yamux import Yamux
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.tasks import open_background
+from tests.network.driver import STRANGER, Opener, eventually, make_key
+
+NOWHERE = TcpAddress("ip4", "127.0.0.1", 1)
+"""Nobody listens there: refused at once."""
+
+
+@asynccontextmanager
+async def hosts(count: int) -> AsyncGenerator[list[Host]]:
+    """Hosts that listen on loopback."""
+    async with open_background() as nursery:
+        opened = [Host(make_key(number), nursery) for number in range(1, count + 1)]
+        for one in opened:
+            await one.listen(TcpAddress("ip4", "127.0.0.1", 0))
+        yield opened
+
+
+@asynccontextmanager
+async def silent() -> AsyncGenerator[TcpAddress]:
+    """A listener that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        await trio.lowlevel.checkpoint()
+        yield TcpAddress("ip4", "127.0.0.1", listener.getsockname()[1])
+
+
+def fake_names(monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> list[socket.AddressFamily]:
+    """Have the resolver know these names only; returns the families that it is asked for."""
+    asked: list[socket.AddressFamily] = []
+
+    async def getaddrinfo(host: str, port: int, *, family: socket.AddressFamily, type: int) -> list[object]:  # noqa: A002
+        await trio.lowlevel.checkpoint()
+        asked.append(family)
+        if host not in names:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(family, type, 6, "", (ip, port)) for ip in names[host]]
+
+    monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+async def test_whoever_answers_is_found(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a, open_libp2p(2) as b:
+        bare = b.addresses[0].split("/p2p/")[0]
+        assert await a.connect(bare) == b.node_id
+        assert await a.connect(bare) == b.node_id
+        assert [(one.peer, one.outbound) for one in a.connections()] == [(b.node_id, True)]
+        await eventually(lambda: len(b.connections()) == 1)
+        assert a.known_peers()[0].addresses == b.addresses
+
+
+async def test_nobody_answers(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a:
+        with pytest.raises(PeerUnreachable, match="refused"):
+            await a.connect(str(NOWHERE))
+        assert (a.statistics().dials, a.statistics().dial_failures) == (1, 1)
+
+
+async def test_we_are_not_a_peer(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as a:
+        for address in (a.addresses[0], a.addresses[0].split("/p2p/")[0]):
+            with pytest.raises(DialledOurselves):
+                await a.connect(address)
+        await trio.sleep(0.05)
+        assert not a.peers
+
+
+async def test_peer_that_was_thrown_out_is_not_let_in_by_its_address() -> None:
+    async with hosts(2) as (a, b):
+        await a.throw_out(b.node_id)
+        with pytest.raises(PeerUnreachable, match="thrown out"):
+            await a.dialler.dial_anybody(b.addresses[0])
+        assert not a.peers
+
+
+async def test_two_ways_to_one_peer_make_one_connection() -> None:
+    async with hosts(2) as (a, b):
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(a.dialler.dial_anybody, b.addresses[0])
+                nursery.start_soon(a.dial, b.node_id, b.addresses)
+        await eventually(lambda: len(b.connections.all) == len(a.connections.all) == 1)
+
+
+async def test_silent_address_holds_nothing_up() -> None:
+    async with hosts(2) as (a, b), silent() as mute:
+        with trio.fail_after(2):
+            connection = await a.dial(b.node_id, [mute, NOWHERE, *b.addresses])
+        assert connection.place == b.addresses[0]
+        assert a.known(b.node_id)[0] == b.addresses[0]
+        assert len(b.connections.all) == 1
+
+
+async def test_attempts_begin_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[int, float]] = []
+
+    async def open_tcp(_host: str, port: int, _place: str) -> trio.SocketStream:
+        begun.append((port, trio.current_time()))
+        if port == 2:
+            msg = "refused"
+            raise PeerUnreachable(msg)
+        return await trio.sleep_forever()
+
+    monkeypatch.setattr(dialling, "_open_tcp", open_tcp)
+    addresses = [TcpAddress("ip4", "192.0.2.1", port) for port in (1, 2, 3, 4)]
+    async with hosts(1) as (a,):
+        started = trio.current_time()
+        with trio.move_on_after(0.6):
+            await a.dial(STRANGER, addresses)
+    (first, at_1), (second, at_2), (third, at_3), (fourth, at_4) = begun
+    assert (first, second, third, fourth) == (1, 2, 3, 4)
+    assert at_1 - started < 0.1
+    assert dialling.STAGGER_SECONDS <= at_2 - at_1 < 2 * dialling.STAGGER_SECONDS
+    # The second failed at once, so the third need not wait.
+    assert at_3 - at_2 < dialling.STAGGER_SECONDS / 2
+    assert at_4 - at_3 >= dialling.STAGGER_SECONDS
+
+
+async def test_all_addresses_of_a_name_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with hosts(2) as (a, b):
+        port = b.addresses[0].port
+        fake_names(monkeypatch, many=["::1", "127.0.0.9", "127.0.0.1"])
+        connection = await a.dial(b.node_id, [TcpAddress("dns", "many", port)])
+        assert str(connection.place) == f"/dns/many/tcp/{port}"
+        assert connection.is_local
+
+
+@pytest.mark.parametrize(
+    ("protocol", "family"), [("dns", socket.AF_UNSPEC), ("dns4", socket.AF_INET), ("dns6", socket.AF_INET6)]
+)
+async def test_names_are_of_a_family(
+    monkeypatch: pytest.MonkeyPatch, protocol: str, family: socket.AddressFamily
+) -> None:
+    async with hosts(1) as (a,):
+        asked = fake_names(monkeypatch)
+        with pytest.raises(PeerUnreachable, match="cannot be resolved: Name or service not known"):
+            await a.dial(STRANGER, [TcpAddress(protocol, "nowhere", 1)])
+    assert asked == [family]
+
+
+async def test_families_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    async def open_tcp(host: str, _port: int, place: str) -> trio.SocketStream:
+        await trio.lowlevel.checkpoint()
+        tried.append(host)
+        raise PeerUnreachable(place)
+
+    monkeypatch.setattr(dialling, "_open_tcp", open_tcp)
+    async with hosts(1) as (a,):
+        fake_names(monkeypatch, many=["::1", "::2", "::2", "10.0.0.1", "::3", *(f"10.0.1.{n}" for n in range(9))])
+        with pytest.raises(PeerUnreachable, match=r"/dns/many/tcp/1 \(::1\); /dns/many/tcp/1 \(10\.0\.0\.1\)"):
+            await a.dial(STRANGER, [TcpAddress("dns", "many", 1)])
+    assert tried == ["::1", "10.0.0.1", "::2", "10.0.1.0", "::3", "10.0.1.1", "10.0.1.2", "10.0.1.3"]
+    assert len(tried) == dialling.MAX_RESOLVED
+
+
+async def test_resolver_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def getaddrinfo(*_: object, **__: object) -> list[object]:
+        return await trio.sleep_forever()
+
+    monkeypatch.setattr(dialling, "RESOLVE_SECONDS", 0.05)
+    async with hosts(1) as (a,):
+        monkeypatch.setattr(trio.socket, "getaddrinfo", getaddrinfo)
+        with trio.fail_after(2), pytest.raises(PeerUnreachable, match="in time"):
+            await a.dial(STRANGER, [TcpAddress("dns", "slow", 1)])
+
+
+async def test_address_that_failed_is_left_alone_and_the_peer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[TcpAddress] = []
+    try_address = dialling.Race._try_address
+
+    async def watch(race: dialling.Race, address: TcpAddress) -> dialling.Reached | None:
+        tried.append(address)
+        return await try_address(race, address)
+
+    monkeypatch.setattr(dialling.Race, "_try_address", watch)
+    async with hosts(2) as (a, b):
+        a.learn(b.node_id, [NOWHERE])
+        with pytest.raises(PeerUnreachable, match="refused"):
+            await a.dial(b.node_id)
+        with pytest.raises(PeerUnreachable, match="all its addresses have failed lately"):
+            await a.dial(b.node_id)
+        assert tried == [NOWHERE]
+        # Asked for by name, it is tried in any case.
+        with pytest.raises(PeerUnreachable, match="refused"):
+            await a.dial(b.node_id, [NOWHERE])
+        assert tried == [NOWHERE, NOWHERE]
+        a.learn(b.node_id, b.addresses, hearsay=True)
+        assert (await a.dial(b.node_id)).place == b.addresses[0]
+        assert tried == [NOWHERE, NOWHERE, b.addresses[0]]
+        assert a.known(b.node_id) == (b.addresses[0], NOWHERE)
+
+
+def test_back_off_grows_and_ends_with_a_connection() -> None:
+    book = AddressBook(make_key(1).node_id, Random(1))  # noqa: S311
+    peer, there, elsewhere = STRANGER, TcpAddress("ip4", "192.0.2.1", 1), TcpAddress("ip4", "192.0.2.2", 1)
+    book.learn(peer, [there, elsewhere])
+    waits: list[float] = []
+    for times in range(1, 13):
+        book.failed(peer, there, 0.0)
+        assert book.due(peer, 0.0) == (elsewhere,)
+        longest = min(address_book.BACK_OFF_SECONDS * 2 ** (times - 1), address_book.MAX_BACK_OFF_SECONDS)
+        assert book.due(peer, longest / 2 - 0.01) == (elsewhere,)
+        assert book.due(peer, longest) == (there, elsewhere)
+        waits.append(next(tenth / 10 for tenth in range(10_000) if len(book.due(peer, tenth / 10)) == 2))
+    assert len(set(waits)) == len(waits)
+    book.connected(peer)
+    assert book.due(peer, 0.0) == (there, elsewhere)
+    book.failed(peer, TcpAddress("ip4", "192.0.2.3", 1), 0.0)
+    assert book.due(peer, 0.0) == (there, elsewhere)
+
+
+def test_failures_of_addresses_that_are_gone_are_forgotten() -> None:
+    book = AddressBook(make_key(1).node_id, Random(1))  # noqa: S311
+    for number in range(100):
+        address = TcpAddress("ip4", "192.0.2.1", number + 1)
+        book.learn(STRANGER, [address])
+        book.failed(STRANGER, address, 0.0)
+    assert len(book._failures[STRANGER]) <= address_book.MAX_ADDRESSES_PER_PEER
+    for number in range(address_book.MAX_KNOWN_PEERS):
+        book.learn(NodeId(number.to_bytes(32)), [NOWHERE])
+    assert not book._failures
+
+
+async def test_circuits_come_after_direct_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialling, "HEAD_START_SECONDS", 0.2)
+    circuit = NOWHERE.through(make_key(7).node_id)
+    async with hosts(2) as (a, b), silent() as mute:
+        taken: list[tuple[NodeId, TcpAddress]] = []
+
+        async def dial_circuit(peer: NodeId, address: TcpAddress) -> Connection:
+            taken.append((peer, address))
+            return await a.dialler.dial_direct(peer, b.addresses)
+
+        with pytest.raises(PeerUnreachable, match="we use none"):
+            await a.dial(b.node_id, [circuit])
+        a.dialler.circuit = dial_circuit
+        # A direct address that does not answer in time is not waited for.
+        with trio.fail_after(2):
+            await a.dial(b.node_id, [circuit, mute])
+        assert taken == [(b.node_id, circuit)]
+    async with hosts(2) as (a, b):
+        a.dialler.circuit = dial_circuit
+        connection = await a.dial(b.node_id, [circuit, *b.addresses])
+        assert connection.place == b.addresses[0]
+        assert len(taken) == 1
+
+
+async def test_connection_that_breaks_at_once_leads_to_the_next_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with hosts(2) as (a, b):
+        await b.listen(TcpAddress("ip4", "127.0.0.1", 0))
+        first, second = b.addresses
+
+        async def break_first(secure: SecureChannel, place: str) -> Yamux:
+            if place == first.transport:
+                await secure.close()
+                raise PeerUnreachable(place)
+            return await upgrade.multiplex_outbound(secure, place)
+
+        monkeypatch.setattr(host, "multiplex_outbound", break_first)
+        assert (await a.dial(b.node_id, [first, second])).place == second
