@@ -162,8 +162,12 @@ async def test_peer_that_vanished_does_not_look_connected(monkeypatch: pytest.Mo
     async with hosts(2) as (a, b):
         await a.dial(b.node_id, b.addresses)
         (there,) = b.connections.all
+
+        def swallow(*_: object) -> None:
+            """Send nothing."""
+
         # Its answers stop, but its end of the TCP connection stays open, as when its machine has lost power.
-        monkeypatch.setattr(there.muxer, "send", lambda *_: None)
+        monkeypatch.setattr(there.muxer, "send", swallow)
         started = trio.current_time()
         await eventually(lambda: not a.peers)
         assert trio.current_time() - started < 1
@@ -209,11 +213,14 @@ async def test_young_connections_are_spared_for_a_while(monkeypatch: pytest.Monk
             await other.dial(ours.node_id, ours.addresses)
         assert len(ours.peers) == 4
         await eventually(lambda: len(ours.peers) == 1)
-        assert ours.peers == (others[3].node_id,)
+        assert others[3].node_id in ours.peers
 
 
 async def test_connections_from_one_source_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "source_of", lambda _ip: "192.0.2.1")
+    def one_source(_address: str) -> str:
+        return "192.0.2.1"
+
+    monkeypatch.setattr(host, "source_of", one_source)
     monkeypatch.setattr(connections, "MAX_CONNECTIONS_PER_SOURCE", 2)
     async with hosts(5) as (ours, *others):
         async with trio.open_nursery() as nursery:

@@ -18,6 +18,7 @@ from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.secure import SecureChannel
 from aci_p2p.network.libp2p.yamux import Yamux
+from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.tasks import open_background
 from tests.network.driver import STRANGER, Opener, eventually, make_key
@@ -237,8 +238,8 @@ def test_failures_of_addresses_that_are_gone_are_forgotten() -> None:
         address = TcpAddress("ip4", "192.0.2.1", number + 1)
         book.learn(STRANGER, [address])
         book.failed(STRANGER, address, 0.0)
-    assert len(book._failures[STRANGER]) <= address_book.MAX_ADDRESSES_PER_PEER
-    for number in range(address_book.MAX_KNOWN_PEERS):
+    assert len(book._failures[STRANGER]) <= MAX_ADDRESSES_PER_PEER
+    for number in range(MAX_KNOWN_PEERS):
         book.learn(NodeId(number.to_bytes(32)), [NOWHERE])
     assert not book._failures
 
