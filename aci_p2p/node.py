@@ -19,6 +19,7 @@ from aci_p2p.executor import Executor, ModelStore, open_process_executor
 from aci_p2p.gossip import Market, open_market
 from aci_p2p.keys import KeyRing
 from aci_p2p.network import Network, NetworkConfig
+from aci_p2p.peer_clocks import CLOCK_PROTOCOL, clock_service
 from aci_p2p.protocol.consumer import ConsumerJob, JobRequest, JobSecrets
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import LocalError
@@ -165,13 +166,14 @@ async def open_node(
                 config=config, parts=parts, sealer=sealer, network=network, market=market, discovery=discovery,
                 store=store,
             )  # fmt: skip
-            if config.provider is not None and config.provider.serve:
-                async with _providing(node, config.provider, parts, sealer):
-                    yield node
-                return
-            if config.own_key:
-                await node.announce()
-            yield node
+            with network.serve(CLOCK_PROTOCOL, clock_service(parts.clock)):
+                if config.provider is not None and config.provider.serve:
+                    async with _providing(node, config.provider, parts, sealer):
+                        yield node
+                    return
+                if config.own_key:
+                    await node.announce()
+                yield node
 
 
 def _discovery_options(config: NodeConfig, parts: NodeParts) -> DiscoveryOptions:

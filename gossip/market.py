@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ OFFER_QUEUE: Final = 256
 """Offers waiting for our provider; one that lags so far behind would bid too late for the oldest."""
 MAX_WAITING_JOBS: Final = 1_024
 """Jobs of ours that wait for bids at once."""
+RECENT_OFFERS: Final = 16
+"""Offers kept to be shown: more than a screen has room for."""
 READY_POLL_S: Final = 0.02
 """Seconds between looks at who has joined a topic."""
 
@@ -40,15 +43,61 @@ class MarketStatistics:
     """Bids lost because a job of ours had MAX_BIDS waiting."""
     waiting_jobs: int
     """Jobs of ours that wait for bids."""
+    offers_heard: int
+    """Valid offers that came, since the market opened."""
+    bids_heard: int
+    """The same of bids."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeardOffer:
+    """An offer that came lately."""
+
+    offer: Envelope[Offer]
+    """What it says."""
+    heard_at: int
+    """When it came, Unix milliseconds."""
+
+
+class _Heard:
+    """Checks what comes, and counts and keeps what is valid, whether anybody takes it or not."""
+
+    def __init__(self, view: MarketView) -> None:
+        self._view = view
+        self.offers = 0
+        """Valid offers."""
+        self.bids = 0
+        """Valid bids."""
+        self.recent: deque[HeardOffer] = deque(maxlen=RECENT_OFFERS)
+        """The last offers, the oldest first."""
+
+    def check_offer(self, data: bytes, now: int) -> Envelope[Offer]:
+        """As MarketView.check_offer."""
+        offer = self._view.check_offer(data, now)
+        self.offers += 1
+        self.recent.append(HeardOffer(offer, now))
+        return offer
+
+    def check_bid(self, data: bytes, now: int) -> Envelope[Bid]:
+        """As MarketView.check_bid."""
+        bid = self._view.check_bid(data, now)
+        self.bids += 1
+        return bid
 
 
 class Market:
     """Offers and bids of one network. Made by `open_market`."""
 
     def __init__(
-        self, network: Network, view: MarketView, offers: Topic[Offer], bids: Topic[Bid], clock: Clock
+        self,
+        network: Network,
+        view: MarketView,
+        offers: Topic[Offer],
+        bids: Topic[Bid],
+        clock: Clock,
+        heard: _Heard,
     ) -> None:
-        """`view` checks what `offers` and `bids` carry; `clock` gives Unix milliseconds."""
+        """`view` checks what `offers` and `bids` carry, `heard` counts it; `clock` gives Unix milliseconds."""
         self._network = network
         self._view = view
         self._offers = offers
@@ -56,6 +105,7 @@ class Market:
         self._clock = clock
         self._waiting: dict[bytes, trio.MemorySendChannel[Envelope[Bid]]] = {}
         self._job_bids_dropped = 0
+        self._heard = heard
 
     @property
     def offer_topic(self) -> str:
@@ -111,7 +161,13 @@ class Market:
             bids=self._bids.statistics(),
             job_bids_dropped=self._job_bids_dropped,
             waiting_jobs=len(self._waiting),
+            offers_heard=self._heard.offers,
+            bids_heard=self._heard.bids,
         )
+
+    def recent_offers(self) -> list[HeardOffer]:
+        """The last offers that came, the latest first; at most RECENT_OFFERS."""
+        return list(reversed(self._heard.recent))
 
     async def deliver_bids(self) -> None:
         """Hand bids to the jobs of ours that wait for them, until cancelled."""
@@ -134,12 +190,13 @@ async def open_market(
     `network_id` names the topics; `clock` gives Unix milliseconds; `random` is as in `open_topic`.
     """
     view = MarketView(network_id)
+    heard = _Heard(view)
     offer_topic, bid_topic = f"/aci/{network_id}/offers/1", f"/aci/{network_id}/bids/1"
     async with (
-        open_topic(network, offer_topic, view.check_offer, clock, capacity=OFFER_QUEUE, random=random) as offers,
-        open_topic(network, bid_topic, view.check_bid, clock, capacity=OFFER_QUEUE, random=random) as bids,
+        open_topic(network, offer_topic, heard.check_offer, clock, capacity=OFFER_QUEUE, random=random) as offers,
+        open_topic(network, bid_topic, heard.check_bid, clock, capacity=OFFER_QUEUE, random=random) as bids,
         open_background() as nursery,
     ):
-        market = Market(network, view, offers, bids, clock)
+        market = Market(network, view, offers, bids, clock, heard)
         nursery.start_soon(market.deliver_bids)
         yield market

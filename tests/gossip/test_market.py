@@ -15,7 +15,7 @@ from trio.testing import MockClock
 from aci_p2p.clock import virtual_clock
 from aci_p2p.dht import RecordRules
 from aci_p2p.gossip import Market, market, open_market
-from aci_p2p.gossip.market import MAX_WAITING_JOBS, OFFER_QUEUE, MarketStatistics
+from aci_p2p.gossip.market import MAX_WAITING_JOBS, OFFER_QUEUE, RECENT_OFFERS, MarketStatistics
 from aci_p2p.network import GossipMessage, Network, Subscription
 from aci_p2p.network.limits import MAX_REJECTS_PER_MINUTE
 from aci_p2p.network.memory import MemoryHub
@@ -149,6 +149,8 @@ async def test_an_offer_and_its_bids(autojump_clock: MockClock, open_traders: Op
             assert is_quiet(trader.market.statistics())
             assert trader.network.statistics().gossip_refused == {}
             assert await trader.heard() == []
+        assert [trader.market.statistics().offers_heard for trader in (a, b, c)] == [0, 1, 1]
+        assert [trader.market.statistics().bids_heard for trader in (a, b, c)] == [2, 1, 1]
 
 
 async def test_offers_arrive_in_order(autojump_clock: MockClock, open_traders: OpenTraders) -> None:
@@ -158,6 +160,10 @@ async def test_offers_arrive_in_order(autojump_clock: MockClock, open_traders: O
             await a.market.publish_offer(offer)
         await trio.sleep(1)
         assert b.market.statistics().offers.waiting == 20
+        assert b.market.statistics().offers_heard == 20
+        recent = b.market.recent_offers()
+        assert [heard.offer for heard in recent] == offers[:-RECENT_OFFERS - 1 : -1]
+        assert all(NOW <= heard.heard_at <= clock() for heard in recent)
         assert await b.heard() == offers
 
 
