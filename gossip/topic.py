@@ -19,6 +19,7 @@ import trio
 
 from aci_p2p.clock import Clock
 from aci_p2p.gossip.catchup import CatchUp, Quotas
+from aci_p2p.gossip.flooding import FloodWitness
 from aci_p2p.gossip.log import TopicLog
 from aci_p2p.network import Network, PeerUnreachable, Stream, StreamClosed, Subscription
 from aci_p2p.network.delivery import message_id
@@ -34,8 +35,10 @@ from aci_p2p.protocol.catchup import (
     encode,
 )
 from aci_p2p.protocol.cbor import CborError
-from aci_p2p.protocol.envelope import Envelope, sender_of
+from aci_p2p.protocol.envelope import Envelope, header_of
+from aci_p2p.protocol.errors import ResourceError
 from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.replay import MAX_PER_SENDER
 from aci_p2p.protocol.validation import ACCEPTED, Decision, MessageRefused, Reason, Validation
 from aci_p2p.protocol.wire import Malformed
 from aci_p2p.tasks import open_background
@@ -46,6 +49,8 @@ QUEUE: Final = 256
 """Messages waiting for their consumer, unless a topic says otherwise; the oldest make room."""
 MAX_REMEMBERED: Final = 16_384
 """Messages of a topic remembered as delivered until they expire: four times the log."""
+MAX_PUBLISHED: Final = MAX_PER_SENDER * 3 // 4
+"""Live messages that we publish ourselves; a quarter less than others allow us, since clocks differ."""
 MAX_REFUSED: Final = 1_024
 """Ids remembered of messages that the check refused, so that they are not fetched again."""
 POLL_S: Final = 1.0
@@ -106,6 +111,8 @@ class Topic(Generic[T]):
         self._log = TopicLog(random.randbytes(EPOCH_BYTES))
         self._catchup = CatchUp(random)
         self._quotas = Quotas()
+        self._witness = FloodWitness()
+        self._own_expiries: list[int] = []
         self._remembered: OrderedDict[bytes, int] = OrderedDict()
         self._refused: OrderedDict[bytes, None] = OrderedDict()
         self._checked: OrderedDict[bytes, Envelope[T]] = OrderedDict()
@@ -116,7 +123,17 @@ class Topic(Generic[T]):
         self._dropped = self._exchanges = self._failed_exchanges = self._caught_up = self._served = 0
 
     async def publish(self, envelope: Envelope[T]) -> None:
-        """Broadcast a message of ours, and keep it for those who miss it. Our own topic does not deliver it."""
+        """Broadcast a message of ours, and keep it for those who miss it. Our own topic does not deliver it.
+
+        Raises ResourceError while MAX_PUBLISHED of ours have not expired: more would be refused, and held against us.
+        """
+        if len(self._own_expiries) >= MAX_PUBLISHED:
+            now = self._clock()
+            self._own_expiries = [expires_at for expires_at in self._own_expiries if expires_at > now]
+            if len(self._own_expiries) >= MAX_PUBLISHED:
+                msg = f"{len(self._own_expiries)} messages of ours are out on {self.name} already"
+                raise ResourceError(msg, hint="wait until some of them expire, or run another node")
+        self._own_expiries.append(envelope.header.expires_at)
         self._remember(message_id(self.name, envelope.data), envelope)
         await self._network.publish(self.name, envelope.data)
 
@@ -160,16 +177,21 @@ class Topic(Generic[T]):
             envelope = self._check(data, self._clock())
         except MessageRefused as error:
             self._refuse(identifier)
-            if error.validation.reason is Reason.FLOODED and sender_of(data) == forwarder:
-                # Others may have seen less of it, but a node knows how much it publishes itself.
-                return Validation(Decision.REJECT, Reason.FLOODED)
-            return error.validation
+            return self._blame(forwarder, data, error.validation)
         self._remember(identifier, envelope)
         self._checked[identifier] = envelope
         if len(self._checked) > self._capacity:
             # As many as the subscription can hold; older ones were dropped there too.
             self._checked.popitem(last=False)
         return ACCEPTED
+
+    def _blame(self, forwarder: NodeId, data: bytes, validation: Validation) -> Validation:
+        """A forwarder may have seen less of an author who floods; not so the author, nor who brings too much."""
+        if validation.reason is Reason.FLOODED:
+            header = header_of(data)
+            if header.sender == forwarder or self._witness.is_flooding(forwarder, header, self._clock()):
+                return Validation(Decision.REJECT, Reason.FLOODED)
+        return validation
 
     async def deliver(self, subscription: Subscription) -> None:
         """Hand what gossip has brought to the consumer, until cancelled."""

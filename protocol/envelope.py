@@ -173,12 +173,12 @@ def _read_header(data: bytes, kind: Kind) -> Header:
 
 def kind_of(data: bytes) -> Kind:
     """Which kind an envelope claims, unchecked otherwise. Raises MessageRefused when it is no envelope."""
-    return _parse_header(data).kind
+    return header_of(data).kind
 
 
-def sender_of(data: bytes) -> NodeId:
-    """Whom an envelope names as its sender, unchecked otherwise. Raises MessageRefused when it is no envelope."""
-    return _parse_header(data).sender
+def header_of(data: bytes) -> Header:
+    """What an envelope claims, unchecked otherwise. Raises MessageRefused when it is no envelope."""
+    return _parse_header(data)
 
 
 def _parse_header(data: bytes) -> Header:

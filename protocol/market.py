@@ -74,8 +74,8 @@ class MarketView:
         self._replay.check(bid.header, now)
         known = self._known.get(bid.body.job_id)
         if known:
-            # Answers the terms that were offered.
-            require(bid.body.offer_digest == known.offer.digest, Decision.REJECT, Reason.WRONG_JOB)
+            # Answers the terms that were offered; its forwarder may not have seen them, or been told others.
+            require(bid.body.offer_digest == known.offer.digest, Decision.IGNORE, Reason.WRONG_JOB)
             # One bid from each provider.
             require(bid.sender not in known.bidders, Decision.IGNORE, Reason.DUPLICATE_BID)
             # No more bids than a consumer weighs.

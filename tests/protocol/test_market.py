@@ -190,7 +190,7 @@ def test_a_bid_for_other_terms(view: MarketView) -> None:
     offer = Maker().offer()
     view.check_offer(offer.data, NOW)
     bid = Maker(PROVIDER).bid(offer, offer_digest=bytes(32))
-    refuse_bid(view, bid.data, Decision.REJECT, Reason.WRONG_JOB)
+    refuse_bid(view, bid.data, Decision.IGNORE, Reason.WRONG_JOB)
 
 
 def test_a_second_bid_of_a_provider(view: MarketView) -> None:
@@ -234,7 +234,7 @@ def test_a_refused_bid_leaves_nothing_behind(view: MarketView) -> None:
     view.check_offer(offer.data, NOW)
     good = Maker(PROVIDER).bid(offer)
     refuse_bid(view, forge(good), Decision.REJECT, Reason.BAD_SIGNATURE)
-    refuse_bid(view, Maker(PROVIDER).bid(offer, offer_digest=bytes(32)).data, Decision.REJECT, Reason.WRONG_JOB)
+    refuse_bid(view, Maker(PROVIDER).bid(offer, offer_digest=bytes(32)).data, Decision.IGNORE, Reason.WRONG_JOB)
     assert view.check_bid(good.data, NOW) == good
 
 

@@ -1,14 +1,18 @@
 """How much gossip a neighbour may send us, before anything in it is looked at. Pure: time is an argument.
 
-What is worth its cost is free: each message that we judge valid gives every neighbour the right to bring one of its
+What is worth its cost is free: each message that we do not reject gives every neighbour the right to bring one of its
 size, so an honest burst of any rate, and its copies from the rest of the mesh, cost nobody anything. What is left is
-paid from two accounts, of entries and of bytes: duplicates beyond one a neighbour, invalid and ignored messages,
-control messages.
+paid from an account of entries and bytes: duplicates beyond one a neighbour, invalid messages, control messages. Who
+overdraws it floods, for no honest neighbour is led to.
+
+Ignored messages have an account of their own, and overdrawing that is nobody's fault: an attacker that tells two honest
+nodes different things makes each of them send the other what it ignores. They are only kept from taking our time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from aci_p2p.network.limits import MAX_KNOWN_PEERS
 from aci_p2p.protocol.identity import NodeId
@@ -22,8 +26,23 @@ BYTES_PER_SECOND = 256 * 1024.0
 """Worthless bytes on average: announcements take 16 KiB a heartbeat and topic at most."""
 MAX_BYTES = 4 * 1024 * 1024.0
 """Worthless bytes that an account holds: twice what an outbox holds of the messages that a neighbour repeats."""
-RETAIN_SECONDS = max(MAX_ENTRIES / ENTRIES_PER_SECOND, MAX_BYTES / BYTES_PER_SECOND)
+IGNORED_PER_SECOND = 100.0
+"""Ignored messages on average; they cost as much as forgeries."""
+MAX_IGNORED = 2_048.0
+"""Ignored messages at once: a burst by an author who is over its limit here and not where it came from."""
+RETAIN_SECONDS = max(MAX_ENTRIES / ENTRIES_PER_SECOND, MAX_BYTES / BYTES_PER_SECOND, MAX_IGNORED / IGNORED_PER_SECOND)
 """How long the account of a peer that left is kept, seconds: then it would be full again."""
+
+
+class Admission(Enum):
+    """What becomes of an RPC."""
+
+    ADMITTED = "admitted"
+    """It is handled."""
+    THROTTLED = "throttled"
+    """It is dropped, for its sender brings too much that we ignore."""
+    FLOODING = "flooding"
+    """It is dropped, and its sender to blame."""
 
 
 @dataclass(slots=True)
@@ -33,6 +52,11 @@ class _Account:
     credited_bytes: int
     entries: float = MAX_ENTRIES
     bytes: float = MAX_BYTES
+    ignored: float = MAX_IGNORED
+
+    @property
+    def is_overdrawn(self) -> bool:
+        return self.entries <= 0 or self.bytes <= 0
 
 
 class FloodGuard:
@@ -55,19 +79,21 @@ class FloodGuard:
         while len(self._retained) > MAX_KNOWN_PEERS or next(iter(self._retained.values()))[0] < now - RETAIN_SECONDS:
             del self._retained[next(iter(self._retained))]
 
-    def admit(self, peer: NodeId, entries: int, size: int, now: float) -> bool:
-        """Charge a neighbour for an RPC of so many entries and bytes; False when its account is overdrawn already.
+    def admit(self, peer: NodeId, entries: int, size: int, now: float) -> Admission:
+        """Charge a neighbour for an RPC of so many entries and bytes, unless its account is overdrawn already.
 
         An account is filled up when it is empty, not before: this is called for every RPC.
         """
         account = self._accounts[peer]
-        if account.entries <= 0 or account.bytes <= 0:
+        if account.is_overdrawn or account.ignored <= 0:
             self._fill_up(account, now)
-            if account.entries <= 0 or account.bytes <= 0:
-                return False
+            if account.is_overdrawn:
+                return Admission.FLOODING
+            if account.ignored <= 0:
+                return Admission.THROTTLED
         account.entries -= entries
         account.bytes -= size
-        return True
+        return Admission.ADMITTED
 
     def _fill_up(self, account: _Account, now: float) -> None:
         elapsed = now - account.updated
@@ -75,6 +101,7 @@ class FloodGuard:
         account.entries = min(account.entries + ENTRIES_PER_SECOND * elapsed + circulated, MAX_ENTRIES)
         circulated = self._circulated_bytes - account.credited_bytes
         account.bytes = min(account.bytes + BYTES_PER_SECOND * elapsed + circulated, MAX_BYTES)
+        account.ignored = min(account.ignored + IGNORED_PER_SECOND * elapsed, MAX_IGNORED)
         account.updated = now
         account.credited_entries, account.credited_bytes = self._circulated_entries, self._circulated_bytes
 
@@ -83,9 +110,8 @@ class FloodGuard:
         self._circulated_entries += 1
         self._circulated_bytes += size
 
-    def charge(self, peer: NodeId, size: int) -> None:
-        """Take back from the bringer of a message what `circulates` gave it: it was the first, and not valid."""
+    def ignore(self, peer: NodeId) -> None:
+        """A neighbour was the first to bring a message that we ignored."""
         account = self._accounts.get(peer)
         if account is not None:
-            account.entries -= 1
-            account.bytes -= size
+            account.ignored -= 1

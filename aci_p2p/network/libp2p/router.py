@@ -33,7 +33,7 @@ from libp2p.pubsub.pb.rpc_pb2 import (
 )
 
 from aci_p2p.network.delivery import SeenCache, message_id
-from aci_p2p.network.libp2p.flood import FloodGuard
+from aci_p2p.network.libp2p.flood import Admission, FloodGuard
 from aci_p2p.network.libp2p.score import (
     ACCEPT_GRAFT_THRESHOLD,
     BACKOFF_PENALTY,
@@ -254,10 +254,10 @@ class Router:
             control = rpc.control
             entries += len(control.ihave) + len(control.iwant) + len(control.graft) + len(control.prune)
         entries = max(1, entries)
-        if self._flood.admit(peer, entries, size, now):
-            return True
-        self.scores.penalise(peer, FLOOD_PENALTY * entries)
-        return False
+        admission = self._flood.admit(peer, entries, size, now)
+        if admission is Admission.FLOODING:
+            self.scores.penalise(peer, FLOOD_PENALTY * entries)
+        return admission is Admission.ADMITTED
 
     def receive(self, peer: NodeId, rpc: RPC, now: float) -> list[Incoming]:
         """Handle what a neighbour sent; returns its messages that are new, for us to judge."""
@@ -280,10 +280,9 @@ class Router:
         return incoming
 
     def ignore(self, incoming: Incoming, forwarder: NodeId) -> None:
-        """A message was ignored: others may bring it too, in good faith, but the first of them pays."""
-        size = len(incoming.data) + MESSAGE_OVERHEAD_BYTES
-        self._flood.circulates(size)
-        self._flood.charge(forwarder, size)
+        """A message was ignored: neighbours may bring it in good faith."""
+        self._flood.circulates(len(incoming.data) + MESSAGE_OVERHEAD_BYTES)
+        self._flood.ignore(forwarder)
 
     def forward(self, incoming: Incoming, forwarder: NodeId) -> None:
         """An accepted message goes on to the mesh, except where it came from."""
