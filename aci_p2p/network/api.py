@@ -284,7 +284,7 @@ class Network(ABC):
     async def put_record(self, key: str, value: bytes) -> None:
         """Store a value of at most MAX_RECORD_BYTES under `/aci/...` at the closest DHT nodes. Best effort.
 
-        It is kept for two days at most: repeat it daily.
+        It is kept for an hour at most: repeat it some times within.
         """
 
     @abstractmethod
@@ -295,7 +295,7 @@ class Network(ABC):
     async def provide(self, key: bytes) -> None:
         """Announce in the DHT that we provide `key` (a SHA-256 digest, 32 bytes). Best effort.
 
-        It is kept for a day: repeat it some hours earlier.
+        It is kept for an hour: repeat it some times within.
         """
 
     @abstractmethod

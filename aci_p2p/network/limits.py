@@ -19,8 +19,8 @@ MAX_KNOWN_PEERS = 4096
 """Peers whose addresses are remembered; the oldest are forgotten first."""
 MAX_ADDRESSES_PER_PEER = 8
 """Addresses remembered for one peer; the newest are kept."""
-PROVIDER_SECONDS = 24 * 3600.0
-"""How long an announcement that somebody provides a key is kept, seconds (Kademlia republishes within it)."""
+PROVIDER_SECONDS = 3600.0
+"""How long an announcement that somebody provides a key is kept, seconds: as long as the provider's signed record."""
 MAX_TOPICS_PER_PEER = 128
 """Topics that one neighbour may subscribe to."""
 MAX_TOPIC_BYTES = 128

@@ -1,29 +1,30 @@
-"""The Kademlia routing table and record stores. Pure: time is passed in.
+"""The Kademlia routing table. Pure.
 
-Sources: Maymounkov and Mazieres, "Kademlia" (2002); https://github.com/libp2p/specs/tree/master/kad-dht
+Sources: Maymounkov and Mazieres, "Kademlia" (2002); https://github.com/libp2p/specs/tree/master/kad-dht; the limits per
+network after Prünster et al., "Total Eclipse of the Heart" (2022), which filled IPFS tables from few addresses.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, OrderedDict
+import ipaddress
+from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 
-from aci_p2p.network.limits import PROVIDER_SECONDS
 from aci_p2p.protocol.identity import NodeId
 
 BUCKET_SIZE = 20
 """Peers in a bucket, and that keep a record (Kademlia's k)."""
-MAX_RECORDS = 8192
-"""Values kept for the network: 32 MiB of the largest."""
-RECORD_SECONDS = 48 * 3600.0
-"""How long a value is kept, seconds; signed records say themselves when they expire."""
-MAX_PROVIDER_KEYS = 4096
-"""Keys whose providers are kept for the network."""
-MAX_PROVIDERS_PER_KEY = 256
-"""Providers kept for one key; later ones are refused until some expire."""
-MAX_KEYS_PER_PROVIDER = 256
-"""Keys kept for one provider, so that none can crowd out the others."""
+MAX_PER_NETWORK_IN_BUCKET = 3
+"""Peers of one /24 (IPv6: /48) network in one bucket: whoever rents a network gets a seventh of it."""
+MAX_PER_NETWORK = 12
+"""Peers of one /24 (IPv6: /48) network in the whole table."""
+MAX_STANDBYS = 5
+"""Peers that wait for a place in one bucket, the latest of them."""
+
+_POSITIONS_CACHED = 8192
+_PREFIX = {4: 24, 6: 48}
 
 
 def position(key: bytes) -> int:
@@ -31,95 +32,131 @@ def position(key: bytes) -> int:
     return int.from_bytes(hashlib.sha256(key).digest())
 
 
+@lru_cache(_POSITIONS_CACHED)
+def position_of(peer: NodeId) -> int:
+    """Where a peer lies in the key space."""
+    return position(peer.peer_id)
+
+
 def closest(peers: Iterable[NodeId], target: int, count: int) -> list[NodeId]:
     """The `count` peers nearest to a position, nearest first, by XOR distance."""
-    return sorted(peers, key=lambda peer: position(peer.peer_id) ^ target)[:count]
+    return sorted(peers, key=lambda peer: position_of(peer) ^ target)[:count]
+
+
+def network_of(source: str) -> str | None:
+    """What the peers behind one operator have in common: the /24 (IPv6: /48) network of an address.
+
+    `source`: an IP address, a network, or a relay's name, which stands for itself. None for addresses that are not
+    global: whoever has those is in our own network, where all nodes may have the same prefix.
+    """
+    try:
+        address = ipaddress.ip_address(source.partition("/")[0])
+    except ValueError:
+        return source if source.startswith("relay ") else None
+    if not address.is_global:
+        return None
+    return str(ipaddress.ip_network((address, _PREFIX[address.version]), strict=False))
+
+
+class _Bucket:
+    def __init__(self) -> None:
+        self.members: dict[NodeId, str | None] = {}
+        """Peers and their networks, the one heard from longest ago first."""
+        self.standbys: dict[NodeId, str | None] = {}
 
 
 class RoutingTable:
-    """Peers known to speak Kademlia: up to BUCKET_SIZE for each distance, the long-known preferred."""
+    """Peers known to speak Kademlia: up to BUCKET_SIZE for each distance, the long-known preferred.
+
+    Peers of one network have few places: with addresses of one network alone, nobody fills a bucket.
+    """
 
     def __init__(self, node_id: NodeId) -> None:
-        self._position = position(node_id.peer_id)
-        self._buckets: dict[int, dict[NodeId, None]] = {}
+        self._position = position_of(node_id)
+        self._buckets: dict[int, _Bucket] = {}
+        self._networks: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return sum(len(bucket) for bucket in self._buckets.values())
+        return sum(len(bucket.members) for bucket in self._buckets.values())
 
-    def add(self, peer: NodeId) -> bool:
-        """Add a peer; False when it is there already, is ourselves or its bucket is full."""
-        distance = position(peer.peer_id) ^ self._position
-        bucket = self._buckets.setdefault(distance.bit_length(), {})
-        if not distance or peer in bucket or len(bucket) >= BUCKET_SIZE:
+    def __contains__(self, peer: NodeId) -> bool:
+        return peer in self._bucket(peer).members
+
+    def add(self, peer: NodeId, network: str | None) -> bool:
+        """Add a peer of a network (see `network_of`).
+
+        False when it is there already, is ourselves, its network has enough places, or its bucket is full. In the last
+        case it waits for a place: see `oldest_beside`.
+        """
+        bucket = self._bucket(peer)
+        if position_of(peer) == self._position or peer in bucket.members or not self._has_place_for(network, bucket):
             return False
-        bucket[peer] = None
+        if len(bucket.members) >= BUCKET_SIZE:
+            bucket.standbys.pop(peer, None)
+            bucket.standbys[peer] = network
+            if len(bucket.standbys) > MAX_STANDBYS:
+                del bucket.standbys[next(iter(bucket.standbys))]
+            return False
+        self._enter(bucket, peer, network)
         return True
 
+    def oldest_beside(self, peer: NodeId) -> NodeId | None:
+        """Whom to ask whether it is still there, so that a peer may get its place; None when the peer does not wait."""
+        bucket = self._bucket(peer)
+        return next(iter(bucket.members)) if peer in bucket.standbys else None
+
+    def heard_from(self, peer: NodeId) -> None:
+        """A peer is alive."""
+        members = self._bucket(peer).members
+        if peer in members:
+            members[peer] = members.pop(peer)
+
     def remove(self, peer: NodeId) -> None:
-        """Drop a peer that does not answer."""
-        for bucket in self._buckets.values():
-            bucket.pop(peer, None)
+        """Drop a peer that does not answer; the latest of those that wait for a place gets its."""
+        bucket = self._bucket(peer)
+        bucket.standbys.pop(peer, None)
+        if peer not in bucket.members:
+            return
+        network = bucket.members.pop(peer)
+        if network is not None:
+            self._networks[network] -= 1
+            if not self._networks[network]:
+                del self._networks[network]
+        for standby, its_network in reversed(tuple(bucket.standbys.items())):
+            if self._has_place_for(its_network, bucket):
+                del bucket.standbys[standby]
+                self._enter(bucket, standby, its_network)
+                return
 
     def closest(self, target: int, count: int) -> list[NodeId]:
         """The `count` peers nearest to a position, nearest first."""
-        return closest((peer for bucket in self._buckets.values() for peer in bucket), target, count)
+        return closest((peer for bucket in self._buckets.values() for peer in bucket.members), target, count)
+
+    def _bucket(self, peer: NodeId) -> _Bucket:
+        return self._buckets.setdefault((position_of(peer) ^ self._position).bit_length(), _Bucket())
+
+    def _enter(self, bucket: _Bucket, peer: NodeId, network: str | None) -> None:
+        bucket.members[peer] = network
+        if network is not None:
+            self._networks[network] += 1
+
+    def _has_place_for(self, network: str | None, bucket: _Bucket) -> bool:
+        if network is None:
+            return True
+        in_bucket = sum(other == network for other in bucket.members.values())
+        return in_bucket < MAX_PER_NETWORK_IN_BUCKET and self._networks[network] < MAX_PER_NETWORK
 
 
-class RecordStore:
-    """Values that we keep for the network, the oldest dropped first."""
-
-    def __init__(self) -> None:
-        self._values: OrderedDict[str, tuple[bytes, float]] = OrderedDict()
-
-    def put(self, key: str, value: bytes, now: float) -> None:
-        """Keep a value, in place of what was there."""
-        self._values[key] = (value, now + RECORD_SECONDS)
-        self._values.move_to_end(key)
-        if len(self._values) > MAX_RECORDS:
-            self._values.popitem(last=False)
-
-    def get(self, key: str, now: float) -> bytes | None:
-        """The value, unless it has expired."""
-        value, expiry = self._values.get(key, (None, 0.0))
-        return value if expiry > now else None
-
-
-class ProviderStore:
-    """Who provides what, the keys announced longest ago dropped first."""
-
-    def __init__(self) -> None:
-        self._providers: OrderedDict[bytes, dict[NodeId, float]] = OrderedDict()
-        self._keys: Counter[NodeId] = Counter()
-
-    def add(self, key: bytes, provider: NodeId, now: float) -> bool:
-        """Keep or refresh an announcement; False when the key or the provider has too many."""
-        self._expire(key, now)
-        providers = self._providers.setdefault(key, {})
-        if provider not in providers:
-            if len(providers) >= MAX_PROVIDERS_PER_KEY or self._keys[provider] >= MAX_KEYS_PER_PROVIDER:
-                return False
-            self._keys[provider] += 1
-        providers[provider] = now + PROVIDER_SECONDS
-        self._providers.move_to_end(key)
-        if len(self._providers) > MAX_PROVIDER_KEYS:
-            self._drop(*self._providers.popitem(last=False)[1])
-        return True
-
-    def get(self, key: bytes, now: float) -> list[NodeId]:
-        """Providers of a key whose announcement has not expired, the newest first."""
-        self._expire(key, now)
-        providers = self._providers.get(key, {})
-        return sorted(providers, key=lambda provider: -providers[provider])
-
-    def _expire(self, key: bytes, now: float) -> None:
-        providers = self._providers.get(key, {})
-        expired = [provider for provider, expiry in providers.items() if expiry <= now]
-        for provider in expired:
-            del providers[provider]
-        self._drop(*expired)
-
-    def _drop(self, *providers: NodeId) -> None:
-        for provider in providers:
-            self._keys[provider] -= 1
-            if not self._keys[provider]:
-                del self._keys[provider]
+def diverse(peers: Iterable[tuple[NodeId, str | None]], count: int) -> list[NodeId]:
+    """The first `count` of the peers, of each network no more than a bucket would hold."""
+    networks: Counter[str] = Counter()
+    chosen: list[NodeId] = []
+    for peer, network in peers:
+        if len(chosen) >= count:
+            break
+        if network is not None:
+            networks[network] += 1
+            if networks[network] > MAX_PER_NETWORK_IN_BUCKET:
+                continue
+        chosen.append(peer)
+    return chosen

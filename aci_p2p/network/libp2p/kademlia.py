@@ -13,26 +13,23 @@ Source: https://github.com/libp2p/specs/tree/master/kad-dht
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum, auto
 from random import Random
+from typing import cast
 
 import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 
 from aci_p2p.network.api import MAX_RECORD_BYTES, MAX_RECORD_KEY_BYTES, RecordSelector, RecordValidator
+from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.network.checks import check_provider_key, check_record
 from aci_p2p.network.libp2p.addresses import parse_all
+from aci_p2p.network.libp2p.connections import MAX_CONNECTIONS
 from aci_p2p.network.libp2p.host import Host
-from aci_p2p.network.libp2p.kad_table import (
-    BUCKET_SIZE,
-    ProviderStore,
-    RecordStore,
-    RoutingTable,
-    closest,
-    position,
-)
+from aci_p2p.network.libp2p.kad_lookup import Lookup
+from aci_p2p.network.libp2p.kad_stores import ProviderStore, RecordStore
+from aci_p2p.network.libp2p.kad_table import BUCKET_SIZE, RoutingTable, diverse, network_of, position, position_of
 from aci_p2p.network.libp2p.varint import prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
@@ -41,11 +38,11 @@ from aci_p2p.protocol.identity import NodeId
 
 PROTOCOL = "/aci/kad/1.0.0"
 """Stream protocol id: ACI's own DHT, apart from the public IPFS one."""
-CONCURRENCY = 5
-"""Queries of one lookup under way at once (Kademlia's alpha)."""
+CONCURRENCY = 6
+"""Queries of one lookup under way at once (Kademlia's alpha), on all its paths together."""
 QUERY_SECONDS = 3.0
 """Time for one peer to answer, dialling it included, seconds."""
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 0.5
 """Once somebody has given what was looked for, how long to wait for others who may know better, seconds."""
 AVOID_SECONDS = 60.0
 """How long a peer that did not answer is not asked again, unless it connects anew, seconds."""
@@ -53,6 +50,16 @@ LOOKUP_SECONDS = 12.0
 """Time for a whole lookup or store, seconds: three rounds of peers that do not answer."""
 ANSWERS_WANTED = 3
 """Answers with something in them after which a lookup ends: one stale or lying holder does not decide."""
+PATHS_WANTED = 2
+"""Paths of a lookup on which something must have been found before it ends early."""
+REQUESTS_PER_SECOND = 50.0
+"""Requests of one peer that are answered, on average; more of them wait."""
+REQUEST_BURST = 200.0
+"""Requests of one peer answered at once: it announces some dozens of models."""
+MAX_DEBT_SECONDS = 2.0
+"""A request that would wait longer resets its stream, seconds: less than honest peers wait for an answer."""
+MAX_CHECKS = 32
+"""Peers of which is asked whether they are still there, because others want their place in the routing table."""
 MAX_MESSAGE_BYTES = 256 << 10
 """Longest message, bytes: sixty peers with eight addresses of the longest kind each, twice over."""
 MAX_PROVIDERS_PER_ANSWER = 40
@@ -76,46 +83,76 @@ class KademliaError(Exception):
     """A peer's message is malformed or breaks a limit."""
 
 
-class Progress(Enum):
-    """How far a lookup has come."""
+class _Findings:
+    """What a lookup has found so far, and on how many paths."""
 
-    NONE = auto()
-    """Nothing was found yet."""
-    SOME = auto()
-    """Something was found; somebody else may know better."""
-    ENOUGH = auto()
-    """The lookup can end."""
+    def __init__(self, wanted: int = 1) -> None:
+        """`wanted`: things after which it is enough."""
+        self._wanted = wanted
+        self._named: dict[object, list[int]] = {}
+        self._answers = 0
+        self._paths: set[int] = set()
+
+    def add(self, things: Iterable[object], path: int) -> None:
+        """An answer on a path holds these things."""
+        distinct = set(things)
+        for thing in distinct:
+            self._named.setdefault(thing, []).append(path)
+        if distinct:
+            self._answers += 1
+            self._paths.add(path)
+
+    def is_enough(self, paths: int) -> bool:
+        """Whether a lookup on so many paths can end."""
+        is_confirmed = self._answers >= ANSWERS_WANTED and len(self._paths) >= min(PATHS_WANTED, paths)
+        return is_confirmed and len(self._named) >= self._wanted
+
+    def __bool__(self) -> bool:
+        return bool(self._named)
+
+    def best_named(self) -> list[object]:
+        """What was found, that first which most paths know, then that which most peers know."""
+        return sorted(self._named, key=lambda thing: (-len(set(self._named[thing])), -len(self._named[thing])))
 
 
-def _nothing(_answer: Message) -> Progress:
+def _nothing(_answer: Message) -> Sequence[object]:
     """What a lookup collects that only wants the closest peers."""
-    return Progress.NONE
+    return ()
 
 
 class Kademlia:
     """Our node of the DHT."""
 
-    def __init__(self, host: Host, validate: RecordValidator, select: RecordSelector, random: Random) -> None:
-        """`random` picks the keys that a refresh looks up."""
+    def __init__(
+        self, host: Host, validate: RecordValidator, select: RecordSelector, random: Random, *, may_dial: bool = True
+    ) -> None:
+        """`random` picks the keys that a refresh looks up; without `may_dial` only connected peers are asked."""
         self._host = host
         self._validate = validate
         self._select = select
         self._random = random
+        self._may_dial = may_dial
         self._table = RoutingTable(host.node_id)
-        self._records = RecordStore()
-        self._providers = ProviderStore()
+        self._records = RecordStore(position_of(host.node_id))
+        self._providers = ProviderStore(position_of(host.node_id))
         self._avoided: OrderedDict[NodeId, float] = OrderedDict()
+        self._rates: OrderedDict[NodeId, TokenBucket] = OrderedDict()
         self._found_peer = trio.Event()
+        self._doubted: dict[NodeId, None] = {}
+        self._doubts = trio.Event()
 
     def add_peer(self, peer: NodeId) -> None:
         """A newly connected peer serves our protocol."""
         self._avoided.pop(peer, None)
-        if self._table.add(peer):
+        if self._table.add(peer, self._network_of(peer)):
             self._found_peer.set()
+        elif (oldest := self._table.oldest_beside(peer)) is not None and len(self._doubted) < MAX_CHECKS:
+            self._doubted[oldest] = None
+            self._doubts.set()
 
     def close_peers(self) -> list[NodeId]:
         """The peers in the routing table that are closest to us: connections to them are needed."""
-        return self._table.closest(position(self._host.node_id.peer_id), BUCKET_SIZE)
+        return self._table.closest(position_of(self._host.node_id), BUCKET_SIZE)
 
     def avoid(self, peer: NodeId) -> None:
         """Leave a peer out of lookups for a while: it does not answer or does not serve our protocol."""
@@ -125,17 +162,41 @@ class Kademlia:
         if len(self._avoided) > MAX_KNOWN_PEERS:
             self._avoided.popitem(last=False)
 
+    def _network_of(self, peer: NodeId) -> str | None:
+        connection = self._host.connections.preferred(peer)
+        return None if connection is None else network_of(connection.source)
+
     async def run(self) -> None:
-        """Look around when new peers appear, and refresh the table now and then, until cancelled."""
+        """Keep the routing table good, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._refresh)
+            nursery.start_soon(self._check_doubted)
+
+    async def _refresh(self) -> None:
+        """Look around when new peers appear, and refresh the table now and then."""
         while True:
             with trio.move_on_after(REFRESH_SECONDS) as refresh:
                 await self._found_peer.wait()
             await trio.sleep(SETTLE_SECONDS)
             self._found_peer = trio.Event()
-            await self._lookup(self._host.node_id.peer_id, Message.FIND_NODE, _nothing)
+            await self._lookup(self._host.node_id.peer_id, Message.FIND_NODE, _nothing, _Findings())
             if refresh.cancelled_caught:
-                await self._lookup(self._random.randbytes(32), Message.FIND_NODE, _nothing)
+                await self._lookup(self._random.randbytes(32), Message.FIND_NODE, _nothing, _Findings())
             await trio.sleep(JOIN_INTERVAL_SECONDS)
+
+    async def _check_doubted(self) -> None:
+        """Ask peers whose place is wanted whether they are still there; those that are not lose it."""
+        while True:
+            await self._doubts.wait()
+            self._doubts = trio.Event()
+            while self._doubted:
+                peer = next(iter(self._doubted))
+                # The host keeps an eye on those that are connected.
+                if peer in self._host.peers:
+                    self._table.heard_from(peer)
+                else:
+                    await self._ask(peer, Message(type=Message.PING))
+                del self._doubted[peer]
 
     async def put_record(self, key: str, value: bytes) -> None:
         """See `Network.put_record`."""
@@ -149,33 +210,24 @@ class Kademlia:
     async def get_record(self, key: str) -> bytes | None:
         """See `Network.get_record`."""
         check_record(key, b"")
-        values: list[bytes] = []
-        answers = 0
-
-        def collect(value: bytes | None) -> Progress:
-            nonlocal answers
-            if value is not None and self._is_valid(key, value):
-                answers += 1
-                if value not in values:
-                    values.append(value)
-            if answers >= ANSWERS_WANTED:
-                return Progress.ENOUGH
-            return Progress.SOME if answers else Progress.NONE
-
-        collect(self._records.get(key, trio.current_time()))
+        findings = _Findings()
+        if (held := self._records.get(key, trio.current_time())) is not None and self._is_valid(key, held):
+            findings.add((held,), 0)
         raw_key = key.encode()
-        await self._lookup(
-            raw_key,
-            Message.GET_VALUE,
-            lambda answer: collect(answer.record.value if answer.record.key == raw_key else None),
-        )
+
+        def collect(answer: Message) -> Sequence[object]:
+            value = answer.record.value
+            return (value,) if value and answer.record.key == raw_key and self._is_valid(key, value) else ()
+
+        await self._lookup(raw_key, Message.GET_VALUE, collect, findings)
+        values = cast("list[bytes]", findings.best_named())
         return values[self._best(key, values)] if values else None
 
     async def provide(self, key: bytes) -> None:
         """See `Network.provide`."""
         check_provider_key(key)
         multihash = _SHA2_256 + key
-        self._providers.add(multihash, self._host.node_id, trio.current_time())
+        self._providers.add(multihash, self._host.node_id, None, trio.current_time())
         addresses = [address.to_bytes() for address in self._host.addresses]
         ourselves = Message.Peer(id=self._host.node_id.peer_id, addrs=addresses)
         announcement = Message(type=Message.ADD_PROVIDER, key=multihash, providerPeers=[ourselves])
@@ -185,61 +237,79 @@ class Kademlia:
         """See `Network.find_providers`."""
         check_provider_key(key)
         multihash = _SHA2_256 + key
-        mentions = Counter(self._providers.get(multihash, trio.current_time()))
-        answers = 0
+        findings = _Findings(limit)
+        findings.add(self._providers.get(multihash, trio.current_time()), 0)
 
-        def collect(answer: Message) -> Progress:
-            nonlocal answers
-            named = set(self._learn(answer.providerPeers[:MAX_PROVIDERS_PER_ANSWER]))
-            mentions.update(named)
-            answers += bool(named)
-            if answers >= ANSWERS_WANTED and len(mentions) >= limit:
-                return Progress.ENOUGH
-            return Progress.SOME if mentions else Progress.NONE
+        def collect(answer: Message) -> Sequence[object]:
+            return self._learn(answer.providerPeers[:MAX_PROVIDERS_PER_ANSWER])
 
-        await self._lookup(multihash, Message.GET_PROVIDERS, collect)
-        # Those that most peers name come first: one that makes providers up does not crowd out the others.
-        return tuple(provider for provider, _ in mentions.most_common(limit))
+        await self._lookup(multihash, Message.GET_PROVIDERS, collect, findings)
+        # One that makes providers up does not crowd out the others.
+        return tuple(cast("list[NodeId]", findings.best_named())[:limit])
 
     async def _send_to_closest(self, key: bytes, message: Message) -> None:
         with trio.move_on_after(LOOKUP_SECONDS):
-            peers = await self._lookup(key, Message.FIND_NODE, _nothing)
+            peers = await self._lookup(key, Message.FIND_NODE, _nothing, _Findings())
             async with trio.open_nursery() as nursery:
                 for peer in peers:
                     nursery.start_soon(self._ask, peer, message)
 
     async def _lookup(
-        self, key: bytes, kind: Message.MessageType, collect: Callable[[Message], Progress]
+        self,
+        key: bytes,
+        kind: Message.MessageType,
+        collect: Callable[[Message], Sequence[object]],
+        findings: _Findings,
     ) -> list[NodeId]:
-        """Ask ever closer peers about a key until the closest have all answered or `collect` says it is enough.
+        """Ask ever closer peers about a key until the closest have all answered or what was found is enough.
 
-        Returns the peers that answered, closest first, at most BUCKET_SIZE.
+        `collect` says what is in an answer. Returns the peers that answered, closest first, at most BUCKET_SIZE.
         """
-        now = trio.current_time()
-        avoided = {peer for peer, until in self._avoided.items() if until > now}
-        known = self._table.closest(position(key), BUCKET_SIZE)
-        # A peer that has connected just now may not have told yet that it belongs in the table.
-        lookup = _Lookup(position(key), {*known, *self._host.peers}, avoided)
+        lookup = self._begin_lookup(position(key))
         message = Message(type=kind, key=key)
+        changed = trio.Event()
 
-        async def work() -> None:
-            while (peer := await lookup.next_peer()) is not None:
+        async def work(path: int) -> None:
+            nonlocal changed
+            while True:
+                peer = lookup.next_peer(path)
+                if peer is None:
+                    if lookup.is_over(path):
+                        return
+                    await changed.wait()
+                    continue
                 answer = await self._ask(peer, message)
                 if answer is None:
-                    lookup.failed(peer)
-                    continue
-                lookup.answered(peer, self._learn(answer.closerPeers[:BUCKET_SIZE]))
-                progress = collect(answer)
-                if progress is Progress.ENOUGH:
-                    scope.cancel()
-                elif progress is Progress.SOME:
-                    scope.deadline = min(scope.deadline, trio.current_time() + PATIENCE_SECONDS)
+                    lookup.failed(path, peer)
+                else:
+                    closer = self._learn(answer.closerPeers[:BUCKET_SIZE])
+                    lookup.answered(path, peer, [one for one in closer if one != self._host.node_id])
+                    findings.add(collect(answer), path)
+                    if findings.is_enough(len(lookup.paths)):
+                        scope.cancel()
+                    elif findings:
+                        scope.deadline = min(scope.deadline, trio.current_time() + PATIENCE_SECONDS)
+                changed.set()
+                changed = trio.Event()
 
         with trio.move_on_after(LOOKUP_SECONDS) as scope:
             async with trio.open_nursery() as nursery:
-                for _ in range(CONCURRENCY):
-                    nursery.start_soon(work)
+                for worker in range(CONCURRENCY if lookup.paths else 0):
+                    nursery.start_soon(work, worker % len(lookup.paths))
         return lookup.closest_answered()
+
+    def _begin_lookup(self, target: int) -> Lookup:
+        now = trio.current_time()
+        avoided = {peer for peer, until in self._avoided.items() if until > now}
+        known = self._table.closest(target, BUCKET_SIZE)
+        # A peer that has connected just now may not have told yet that it belongs in the table.
+        others = [
+            (peer, self._network_of(peer)) for peer in self._host.peers if peer not in known and peer not in avoided
+        ]
+        known += diverse(others, BUCKET_SIZE - len(known))
+        if not self._may_dial:
+            known = [peer for peer in known if peer in self._host.peers]
+        return Lookup(target, known, avoided)
 
     async def _ask(self, peer: NodeId, message: Message) -> Message | None:
         """One request and its answer; None when the peer does not answer well in time."""
@@ -259,6 +329,7 @@ class Kademlia:
             log.debug("%s did not answer a DHT query", peer.short, exc_info=True)
             self.avoid(peer)
             return None
+        self._table.heard_from(peer)
         return answer if answer.type == requests[-1].type else None
 
     def _learn(self, peers: Iterable[Message.Peer]) -> list[NodeId]:
@@ -269,9 +340,10 @@ class Kademlia:
                 node_id = NodeId.from_peer_id(peer.id)
             except LocalError:
                 continue
-            if node_id != self._host.node_id:
+            if node_id != self._host.node_id and self._may_dial:
                 self._host.learn(node_id, parse_all(peer.addrs, MAX_ADDRESSES_PER_PEER), hearsay=True)
-            learnt.append(node_id)
+            if self._may_dial or node_id in {self._host.node_id, *self._host.peers}:
+                learnt.append(node_id)
         return learnt
 
     def _is_valid(self, key: str, value: bytes) -> bool:
@@ -291,9 +363,26 @@ class Kademlia:
         while True:
             with trio.fail_after(IDLE_SECONDS):
                 request = Message.FromString(await read_prefixed(stream, MAX_MESSAGE_BYTES))
+                await self._take_turn(peer)
                 answer = self._answer(peer, request)
                 if answer is not None:
                     await stream.write(prefixed(answer.SerializeToString()))
+
+    async def _take_turn(self, peer: NodeId) -> None:
+        """Wait until a peer that asks more than its share may be answered; raises KademliaError if that is too long."""
+        now = trio.current_time()
+        bucket = self._rates.get(peer) or TokenBucket.full(REQUESTS_PER_SECOND, REQUEST_BURST, now)
+        self._rates[peer] = bucket
+        self._rates.move_to_end(peer)
+        if len(self._rates) > MAX_CONNECTIONS:
+            self._rates.popitem(last=False)
+        bucket.refill(now)
+        if bucket.level < -MAX_DEBT_SECONDS * REQUESTS_PER_SECOND:
+            msg = "too many requests"
+            raise KademliaError(msg)
+        bucket.level -= 1
+        self._table.heard_from(peer)
+        await trio.sleep(max(0.0, -bucket.level / REQUESTS_PER_SECOND))
 
     def _answer(self, peer: NodeId, request: Message) -> Message | None:
         if request.type == Message.PING:
@@ -305,8 +394,8 @@ class Kademlia:
         answer = Message(type=request.type, key=request.key)
         match request.type:
             case Message.PUT_VALUE:
-                self._store(request, now)
-                answer.record.CopyFrom(request.record)
+                # What is kept comes back: whoever has an older one learns of it.
+                answer.record.CopyFrom(Record(key=request.key, value=self._store(request, now)))
                 return answer
             case Message.ADD_PROVIDER:
                 self._add_provider(peer, request, now)
@@ -330,7 +419,8 @@ class Kademlia:
         usable = self._host.usable_by(asker, addresses)
         return Message.Peer(id=peer.peer_id, addrs=[address.to_bytes() for address in usable])
 
-    def _store(self, request: Message, now: float) -> None:
+    def _store(self, request: Message, now: float) -> bytes:
+        """Keep a value unless we have a newer one; the newer of both."""
         value = request.record.value
         key = request.key.decode()
         check_record(key, value)
@@ -339,8 +429,10 @@ class Kademlia:
             raise KademliaError(msg)
         held = self._records.get(key, now)
         # Storing the same value again prolongs it.
-        if held is None or held == value or self._best(key, (held, value)) == 1:
-            self._records.put(key, value, now)
+        if held is not None and held != value and self._best(key, (held, value)) == 0:
+            return held
+        self._records.put(key, value, now)
+        return value
 
     def _add_provider(self, peer: NodeId, request: Message, now: float) -> None:
         if not request.key.startswith(_SHA2_256):
@@ -350,50 +442,4 @@ class Kademlia:
         for provider in request.providerPeers:
             if provider.id == peer.peer_id:
                 self._host.learn(peer, parse_all(provider.addrs, MAX_ADDRESSES_PER_PEER))
-                self._providers.add(request.key, peer, now)
-
-
-class _Lookup:
-    """Which peers a lookup has asked, is asking, and should ask next."""
-
-    def __init__(self, target: int, peers: set[NodeId], avoided: set[NodeId]) -> None:
-        self._target = target
-        self._waiting = peers - avoided
-        self._asking: set[NodeId] = set()
-        self._answered: set[NodeId] = set()
-        self._failed = avoided
-        self._changed = trio.Event()
-
-    async def next_peer(self) -> NodeId | None:
-        """The next peer to ask: the nearest one not asked yet, while it is among the BUCKET_SIZE nearest alive."""
-        while True:
-            alive = closest(self._waiting | self._asking | self._answered, self._target, BUCKET_SIZE)
-            for peer in alive:
-                if peer in self._waiting:
-                    self._waiting.discard(peer)
-                    self._asking.add(peer)
-                    return peer
-            if not self._asking:
-                return None
-            await self._changed.wait()
-
-    def answered(self, peer: NodeId, closer: Iterable[NodeId]) -> None:
-        """A peer has answered, with peers closer to the target."""
-        self._asking.discard(peer)
-        self._answered.add(peer)
-        self._waiting.update(set(closer) - self._asking - self._answered - self._failed)
-        self._notify()
-
-    def failed(self, peer: NodeId) -> None:
-        """A peer has not answered."""
-        self._asking.discard(peer)
-        self._failed.add(peer)
-        self._notify()
-
-    def closest_answered(self) -> list[NodeId]:
-        """Peers that answered, nearest first."""
-        return closest(self._answered, self._target, BUCKET_SIZE)
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+                self._providers.add(request.key, peer, self._network_of(peer), now)
