@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import trio
 
@@ -38,12 +37,14 @@ from aci_p2p.network.api import (
 )
 from aci_p2p.network.checks import check_gossip, check_provider_key, check_record, peer_alone
 from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, SeenCache, judge, message_id
-from aci_p2p.network.limits import MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER, PROVIDER_SECONDS
+from aci_p2p.network.limits import MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER
+from aci_p2p.network.memory_records import RecordRules, RecordShelf
 from aci_p2p.network.memory_stream import MemoryStream, Pipe
-from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import Decision, Validation
 from aci_p2p.tasks import open_background
+from aci_p2p.version import SOFTWARE
 
 INBOX_MESSAGES = 4096
 """Gossip messages on their way to one endpoint; more are lost."""
@@ -51,15 +52,6 @@ REPLICAS = 20
 """Endpoints that keep a DHT record (Kademlia's k)."""
 
 log = logging.getLogger("aci_p2p.network")
-
-
-class RecordRules(NamedTuple):
-    """How an endpoint judges DHT values."""
-
-    validate: RecordValidator
-    """Refuses bad values."""
-    select: RecordSelector
-    """Picks the best of several."""
 
 
 class MemoryHub:
@@ -129,6 +121,7 @@ class MemoryHub:
 
 @dataclass(eq=False, slots=True)
 class _Link:
+    address: str
     outbound: bool
     opened: float
     streams: set[MemoryStream] = field(default_factory=set[MemoryStream])
@@ -144,7 +137,7 @@ class MemoryNetwork(Network):
         self._node_id = node_id
         self._address = address
         self._nursery = nursery
-        self._validate_record, self._select_record = rules
+        self._validate_record = rules.validate
         self._known: dict[NodeId, tuple[str, ...]] = {}
         self._links: dict[NodeId, _Link] = {}
         self._connected: dict[NodeId, tuple[str, ...]] = {}
@@ -159,8 +152,7 @@ class MemoryNetwork(Network):
         self._seen = SeenCache()
         self._inbox: deque[tuple[float, NodeId, str, bytes]] = deque()
         self._inbox_changed = trio.Event()
-        self._records: dict[str, bytes] = {}
-        self._providers: dict[bytes, dict[NodeId, float]] = {}
+        self.shelf = RecordShelf(rules)
 
     @property
     def node_id(self) -> NodeId:
@@ -183,13 +175,13 @@ class MemoryNetwork(Network):
         return tuple(
             ConnectionInfo(
                 peer=peer,
-                address=self._known[peer][0],
+                address=link.address,
                 outbound=link.outbound,
                 relay=None,
                 age_s=now - link.opened,
                 round_trip_ms=2_000 * self._hub.latency,
                 streams=len(link.streams),
-                agent="",
+                agent=SOFTWARE,
                 score=0.0,
             )
             for peer, link in self._links.items()
@@ -241,7 +233,7 @@ class MemoryNetwork(Network):
         return remote
 
     def _add_link(self, peer: NodeId, addresses: Sequence[str], *, outbound: bool) -> None:
-        self._links.setdefault(peer, _Link(outbound, trio.current_time()))
+        self._links.setdefault(peer, _Link(addresses[0], outbound, trio.current_time()))
         self._known[peer] = tuple(addresses)
         self._connected.pop(peer, None)
         self._connected[peer] = tuple(addresses)
@@ -408,46 +400,25 @@ class MemoryNetwork(Network):
         self._validate_record(key, value)
         await trio.sleep(2 * self._hub.latency)
         for network in self._closest(key.encode()):
-            network.store_record(key, value)
-
-    def store_record(self, key: str, value: bytes) -> None:
-        """Keep a value that a peer puts, when it is valid and not worse than what we have."""
-        try:
-            self._validate_record(key, value)
-        except AciError:
-            return
-        held = self._records.get(key)
-        if held is None or self._select_record(key, (held, value)) == 1:
-            self._records[key] = value
+            network.shelf.store(key, value)
 
     async def get_record(self, key: str) -> bytes | None:
         check_record(key, b"")
         await trio.sleep(2 * self._hub.latency)
-        values: list[bytes] = []
-        for network in self._closest(key.encode()):
-            value = network._records.get(key)  # noqa: SLF001 - the lookup message, in one process
-            if value is not None and value not in values:
-                try:
-                    self._validate_record(key, value)
-                except AciError:
-                    continue
-                values.append(value)
-        return values[self._select_record(key, values)] if values else None
+        values = [network.shelf.get(key) for network in self._closest(key.encode())]
+        return self.shelf.best(key, [value for value in values if value is not None])
 
     async def provide(self, key: bytes) -> None:
         check_provider_key(key)
         await trio.sleep(2 * self._hub.latency)
         for network in self._closest(key):
-            network._providers.setdefault(key, {})[self._node_id] = trio.current_time() + PROVIDER_SECONDS  # noqa: SLF001
+            network.shelf.add_provider(key, self._node_id, trio.current_time())
 
     async def find_providers(self, key: bytes, limit: int) -> Sequence[NodeId]:
         check_provider_key(key)
         await trio.sleep(2 * self._hub.latency)
-        found: dict[NodeId, None] = {}
-        for network in self._closest(key):
-            for provider, expiry in network._providers.get(key, {}).items():  # noqa: SLF001
-                if expiry > trio.current_time():
-                    found[provider] = None
+        now = trio.current_time()
+        found = dict.fromkeys(one for network in self._closest(key) for one in network.shelf.providers(key, now))
         for provider in found:
             if provider not in self._known and (remote := self._hub.endpoint(provider)) is not None:
                 self.learn_addresses(provider, remote.addresses)

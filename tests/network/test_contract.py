@@ -10,6 +10,7 @@ import trio
 from aci_p2p.network import MAX_FRAME_BYTES, DialledOurselves, PeerUnreachable, Stream, StreamClosed
 from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.version import SOFTWARE
 from tests.network.driver import ECHO, STRANGER, Opener, OpenLine, echo, eventually, make_key
 
 
@@ -429,6 +430,7 @@ async def test_connections_say_who_dialled_and_known_peers_outlive_them(open_net
             for one in (from_a, from_b):
                 assert 0 <= one.age_s < 10
                 assert one.score == 0
+            await eventually(lambda: a.connections()[0].agent == b.connections()[0].agent == SOFTWARE)
             assert from_a.round_trip_ms is not None
             assert 0 <= from_a.round_trip_ms < 1000
             assert (a.statistics().inbound, a.statistics().outbound) == (0, 1)
