@@ -77,13 +77,12 @@ def presumed_addresses(bound: Iterable[TcpAddress], observed: Iterable[TcpAddres
     Right where a NAT forwards our port (as clouds do) or keeps the ports of what goes out (as most home routers do).
     """
     seen = Counter((address.protocol, address.host) for address in observed if not address.is_loopback)
-    ports = [(address.protocol, address.port) for address in bound if not address.is_loopback]
-    return [
-        TcpAddress(protocol, host, port)
-        for (protocol, host), _ in seen.most_common(MAX_OBSERVED)
-        for of_protocol, port in dict.fromkeys(ports)
-        if of_protocol == protocol
-    ]
+    ports = dict.fromkeys((address.protocol, address.port) for address in bound if not address.is_loopback)
+    presumed: list[TcpAddress] = []
+    for protocol, port in ports:
+        hosts = [host for (of_protocol, host), _ in seen.most_common() if of_protocol == protocol]
+        presumed += [TcpAddress(protocol, host, port) for host in hosts[:MAX_OBSERVED]]
+    return presumed
 
 
 class Throttle:

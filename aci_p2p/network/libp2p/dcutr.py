@@ -228,7 +228,8 @@ class HolePuncher:
         for address in addresses:
             self._host.claims[address.host, address.port] = partial(found.put, address)
         try:
-            with self._host.sharing_ports(), trio.move_on_after(PUNCH_SECONDS):
+            self._host.share_ports()
+            with trio.move_on_after(PUNCH_SECONDS):
                 async with trio.open_nursery() as nursery:
                     for address in addresses:
                         nursery.start_soon(self._keep_connecting, address, found)

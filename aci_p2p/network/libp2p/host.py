@@ -55,6 +55,7 @@ log = logging.getLogger("aci_p2p.network")
 @dataclass(slots=True)
 class _Protocol:
     serve: Callable[[NodeId, YamuxStream], Awaitable[None]]
+    background: bool
     scopes: set[trio.CancelScope] = field(default_factory=set[trio.CancelScope])
 
 
@@ -77,7 +78,6 @@ class Host:
         self._patience: OrderedDict[NodeId, TokenBucket] = OrderedDict()
         self._bound: list[TcpAddress] = []
         self._listeners: list[trio.SocketListener] = []
-        self._sharing = 0
         self._announced: dict[str, tuple[TcpAddress, ...]] = {}
         self.claims: dict[tuple[str, int], Callable[[trio.SocketStream], None]] = {}
         self._trimming = False
@@ -123,24 +123,13 @@ class Host:
             self.reachability = reachability
             self._notify_changed()
 
-    @contextmanager
-    def sharing_ports(self) -> Generator[None]:
-        """Let our own sockets dial from the ports at which we listen, within the block (SO_REUSEPORT).
+    def share_ports(self) -> None:
+        """From now on let our own sockets dial from the ports at which we listen (SO_REUSEPORT).
 
-        Only a program of the same user that asks for the same could use them, too.
+        Another program still cannot listen there, but for one of the same user that asks for the same.
         """
-        self._share_ports(1)
-        try:
-            yield
-        finally:
-            self._share_ports(-1)
-
-    def _share_ports(self, change: int) -> None:
-        self._sharing += change
         for listener in self._listeners:
-            if listener.socket.fileno() < 0:
-                continue  # closed: the host is on its way out
-            listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(self._sharing > 0))
+            listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
     def _notify_changed(self) -> None:
         for notify in self.on_changed:
@@ -352,6 +341,8 @@ class Host:
             msg = f"{peer.short} takes no more streams from us"
             raise PeerUnreachable(msg) from error
         connection.used = trio.current_time()
+        if (served := self._protocols.get(protocol)) is None or not served.background:
+            stream.mark_in_use()
         try:
             with trio.fail_after(NEGOTIATION_SECONDS):
                 await select_outbound(stream, protocol)
@@ -365,12 +356,17 @@ class Host:
         return stream
 
     @contextmanager
-    def serve(self, protocol: str, serve: Callable[[NodeId, YamuxStream], Awaitable[None]]) -> Generator[None]:
-        """Serve a protocol within the block; what is being served then is cancelled. Raises LocalError when taken."""
+    def serve(
+        self, protocol: str, serve: Callable[[NodeId, YamuxStream], Awaitable[None]], *, background: bool = False
+    ) -> Generator[None]:
+        """Serve a protocol within the block; what is being served then is cancelled. Raises LocalError when taken.
+
+        Streams of a `background` protocol do not keep a connection from being closed when there are too many.
+        """
         if protocol in self._protocols:
             msg = f"{protocol} is already served"
             raise LocalError(msg)
-        served = self._protocols[protocol] = _Protocol(serve)
+        served = self._protocols[protocol] = _Protocol(serve, background)
         self._notify_changed()
         try:
             yield
@@ -410,6 +406,8 @@ class Host:
                 del self._inbound_streams[peer]
 
     async def _run_server(self, protocol: _Protocol, peer: NodeId, stream: YamuxStream) -> None:
+        if not protocol.background:
+            stream.mark_in_use()
         scope = trio.CancelScope()
         protocol.scopes.add(scope)
         try:
