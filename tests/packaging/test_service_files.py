@@ -16,9 +16,9 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from aci_p2p.cli.app import app
+from aci_p2p.cli.join import CLOSING_S
 from aci_p2p.config import SETTINGS, load
-from aci_p2p.config.node import DEFAULT_LISTEN
-from aci_p2p.jobs import FAREWELL_S
+from aci_p2p.config.node import DEFAULT_GRACE_S, DEFAULT_LISTEN
 from aci_p2p.protocol.errors import LocalError
 
 MAX_EXPOSURE = 1.5
@@ -73,7 +73,7 @@ def test_the_unit_starts_what_there_is(unit: dict[str, list[str]]) -> None:
     assert parse(arguments) == ["join"]
     assert unit["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
     assert unit["RestartPreventExitStatus"] == [str(LocalError.exit_code)]
-    assert int(unit["TimeoutStopSec"][0].removesuffix("s")) > 2 * FAREWELL_S
+    assert int(unit["TimeoutStopSec"][0].removesuffix("s")) > DEFAULT_GRACE_S + CLOSING_S
     assert unit["KillSignal"] == ["SIGTERM"]
 
 
