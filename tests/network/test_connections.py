@@ -10,16 +10,18 @@ import trio
 import trio.testing
 
 from aci_p2p.network import NetworkConfig, PeerUnreachable
-from aci_p2p.network.libp2p import connections, host, yamux
+from aci_p2p.network.libp2p import connections, host, open_libp2p_network, yamux
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.connections import Connection, source_of
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.validation import ACCEPTED
 from aci_p2p.tasks import open_background
-from tests.network.driver import ECHO, Opener, echo, eventually, make_key
+from tests.network.driver import ECHO, TOPIC, Opener, echo, eventually, make_key, select_record, validate_record
 
 LISTEN = TcpAddress("ip4", "127.0.0.1", 0)
+BACKGROUND = "/test/background/1"
 RELAY = make_key(77).node_id
 CIRCUIT = TcpAddress("ip4", "192.0.2.1", 4001, None, RELAY)
 
@@ -28,7 +30,7 @@ CIRCUIT = TcpAddress("ip4", "192.0.2.1", 4001, None, RELAY)
 async def hosts(count: int, config: NetworkConfig | None = None) -> AsyncGenerator[list[Host]]:
     """Hosts that listen on loopback, the smallest identity first."""
     async with open_background() as nursery:
-        keys = sorted((make_key(number) for number in range(1, count + 1)), key=lambda key: key.node_id)
+        keys = sorted((make_key(100 + number) for number in range(count)), key=lambda key: key.node_id)
         opened = [Host(key, nursery, config) for key in keys]
         for one in opened:
             await one.listen(LISTEN)
@@ -186,15 +188,17 @@ async def test_least_useful_connections_are_closed_above_high_water(monkeypatch:
     monkeypatch.setattr(host, "TRIM_SECONDS", 0.05)
     async with hosts(8, NetworkConfig(low_water=4, high_water=6)) as (ours, *others):
         busy, needed, dialled, *strangers = others
-        with ours.serve(ECHO, echo_bytes):
+        with ours.serve(ECHO, echo_bytes), ours.serve(BACKGROUND, echo_bytes, background=True):
             ours.connections.protected.append(lambda: [needed.node_id])
             for other in (busy, needed, strangers[0]):
                 await other.dial(ours.node_id, ours.addresses)
-            streams = [await busy.open_stream(ours.node_id, ECHO) for _ in range(connections.IDLE_STREAMS + 1)]
+            streams = [await busy.open_stream(ours.node_id, ECHO)]
             await ours.dial(dialled.node_id, dialled.addresses)
             for other in strangers[1:3]:
                 await other.dial(ours.node_id, ours.addresses)
             (await strangers[0].open_stream(ours.node_id, ECHO)).reset()
+            held = [await stranger.open_stream(ours.node_id, BACKGROUND) for stranger in strangers[:3]]
+            assert all([await answers(stream) for stream in held])
             await trio.sleep(0.1)
             assert len(ours.peers) == 6
             await strangers[3].dial(ours.node_id, ours.addresses)
@@ -214,6 +218,27 @@ async def test_young_connections_are_spared_for_a_while(monkeypatch: pytest.Monk
         assert len(ours.peers) == 4
         await eventually(lambda: len(ours.peers) == 1)
         assert others[3].node_id in ours.peers
+
+
+async def test_neighbours_in_a_mesh_are_kept(monkeypatch: pytest.MonkeyPatch, open_libp2p: Opener) -> None:
+    monkeypatch.setattr(connections, "YOUNG_SECONDS", 0.3)
+    monkeypatch.setattr(host, "TRIM_SECONDS", 0.05)
+    config = NetworkConfig(low_water=1, high_water=3)
+    rules = {"record_validator": validate_record, "record_selector": select_record}
+    async with (
+        open_libp2p_network(make_key(1), config, **rules) as ours,  # type: ignore[arg-type]
+        open_libp2p(2) as neighbour,
+        ours.subscribe(TOPIC, lambda _peer, _data: ACCEPTED, capacity=1),
+        neighbour.subscribe(TOPIC, lambda _peer, _data: ACCEPTED, capacity=1),
+        hosts(5) as strangers,
+    ):
+        await neighbour.connect(ours.addresses[0])
+        await eventually(lambda: ours.topic_peers(TOPIC))
+        for stranger in strangers:
+            await stranger.dial(ours.node_id, [TcpAddress.parse(ours.addresses[0])])
+        await eventually(lambda: len(ours.peers) == 1)
+        assert list(ours.peers) == [neighbour.node_id]
+        assert ours.statistics().trimmed == 5
 
 
 async def test_connections_from_one_source_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,15 +236,15 @@ async def test_oldest_idle_connection_makes_room(monkeypatch: pytest.MonkeyPatch
         for other in others:
             await other.listen(TcpAddress.parse("/ip4/127.0.0.1/tcp/0"))
         busy, *_ = [await dialler.dial(other.node_id, other.addresses) for other in others[:3]]
-        streams = [busy.muxer.open_stream() for _ in range(connections.IDLE_STREAMS + 1)]
+        stream = busy.muxer.open_stream()
+        stream.mark_in_use()
         await dialler.dial(others[3].node_id, others[3].addresses)
         assert set(dialler.peers) == {others[index].node_id for index in (0, 2, 3)}
-        streams[0].reset()
+        stream.reset()
         await dialler.dial(others[4].node_id, others[4].addresses)
         assert set(dialler.peers) == {others[index].node_id for index in (2, 3, 4)}
         for connection in [await dialler.dial(other.node_id) for other in others[2:]]:
-            for _ in range(connections.IDLE_STREAMS + 1):
-                connection.muxer.open_stream()
+            connection.muxer.open_stream().mark_in_use()
         with pytest.raises(PeerUnreachable, match="in use"):
             await dialler.dial(others[0].node_id)
 

@@ -27,8 +27,6 @@ MAX_CONNECTIONS_PER_SOURCE = 32
 """Inbound connections kept from one source, loopback excepted (a NAT may hide several nodes)."""
 YOUNG_SECONDS = 30.0
 """How long a new connection is kept in any case, seconds: time to say who one is and to be of use."""
-IDLE_STREAMS = 2
-"""Streams of a connection that is not in use: gossip has one each way."""
 BAN_SECONDS = 60.0
 """How long a peer that was thrown out is neither dialled nor let in, seconds."""
 
@@ -60,11 +58,6 @@ class Connection:
     def is_local(self) -> bool:
         """Whether the peer is on this machine."""
         return self.relay is None and self.source == LOOPBACK
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing but gossip is on it."""
-        return self.muxer.stream_count <= IDLE_STREAMS
 
 
 LOOPBACK = "loopback"
@@ -167,7 +160,7 @@ class Connections:
         connections = self.all
         if len(connections) < MAX_CONNECTIONS:
             return
-        idle = [one for one in connections if one.outbound and one.is_idle]
+        idle = [one for one in connections if one.outbound and not one.muxer.is_in_use]
         if not idle:
             msg = f"all {MAX_CONNECTIONS} connections are in use"
             raise PeerUnreachable(msg)
@@ -189,7 +182,7 @@ class Connections:
             return []
         old = trio.current_time() - YOUNG_SECONDS
         needed = {peer for protected in self.protected for peer in protected()}
-        idle = [one for one in connections if one.opened <= old and one.is_idle and one.peer not in needed]
+        idle = [one for one in connections if one.opened <= old and not one.muxer.is_in_use and one.peer not in needed]
         idle.sort(key=lambda one: (one.outbound, max(one.used, one.opened)))
         chosen = idle[: len(connections) - self._low_water]
         self.trimmed += len(chosen)

@@ -33,6 +33,8 @@ STAGGER_SECONDS = 0.25
 """Time between the beginnings of two attempts, seconds (RFC 8305 section 5)."""
 MAX_RESOLVED = 8
 """IP addresses of one name that are tried."""
+MAX_ATTEMPTS = 8
+"""TCP connections of one search that are tried at once."""
 HEAD_START_SECONDS = 2.0
 """How long only direct addresses are tried before those through relays, seconds: a peer that has both is most likely
 behind a NAT, and once a relayed connection is up a direct one may follow."""
@@ -69,6 +71,7 @@ class Race:
         """`peer`: who has to answer; None: whoever does."""
         self._security = security
         self._peer = peer
+        self._limit = trio.CapacityLimiter(MAX_ATTEMPTS)
         self.failures: dict[TcpAddress, str] = {}
 
     async def run(self, addresses: Sequence[TcpAddress]) -> Reached | None:
@@ -116,7 +119,8 @@ class Race:
 
     async def _try_ip(self, address: TcpAddress, host: str) -> Reached | None:
         try:
-            return await self._dial_ip(address, host)
+            async with self._limit:
+                return await self._dial_ip(address, host)
         except PeerUnreachable as error:
             self._note(address, error)
             return None

@@ -226,11 +226,14 @@ async def open_libp2p_network(
         traversal = Traversal(host, identify, key, config, nursery=nursery, random=random, clock=system_clock)
         host.connections.protected += [gossip.mesh_peers, kademlia.close_peers]
         with ExitStack() as stack:
-            stack.enter_context(host.serve(identify_module.PROTOCOL, identify.serve))
-            stack.enter_context(host.serve(identify_module.PUSH_PROTOCOL, identify.serve_push))
-            stack.enter_context(host.serve(ping_module.PROTOCOL, ping_module.serve_ping))
-            stack.enter_context(host.serve(gossip_module.PROTOCOL, gossip.serve))
-            stack.enter_context(host.serve(kademlia_module.PROTOCOL, kademlia.serve))
+            for protocol, serve in (
+                (identify_module.PROTOCOL, identify.serve),
+                (identify_module.PUSH_PROTOCOL, identify.serve_push),
+                (ping_module.PROTOCOL, ping_module.serve_ping),
+                (gossip_module.PROTOCOL, gossip.serve),
+                (kademlia_module.PROTOCOL, kademlia.serve),
+            ):
+                stack.enter_context(host.serve(protocol, serve, background=True))
             stack.enter_context(traversal.serving())
             network = Libp2pNetwork(host, gossip, kademlia, traversal)
             host.announce("config", announced)

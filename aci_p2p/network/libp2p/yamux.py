@@ -99,6 +99,7 @@ class _State:
         self.ended_by_peer = False
         self.ended_by_us = False
         self.reset = False
+        self.in_use = False
         self.changed = trio.Event()
 
     def notify(self) -> None:
@@ -118,6 +119,10 @@ class YamuxStream:
     def __init__(self, muxer: Yamux, state: _State) -> None:
         self._muxer = muxer
         self._state = state
+
+    def mark_in_use(self) -> None:
+        """Somebody needs this stream, and so its connection."""
+        self._state.in_use = True
 
     async def read(self, limit: int) -> bytes:
         """Receive 1 to `limit` bytes. Raises EndOfStream or StreamReset. Loses nothing when cancelled."""
@@ -211,6 +216,11 @@ class Yamux:
     def stream_count(self) -> int:
         """Streams open in both directions."""
         return len(self._streams)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a stream is open that somebody needs."""
+        return any(state.in_use for state in self._streams.values())
 
     @property
     def congested(self) -> bool:
