@@ -34,7 +34,7 @@ async def three(monkeypatch: pytest.MonkeyPatch) -> AsyncGenerator[Three]:
 
     Neither tries for better of its own accord.
     """
-    monkeypatch.setattr(HolePuncher, "identified", lambda *_: None)
+    monkeypatch.setattr(HolePuncher, "identified", _ignore)
     async with (
         open_traversing(1) as server,
         open_traversing(2, listen=[ANY], config=NetworkConfig()) as private,
@@ -138,6 +138,10 @@ async def test_the_protocol_tries_three_times_and_leaves_the_relay(
     identified(private.traversal.puncher, other.id, identity)
     assert private.traversal.puncher._busy == 0
     await exchange(private.host, other.id)
+
+
+def _ignore(*_: object) -> None:
+    pass
 
 
 async def _never(*_: object) -> bool:

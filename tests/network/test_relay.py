@@ -6,9 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
 import trio
-from hypothesis import given
-from hypothesis import strategies as st
-from libp2p.peer.envelope import make_unsigned
+from libp2p.peer.envelope import make_unsigned  # pyright: ignore[reportMissingTypeStubs] - py.typed, but it says otherwise
 from libp2p.peer.pb.envelope_pb2 import Envelope
 from libp2p.relay.circuit_v2.pb.circuit_pb2 import (
     HopMessage,
@@ -39,11 +37,17 @@ from aci_p2p.network.libp2p.circuit import (
 )
 from aci_p2p.network.libp2p.connections import LOOPBACK
 from aci_p2p.network.libp2p.host import Host
-from aci_p2p.network.libp2p.relay_server import Capacity, sign_voucher
+from aci_p2p.network.libp2p.relay_server import Capacity, Circuit, sign_voucher
 from aci_p2p.network.libp2p.secure import Security
 from aci_p2p.network.libp2p.upgrade import multiplex_outbound
 from aci_p2p.network.libp2p.varint import prefixed
-from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
+from aci_p2p.network.libp2p.yamux import (
+    MAX_BUFFERED_BYTES,
+    WINDOW_BYTES,
+    EndOfStream,
+    StreamReset,
+    YamuxStream,
+)
 from aci_p2p.protocol.identity import NodeId
 from tests.network.attack import until_refused
 from tests.network.driver import ECHO, STRANGER, eventually, make_key
@@ -96,52 +100,63 @@ def test_this_machine_may_have_more_reservations() -> None:
     assert capacity.reserve(STRANGER, LOOPBACK, 0) == Status.RESERVATION_REFUSED
 
 
+def to(target: NodeId, initiator: NodeId = PEERS[0], source: str = LOOPBACK) -> Circuit:
+    """A circuit."""
+    return Circuit(initiator, source, target)
+
+
 def test_circuits_need_a_reservation_that_holds() -> None:
     capacity = Capacity()
-    assert capacity.open_circuit(PEERS[0], PEERS[1], 0) == Status.NO_RESERVATION
+    assert capacity.open_circuit(to(PEERS[1]), 0) == Status.NO_RESERVATION
     assert capacity.reserve(PEERS[1], "1.1.1.1", 0) == Status.OK
-    assert capacity.open_circuit(PEERS[1], PEERS[1], 0) == Status.PERMISSION_DENIED
-    assert capacity.open_circuit(PEERS[0], PEERS[1], relay_server.RESERVATION_SECONDS - 1) == Status.OK
-    assert capacity.open_circuit(PEERS[0], PEERS[1], relay_server.RESERVATION_SECONDS) == Status.NO_RESERVATION
+    assert capacity.open_circuit(to(PEERS[1], PEERS[1]), 0) == Status.PERMISSION_DENIED
+    assert capacity.open_circuit(to(PEERS[1]), relay_server.RESERVATION_SECONDS - 1) == Status.OK
+    assert capacity.open_circuit(to(PEERS[1]), relay_server.RESERVATION_SECONDS) == Status.NO_RESERVATION
     capacity.release(PEERS[1])
-    assert capacity.open_circuit(PEERS[0], PEERS[1], 0) == Status.NO_RESERVATION
+    assert capacity.open_circuit(to(PEERS[1]), 0) == Status.NO_RESERVATION
 
 
-def test_circuits_are_bounded_by_reservation_by_initiator_and_in_all() -> None:
+def capacity_for(targets: list[NodeId]) -> Capacity:
+    """Reservations for some peers."""
     capacity = Capacity()
-    targets, initiators = PEERS[:20], PEERS[20:]
     for target in targets:
         assert capacity.reserve(target, LOOPBACK, 0) == Status.OK
-    for initiator in initiators[: relay_server.MAX_CIRCUITS_PER_RESERVATION]:
-        assert capacity.open_circuit(initiator, targets[0], 0) == Status.OK
-    assert capacity.open_circuit(initiators[-1], targets[0], 0) == Status.RESOURCE_LIMIT_EXCEEDED
-    capacity.close_circuit(initiators[0], targets[0])
-    assert capacity.open_circuit(initiators[-1], targets[0], 0) == Status.OK
-    for target in targets[1 : relay_server.MAX_CIRCUITS_PER_INITIATOR]:
-        assert capacity.open_circuit(initiators[-1], target, 0) == Status.OK
-    assert capacity.open_circuit(initiators[-1], targets[-1], 0) == Status.RESOURCE_LIMIT_EXCEEDED
-    pairs = [(initiator, target) for target in targets[1:] for initiator in initiators[: len(targets)]]
-    opened = [capacity.open_circuit(initiator, target, 0) for initiator, target in pairs]
+    return capacity
+
+
+LIMIT = relay_server.MAX_CIRCUITS_PER_PEER
+
+
+@pytest.mark.parametrize(
+    ("circuits_that_fit", "one_more"),
+    [
+        ([to(PEERS[1], initiator) for initiator in PEERS[100 : 100 + LIMIT]], to(PEERS[1], STRANGER)),
+        ([to(target, STRANGER) for target in PEERS[1 : 1 + LIMIT]], to(PEERS[50], STRANGER)),
+        # Both ends of a circuit hold what it carries: one kind counts like the other.
+        ([to(target, PEERS[60]) for target in PEERS[1 : 1 + LIMIT]], to(PEERS[60], STRANGER)),
+        ([to(PEERS[n % 60], PEERS[100 + n], SOURCES[1]) for n in range(32)], to(PEERS[59], STRANGER, SOURCES[1])),
+        ([to(PEERS[1], PEERS[100 + n], SOURCES[1]) for n in range(4)], to(PEERS[1], STRANGER, SOURCES[1])),
+    ],
+)
+def test_circuits_of_each_are_bounded(circuits_that_fit: list[Circuit], one_more: Circuit) -> None:
+    capacity = capacity_for(PEERS[:61])
+    for circuit in circuits_that_fit:
+        assert capacity.open_circuit(circuit, 0) == Status.OK
+    assert capacity.open_circuit(one_more, 0) == Status.RESOURCE_LIMIT_EXCEEDED
+    capacity.close_circuit(circuits_that_fit[0])
+    assert capacity.open_circuit(one_more, 0) == Status.OK
+
+
+def test_circuits_are_bounded_in_all() -> None:
+    capacity = capacity_for(PEERS[:100])
+    pairs = [to(PEERS[n % 100], PEERS[100 + n % 200]) for n in range(relay_server.MAX_CIRCUITS)]
+    assert {capacity.open_circuit(circuit, 0) for circuit in pairs} == {Status.OK}
+    assert capacity.open_circuit(to(PEERS[99], STRANGER), 0) == Status.RESOURCE_LIMIT_EXCEEDED
     assert capacity.circuits == relay_server.MAX_CIRCUITS
-    assert opened[-1] == Status.RESOURCE_LIMIT_EXCEEDED
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), max_size=60))
-def test_circuits_that_are_closed_leave_nothing(steps: list[tuple[bool, int, int]]) -> None:
-    capacity = Capacity()
-    for peer in PEERS[:4]:
-        capacity.reserve(peer, LOOPBACK, 0)
-    opened: list[tuple[NodeId, NodeId]] = []
-    for opens, initiator, target in steps:
-        if opens and capacity.open_circuit(PEERS[initiator], PEERS[target], 0) == Status.OK:
-            opened.append((PEERS[initiator], PEERS[target]))
-        elif opened:
-            capacity.close_circuit(*opened.pop(0))
-        assert capacity.circuits == len(opened)
-    for pair in opened:
-        capacity.close_circuit(*pair)
-    assert not capacity._to
-    assert not capacity._from
+def test_slow_readers_at_the_ends_of_circuits_do_not_cut_off_who_sends() -> None:
+    assert relay_server.MAX_CIRCUITS_PER_PEER * WINDOW_BYTES <= MAX_BUFFERED_BYTES - 4 * WINDOW_BYTES
 
 
 def test_vouchers_are_signed_envelopes() -> None:

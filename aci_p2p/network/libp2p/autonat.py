@@ -55,7 +55,7 @@ FIRST_SECONDS = 2.0
 """Time before the first question, seconds: peers have said by then where they see us."""
 PAUSE_SECONDS = 1.0
 """Time between two questions of a round, seconds."""
-PATIENCE_SECONDS = 10.0
+PATIENCE_SECONDS = 5.0
 """How long a round waits for more peers to ask, seconds, when fewer than a quorum can be."""
 ROUND_SECONDS = 900.0
 """Time between two rounds, seconds, give or take a fifth."""

@@ -11,8 +11,8 @@ Source: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 from libp2p.peer.pb.crypto_pb2 import PublicKey
@@ -30,7 +30,7 @@ from aci_p2p.network.libp2p.circuit import (
     read_stop,
     stop_connect,
 )
-from aci_p2p.network.libp2p.connections import LOOPBACK
+from aci_p2p.network.libp2p.connections import LOOPBACK, Connection
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
@@ -44,10 +44,13 @@ RESERVATION_SECONDS = 3600
 """How long a reservation lasts, seconds; it ends before when the peer disconnects."""
 MAX_CIRCUITS = 256
 """Circuits open at once. Each holds two streams, a task and at most 640 KiB: two windows, and a read each way."""
-MAX_CIRCUITS_PER_RESERVATION = 32
-"""Circuits to one peer: a provider that is at work for so many, or is heard by so many in gossip."""
-MAX_CIRCUITS_PER_INITIATOR = 16
-"""Circuits from one peer: as many providers behind NATs as a consumer talks to at once."""
+MAX_CIRCUITS_PER_PEER = 12
+"""Circuits to one peer, and as many from one. Whoever is at the other ends may all stop reading at once; then what this
+peer has sent fills a window each, and all of them must stay below what its connection to us may hold (4 MiB)."""
+MAX_CIRCUITS_PER_SOURCE = 32
+"""Circuits from one source, loopback excepted: nobody has all of them for himself."""
+MAX_CIRCUITS_PER_SOURCE_AND_TARGET = 4
+"""Of which so many may lead to one peer: nobody cuts off a peer by taking all of its circuits."""
 CIRCUIT_SECONDS = 1800
 """How long a circuit may last, seconds. Its dialler begins a new one at half of that (`relay.py`), so that a stream has
 at least 15 minutes: far more than a job streams tokens."""
@@ -73,13 +76,23 @@ class _Reserved:
     until: float
 
 
+class Circuit(NamedTuple):
+    """Who talks to whom through us."""
+
+    initiator: NodeId
+    """Who has asked for it."""
+    source: str
+    """Where the initiator is, see `connections.source_of`."""
+    target: NodeId
+    """To whom it leads."""
+
+
 class Capacity:
     """Who has a reservation, and which circuits are open. No I/O; times are seconds of any one clock."""
 
     def __init__(self) -> None:
         self._reserved: dict[NodeId, _Reserved] = {}
-        self._to: Counter[NodeId] = Counter()
-        self._from: Counter[NodeId] = Counter()
+        self._circuits: list[Circuit] = []
 
     @property
     def reserving(self) -> tuple[NodeId, ...]:
@@ -89,7 +102,7 @@ class Capacity:
     @property
     def circuits(self) -> int:
         """Circuits that are open."""
-        return self._to.total()
+        return len(self._circuits)
 
     def reserve(self, peer: NodeId, source: str, now: float) -> Status.ValueType:
         """Give a peer a reservation, or prolong the one it has."""
@@ -106,29 +119,35 @@ class Capacity:
         """A peer has disconnected: its reservation is over."""
         self._reserved.pop(peer, None)
 
-    def open_circuit(self, initiator: NodeId, target: NodeId, now: float) -> Status.ValueType:
+    def open_circuit(self, circuit: Circuit, now: float) -> Status.ValueType:
         """Enter a circuit, when OK."""
-        if initiator == target:
+        if circuit.initiator == circuit.target:
             return Status.PERMISSION_DENIED
-        reserved = self._reserved.get(target)
+        reserved = self._reserved.get(circuit.target)
         if reserved is None or reserved.until <= now:
             return Status.NO_RESERVATION
-        if (
-            self.circuits >= MAX_CIRCUITS
-            or self._to[target] >= MAX_CIRCUITS_PER_RESERVATION
-            or self._from[initiator] >= MAX_CIRCUITS_PER_INITIATOR
-        ):
+        if not self._has_room_for(circuit):
             return Status.RESOURCE_LIMIT_EXCEEDED
-        self._to[target] += 1
-        self._from[initiator] += 1
+        self._circuits.append(circuit)
         return Status.OK
 
-    def close_circuit(self, initiator: NodeId, target: NodeId) -> None:
+    def _has_room_for(self, circuit: Circuit) -> bool:
+        if len(self._circuits) >= MAX_CIRCUITS:
+            return False
+        if any(
+            sum(peer in {other.initiator, other.target} for other in self._circuits) >= MAX_CIRCUITS_PER_PEER
+            for peer in (circuit.initiator, circuit.target)
+        ):
+            return False
+        of_source = [other for other in self._circuits if other.source == circuit.source]
+        return circuit.source == LOOPBACK or (
+            len(of_source) < MAX_CIRCUITS_PER_SOURCE
+            and sum(other.target == circuit.target for other in of_source) < MAX_CIRCUITS_PER_SOURCE_AND_TARGET
+        )
+
+    def close_circuit(self, circuit: Circuit) -> None:
         """A circuit is over."""
-        for count, peer in ((self._to, target), (self._from, initiator)):
-            count[peer] -= 1
-            if not count[peer]:
-                del count[peer]
+        self._circuits.remove(circuit)
 
 
 def sign_voucher(key: KeyPair, peer: NodeId, expires: int) -> bytes:
@@ -172,7 +191,7 @@ class RelayServer:
         elif message.type == HopMessage.RESERVE:
             await stream.write(self._reserve(peer, connection.source))
         elif message.type == HopMessage.CONNECT:
-            await self._connect(peer, stream, message)
+            await self._connect(connection, stream, message)
         else:
             await stream.write(hop_status(Status.UNEXPECTED_MESSAGE))
 
@@ -191,18 +210,18 @@ class RelayServer:
         )
         return hop_status(status, reservation=reservation, limit=_limit())
 
-    async def _connect(self, initiator: NodeId, stream: YamuxStream, message: HopMessage) -> None:
+    async def _connect(self, connection: Connection, stream: YamuxStream, message: HopMessage) -> None:
         try:
-            target = named_peer(message)
+            circuit = Circuit(connection.peer, connection.source, named_peer(message))
         except CircuitError:
             await stream.write(hop_status(Status.MALFORMED_MESSAGE))
             return
-        status = self.capacity.open_circuit(initiator, target, trio.current_time())
+        status = self.capacity.open_circuit(circuit, trio.current_time())
         if status != Status.OK:
             await stream.write(hop_status(status))
             return
         try:
-            onward = await self._open_onward(initiator, target)
+            onward = await self._open_onward(circuit.initiator, circuit.target)
             if onward is None:
                 await stream.write(hop_status(Status.CONNECTION_FAILED))
                 return
@@ -212,7 +231,7 @@ class RelayServer:
             finally:
                 onward.reset()
         finally:
-            self.capacity.close_circuit(initiator, target)
+            self.capacity.close_circuit(circuit)
 
     async def _open_onward(self, initiator: NodeId, target: NodeId) -> YamuxStream | None:
         """The stream to whom a circuit leads; None when it does not take it."""
