@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -43,6 +44,11 @@ async def silent() -> AsyncGenerator[TcpAddress]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         await trio.lowlevel.checkpoint()
         yield TcpAddress("ip4", "127.0.0.1", listener.getsockname()[1])
+
+
+def open_descriptors() -> int:
+    """File descriptors of this process."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def fake_names(monkeypatch: pytest.MonkeyPatch, **names: list[str]) -> list[socket.AddressFamily]:
@@ -281,3 +287,36 @@ async def test_connection_that_breaks_at_once_leads_to_the_next_address(monkeypa
 
         monkeypatch.setattr(host, "multiplex_outbound", break_first)
         assert (await a.dial(b.node_id, [first, second])).place == second
+
+
+async def test_attempts_that_lost_leave_no_sockets() -> None:
+    async with hosts(2) as (a, b), silent() as mute:
+        before = open_descriptors()
+        for _ in range(3):
+            connection = await a.dial(b.node_id, [mute, NOWHERE, *b.addresses])
+            await connection.muxer.close()
+            await eventually(lambda: not a.peers)
+            with trio.move_on_after(0.05) as scope:
+                await a.dial(STRANGER, [mute, mute])
+            assert scope.cancelled_caught
+        await eventually(lambda: not b.peers and open_descriptors() <= before)
+
+
+async def test_so_many_addresses_are_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way = most = 0
+
+    async def open_tcp(_host: str, _port: int, _place: str) -> trio.SocketStream:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return await trio.sleep_forever()
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(dialling, "_open_tcp", open_tcp)
+    monkeypatch.setattr(dialling, "STAGGER_SECONDS", 0.001)
+    async with hosts(1) as (a,):
+        with trio.move_on_after(0.3):
+            await a.dial(STRANGER, [TcpAddress("ip4", "192.0.2.1", port) for port in range(1, 100)])
+    assert (most, under_way) == (dialling.MAX_ATTEMPTS, 0)

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
@@ -50,6 +51,13 @@ def wires(chunks: int = 1000) -> tuple[Wire, Wire]:
     there, from_there = trio.open_memory_channel[bytes](chunks)
     back, from_back = trio.open_memory_channel[bytes](chunks)
     return Wire(there, from_back), Wire(back, from_there)
+
+
+async def until_lost(wire: Wire) -> None:
+    """Read until the other side hangs up."""
+    with pytest.raises(Lost):
+        while True:
+            await wire.receive()
 
 
 class Served:
@@ -281,6 +289,68 @@ async def test_silent_peer_is_given_up(autojump_clock: MockClock) -> None:
         await Yamux(left, is_initiator=True).run(Served())
     assert caught.group_contains(YamuxError, match="pings")
     assert trio.current_time() >= yamux.KEEPALIVE_SECONDS + yamux.KEEPALIVE_TIMEOUT_SECONDS
+
+
+async def test_answer_counts_for_the_ping_that_was_asked(autojump_clock: MockClock) -> None:
+    async with by_hand() as (wire, listener, _), trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(listener.ping)
+            ((_, _, _, number),) = await frames(wire, 1)
+            await wire.write(frame(PING, ACK, 0, number + 1))
+            await trio.sleep(0.25)
+            await wire.write(frame(PING, ACK, 0, number) * 2)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not nursery.child_tasks
+            assert listener.round_trip == pytest.approx(0.25)
+            listener.round_trip = None
+    assert not listener._pings
+
+
+async def test_peer_that_sends_and_is_slow_to_answer_is_alive(autojump_clock: MockClock) -> None:
+    async with by_hand() as (wire, listener, _):
+        for _ in range(60):
+            await trio.sleep(5)
+            await wire.write(frame(WINDOW_UPDATE, 0, 77, 1))
+        assert not listener.is_closed
+        fell_silent = trio.current_time()
+        await until_lost(wire)
+        longest = 2 * yamux.KEEPALIVE_SECONDS + yamux.KEEPALIVE_TIMEOUT_SECONDS
+        assert yamux.KEEPALIVE_TIMEOUT_SECONDS <= trio.current_time() - fell_silent <= longest
+
+
+async def test_connection_knows_when_nothing_is_on_it(autojump_clock: MockClock) -> None:
+    async with pair() as (dialler, listener, inbound), trio.open_nursery() as nursery:
+        await listener.wait_idle()
+        first, second = dialler.open_stream(), dialler.open_stream()
+        theirs = [await inbound.receive.receive() for _ in range(2)]
+        done = 0
+
+        async def wait() -> None:
+            nonlocal done
+            await listener.wait_idle()
+            done += 1
+
+        nursery.start_soon(wait)
+        nursery.start_soon(wait)
+        assert not listener.is_in_use
+        theirs[0].mark_in_use()
+        assert listener.is_in_use
+        assert not dialler.is_in_use
+        first.reset()
+        await trio.sleep(1)
+        assert (listener.stream_count, listener.is_in_use, done) == (1, False, 0)
+        theirs[1].close()
+        await trio.sleep(1)
+        assert done == 2
+        second.close()
+        dialler.open_stream()
+        await inbound.receive.receive()
+        nursery.start_soon(wait)
+        await trio.sleep(1)
+        assert done == 2
+        await dialler.close()
+        await trio.sleep(1)
+        assert done == 3
 
 
 async def test_idle_connection_stays(autojump_clock: MockClock) -> None:
