@@ -332,10 +332,9 @@ async def test_connection_knows_when_nothing_is_on_it(autojump_clock: MockClock)
 
         nursery.start_soon(wait)
         nursery.start_soon(wait)
-        assert not listener.is_in_use
+        assert (dialler.is_in_use, listener.is_in_use) == (False, False)
         theirs[0].mark_in_use()
-        assert listener.is_in_use
-        assert not dialler.is_in_use
+        assert (dialler.is_in_use, listener.is_in_use) == (False, True)
         first.reset()
         await trio.sleep(1)
         assert (listener.stream_count, listener.is_in_use, done) == (1, False, 0)
