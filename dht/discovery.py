@@ -104,6 +104,10 @@ class Discovery:
         """
         await self._membership.join(bootstrap, require=require)
 
+    def forget(self, bootstrap: Sequence[str]) -> None:
+        """Keep to these addresses no more; connections stay."""
+        self._membership.forget(bootstrap)
+
     def bootstrap_report(self) -> tuple[BootstrapReport, ...]:
         """How it stands with the bootstrap addresses."""
         return self._membership.report()

@@ -163,6 +163,11 @@ class Membership:
                     self._joiner.forget(address)
                     raise error
 
+    def forget(self, bootstrap: Sequence[str]) -> None:
+        """See `Discovery.forget`."""
+        for address in bootstrap:
+            self._joiner.forget(address)
+
     def offer(self, addresses: Sequence[str]) -> None:
         """Addresses that are worth a try when peers are wanted."""
         self._joiner.offer(addresses, trio.current_time())

@@ -12,7 +12,7 @@ from aci_p2p.cli.notify import notify
 from aci_p2p.cli.options import Given
 from aci_p2p.config import Changes, Config, LogConfig, apply, compare
 from aci_p2p.node import Node
-from aci_p2p.protocol.errors import AciError, ResourceError
+from aci_p2p.protocol.errors import AciError
 
 log = logging.getLogger("aci_p2p.config")
 
@@ -60,18 +60,14 @@ class Reloading:
             log.info("the configuration is as it was")
 
     async def _take(self, node: Node, changes: Changes, new: Config) -> None:
+        old_addresses, new_addresses = self._running.node.bootstrap, new.node.bootstrap
         # What can fail comes first.
+        await node.discovery.join([address for address in new_addresses if address not in old_addresses], require=False)
         if changes.touch("provider") and new.node.provider:
             await node.provide(new.node.provider)
+        node.discovery.forget([address for address in old_addresses if address not in new_addresses])
         if changes.touch("log"):
             logging.getLogger("aci_p2p").setLevel(log_level(new.log))
-        added = [address for address in new.node.bootstrap if address not in self._running.node.bootstrap]
-        if added:
-            try:
-                await node.discovery.join(added)
-            except ResourceError as error:
-                # The network is reached without them, or tried again.
-                log.warning("%s", error)
 
 
 def _has_terminal() -> bool:

@@ -25,6 +25,7 @@ from tests.executor.tiny import write_tiny_model
 
 COMMAND = (sys.executable, "-c", "from aci_p2p.cli import main; main()")
 LOOPBACK = '[p2p]\nlisten = ["/ip4/127.0.0.1/tcp/0"]\n'
+NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWQYEUcREAwzfuWtPCqbKXBJdFvuwtTjguvxN2uUzEQCMD"
 START_S = 30.0
 """Seconds for a process to come up, or to do what it is told, on a busy machine."""
 
@@ -232,7 +233,9 @@ def test_a_node_reads_its_configuration_again(
         for text, words in (
             ("slots = 3", f"the configuration is not taken, the old one stays: {file}:1: slots: there is no such"),
             (f'{LOOPBACK}[provider]\nmodels = ["none"]\n', "the old one stays: there is no model 'none'"),
-            (LOOPBACK, 'provider.output_token_price "0" -> "0.000004"'),
+            (f'bootstrap = ["nonsense"]\n{LOOPBACK}', "the old one stays: 'nonsense' is not"),
+            (f'bootstrap = ["{NOBODY}"]\n{LOOPBACK}', 'provider.output_token_price "0" -> "0.000004"'),
+            (LOOPBACK, f'bootstrap ["{NOBODY}"] -> []'),
         ):
             file.write_text(text)
             node.send_signal(signal.SIGHUP)
@@ -242,17 +245,19 @@ def test_a_node_reads_its_configuration_again(
         assert node.wait(START_S) == 0
 
 
-def test_a_node_ends_with_its_terminal(start: Callable[..., Process], file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("view", ["--no-live", "--live"])
+def test_a_node_ends_with_its_terminal(start: Callable[..., Process], file: Path, tmp_path: Path, view: str) -> None:
     file.write_text(LOOPBACK)
     master, terminal = pty.openpty()
-    node = start("--no-serve", stdout=terminal, start_new_session=True)
-    os.close(terminal)
-    seen = b""
-    while b"ask it with" not in seen:
-        seen += os.read(master, 1_000)
-    # A reload while the terminal is there is none of its end.
-    node.send_signal(signal.SIGHUP)
-    wait_for(tmp_path / "err", "the configuration is as it was")
-    os.close(master)
-    node.send_signal(signal.SIGHUP)
-    assert node.wait(START_S) == 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(START_S)
+        node = start("--no-serve", view, stdout=terminal, start_new_session=True)
+        os.close(terminal)
+        assert manager.recv(100) == b"READY=1"
+        # A reload while the terminal is there is none of its end.
+        node.send_signal(signal.SIGHUP)
+        wait_for(tmp_path / "err", "the configuration is as it was")
+        os.close(master)
+        node.send_signal(signal.SIGHUP)
+        assert node.wait(START_S) == 0

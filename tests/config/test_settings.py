@@ -182,3 +182,14 @@ def test_words_of_a_switch_and_text_with_escapes() -> None:
         assert kinds.Switch().from_text(text) is False
     assert kinds.Choice("debug").from_text("DEBUG") == "debug"
     assert kinds.Texts().from_text(" a, b\tc ") == ("a", "b", "c")
+
+
+def test_the_readme_names_settings_that_there_are() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    rows = re.findall(r"\| `([^`]+)`(?: below `\[([^`]+)\]`)? \| `(ACI_[^`]+)` \| `(--[^`]+)` \|", text)
+    assert len(rows) >= 6
+    for line, section, variable, flag in rows:
+        setting = next(setting for setting in SETTINGS if setting.variable == variable)
+        assert line.startswith(f"{setting.name} = ")
+        assert setting.section == section
+        assert setting.flag.split()[0] == flag

@@ -90,3 +90,14 @@ async def test_running_jobs_end_as_they_began(autojump_clock: MockClock, open_te
         assert stream.answer.receipt.body.price == 10 + 4 * 100
         await trio.sleep(1)
         assert (await aci.inference(model=OTHER_ROOT.hex(), prompt="count")).receipt.body.price == 10 + 4 * 999
+
+
+async def test_bootstrap_addresses_come_and_go(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with open_test_node("first") as first, open_test_node("second", first.addresses[:1]) as second:
+        (address,) = first.addresses[:1]
+        nobody = f"{address[:-4]}aaaa"
+        await second.discovery.join([nobody], require=False)
+        assert {report.address for report in second.discovery.bootstrap_report()} == {address, nobody}
+        second.discovery.forget([address, "never named"])
+        assert [report.address for report in second.discovery.bootstrap_report()] == [nobody]
+        assert first.node_id in second.network.peers
