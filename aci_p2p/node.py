@@ -99,6 +99,11 @@ class Node:
         return self.network.node_id
 
     @property
+    def clock(self) -> Clock:
+        """The wall clock that it goes by."""
+        return self._parts.clock
+
+    @property
     def addresses(self) -> Sequence[str]:
         """Where others may dial it."""
         return self.network.addresses

@@ -23,7 +23,7 @@ EXIT_INTERNAL: Final = 70
 _OUTPUT_FAILS: Final = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """The reader of our output closed it early, or the file that it goes to cannot take it."""
 
-_COMMANDS: Final = ("config", "demo", "infer", "join", "keys", "models", "verify")
+_COMMANDS: Final = ("config", "demo", "infer", "join", "keys", "models", "peers", "status", "verify")
 
 _EPILOG: Final = """\b
 Examples:
@@ -31,6 +31,8 @@ Examples:
   aci-p2p join                                 serve a model
   aci-p2p infer --bootstrap ADDRESS "Hello!"   ask it
   aci-p2p verify answer.aciproof               check an answer offline
+  aci-p2p status                               how the running node is doing
+  aci-p2p doctor                               what is wrong, and what to do
   aci-p2p config show                          what is set, and where
 """
 

@@ -2,74 +2,151 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
-from dataclasses import replace
-from typing import TextIO, cast
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Final, TextIO, cast
 
 import click
 import trio
 from rich.console import Console
 
 from aci_p2p.cli.common import program
+from aci_p2p.cli.live import can_be_live, open_live
 from aci_p2p.cli.notify import notify
 from aci_p2p.cli.options import NODE, Given, configured
 from aci_p2p.cli.output import Background
 from aci_p2p.cli.reload import Reloading, log_level
-from aci_p2p.cli.running import Stop, run
-from aci_p2p.config import NodeConfig
+from aci_p2p.cli.running import Logs, Stop, run
+from aci_p2p.cli.texts import plural
+from aci_p2p.config import Loaded, NodeConfig
+from aci_p2p.control import Journal
+from aci_p2p.control.observer import Observer
+from aci_p2p.control.server import open_control
 from aci_p2p.executor import ModelStore
 from aci_p2p.node import Node, open_node
 from aci_p2p.protocol.pricing import format_amount
+from aci_p2p.tasks import open_background
 
-_EPILOG = """\b
+_EPILOG: Final = """\b
 Examples:
   aci-p2p join                                      serve the models of the store, start a new network
   aci-p2p join --bootstrap ADDRESS --serve MODEL    join a network and serve one model
   aci-p2p join --no-serve                           only help others to find each other
   aci-p2p join --listen /ip4/127.0.0.1/tcp/0        any free port, this machine only
+  aci-p2p join --no-live --log-format json          lines for programs, also on a terminal
   ACI_PROVIDER_SLOTS=2 aci-p2p join                 every option is a variable, too, and a setting of the file
 """
+CLOSING_S: Final = 15
+"""Seconds beyond the grace period in which a node that stops has closed everything."""
+
+log = logging.getLogger("aci_p2p.node")
+
+
+@dataclass(frozen=True, slots=True)
+class _Daemon:
+    """What `join` runs."""
+
+    config: NodeConfig
+    """As it can be done: without a provider when there is no model."""
+    loaded: Loaded
+    """As it was given."""
+    stop: Stop
+    """How signals end it."""
+    reloading: Reloading
+    """How SIGHUP changes it."""
+    console: Console
+    """Standard output."""
+    journal: Journal
+    """What was logged."""
+    live: bool
+    """Whether to show the one-screen view."""
+
+    async def serve(self) -> None:
+        """Run the node until a signal ends it and its jobs are finished or handed back."""
+        self._say_what_begins()
+        async with open_node(self.config) as node:
+            observer = Observer(node, self.journal, self.loaded.file if self.loaded.found else None)
+            async with (
+                open_control(node.config.control_socket_path, observer.commands),
+                self._shown(node, observer),
+                open_background() as tasks,
+            ):
+                tasks.start_soon(observer.watch)
+                notify("READY=1")
+                with self.stop:
+                    await self.reloading.run(node)
+                observer.stopping = True
+                await _finish_jobs(node)
+        self.console.print("stopped")
+
+    def _say_what_begins(self) -> None:
+        provider = self.loaded.config.node.provider
+        if self.config.provider and self.config.provider.serve:
+            models = ", ".join(self.config.provider.models) or "all models of the store"
+            self.console.print(f"loading {models} ...", style="dim")
+        elif provider and provider.serve:
+            hint = f"no model in the store, serving none; fetch one with: {program()} models pull"
+            self.console.print(hint, style="yellow")
+
+    @asynccontextmanager
+    async def _shown(self, node: Node, observer: Observer) -> AsyncGenerator[None]:
+        if not self.live:
+            _introduce(self.console, node)
+            yield
+            return
+        async with open_live(observer, self.journal, sys.stdout):
+            yield
 
 
 @click.command("join", short_help="Run a node, and serve models.", epilog=_EPILOG)
 @configured(*NODE)
+@click.option("--live/--no-live", default=None, help="Show one screen that is kept current.  [default: on a terminal]")
 @click.option("--verbose", "-v", is_flag=True, help="The same as --log-level debug.")
-def command(given: Given, verbose: bool) -> None:  # noqa: FBT001 - click passes flags so
+def command(given: Given, live: bool | None, verbose: bool) -> None:  # noqa: FBT001 - click passes flags so
     """Run a node until Ctrl-C or SIGTERM: it helps others to find each other, and serves models to the market.
 
-    SIGHUP makes it read its configuration again: prices, slots, models, bootstrap addresses and the log level are taken
-    at once, the rest when it starts again.
+    Stopped, it takes no more jobs and finishes those that run within the grace period; a second signal hands them back
+    at once. SIGHUP makes it read its configuration again: prices, slots, models, bootstrap addresses and the log level
+    are taken at once, the rest when it starts again.
     """
     if verbose:
         given.flags["log.level"] = "debug"
     loaded = given.load()
-    config = loaded.config.node
+    config, settings = loaded.config.node, loaded.config.log
     provider = config.provider
-    explain = False
     if provider is not None and provider.serve and not (provider.models or ModelStore(config.models_path).list()):
-        config, explain = replace(config, provider=None), True
+        config = replace(config, provider=None)
+    shows = can_be_live(sys.stdout) and (live if live is not None else loaded.origins["log.format"].source == "default")
+    journal = Journal()
 
     async def work(stop: Stop) -> None:
         with trio.open_signal_receiver(signal.SIGHUP) as hangups, Background(sys.stdout) as output:
             console = Console(file=cast("TextIO", output), highlight=False, soft_wrap=True)
-            await _serve(config, stop, Reloading(given, loaded.config, hangups), console, explain=explain)
+            reloading = Reloading(given, loaded.config, hangups)
+            await _Daemon(config, loaded, stop, reloading, console, journal, shows).serve()
 
-    run(work, daemon=True, log_level=log_level(loaded.config.log))
+    # On the screen, lines of log have their place; elsewhere they go on.
+    to_stderr = not (shows and sys.stderr.isatty())
+    run(work, daemon=True, logs=Logs(log_level(settings), settings.format, journal, to_stderr))
 
 
-async def _serve(config: NodeConfig, stop: Stop, reloading: Reloading, console: Console, *, explain: bool) -> None:
-    if explain:
-        console.print(f"no model in the store, serving none; fetch one with: {program()} models pull", style="yellow")
-    elif config.provider and config.provider.serve:
-        console.print(f"loading {', '.join(config.provider.models) or 'all models of the store'} ...", style="dim")
-    async with open_node(config) as node:
-        _introduce(console, node)
-        notify("READY=1")
-        with stop:
-            await reloading.run(node)
-        notify("STOPPING=1")
-    console.print("stopped")
+async def _finish_jobs(node: Node) -> None:
+    """Take no more jobs, and let those that run end within the grace period; closing the node hands back the rest."""
+    role, config = node.provider, node.config.provider
+    grace_s = config.grace_s if config else 0
+    notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={(grace_s + CLOSING_S) * 1_000_000}")
+    if role is None:
+        return
+    running = len(role.progress())
+    log.info("stopping", extra={"fields": {"jobs": running, "grace_s": grace_s}})
+    await role.drain(grace_s)
+    left = len(role.progress())
+    if left:
+        log.warning(f"{plural(left, 'job')} handed back: the grace period is over")  # noqa: G004 - one of two wordings
 
 
 def _introduce(console: Console, node: Node) -> None:

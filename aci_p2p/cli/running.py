@@ -6,13 +6,15 @@ import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
 
 import trio
 
 from aci_p2p.cli.output import Background
+from aci_p2p.control.journal import Journal, LineFormatter
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 """What ends a command."""
@@ -56,32 +58,47 @@ class Stop:
                 nursery.cancel_scope.cancel()
 
 
-def run(
-    work: Callable[[Stop], Awaitable[None]], *, daemon: bool = False, log_level: int = logging.CRITICAL + 1
-) -> None:
-    """Run a command's work under trio. A signal ends a daemon normally, other commands with KeyboardInterrupt.
+@dataclass(frozen=True, slots=True)
+class Logs:
+    """Where our own logs go."""
 
-    Our own logs from `log_level` on go to standard error.
-    """
+    level: int = logging.CRITICAL + 1
+    """The least that is logged, as the logging module counts; by default nothing."""
+    form: str = "text"
+    """Of a line on standard error: text, logfmt or json."""
+    journal: Journal | None = None
+    """Keeps the last ones."""
+    to_stderr: bool = True
+    """Whether they are written to standard error."""
+
+
+NO_LOGS: Final = Logs()
+"""Of commands that say themselves what happens."""
+
+
+def run(work: Callable[[Stop], Awaitable[None]], *, daemon: bool = False, logs: Logs = NO_LOGS) -> None:
+    """Run a command's work under trio. A signal ends a daemon normally, other commands with KeyboardInterrupt."""
     stop = Stop()
-    with _logs(log_level):
+    with _logging(logs):
         trio.run(stop.run, work)
     if stop.signal is not None and not daemon:
         raise KeyboardInterrupt
 
 
 @contextmanager
-def _logs(level: int) -> Generator[None]:
-    """Show our own logs, one line each, without ever waiting for the terminal; keep those of libraries off it."""
+def _logging(logs: Logs) -> Generator[None]:
+    """Log within the block, without ever waiting for the terminal; libraries' own logs are kept off it."""
     logging.basicConfig(level=logging.CRITICAL + 1)
     ours = logging.getLogger("aci_p2p")
     ours.propagate = False
-    ours.setLevel(level)
-    with Background(sys.stderr) as output:
-        handler = logging.StreamHandler(output)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
-        ours.addHandler(handler)
-        try:
-            yield
-        finally:
-            ours.removeHandler(handler)
+    ours.setLevel(logs.level)
+    with Background(sys.stderr) as output, ExitStack() as stack:
+        handlers: list[logging.Handler] = [logs.journal] if logs.journal else []
+        if logs.to_stderr:
+            lines = logging.StreamHandler(output)
+            lines.setFormatter(LineFormatter(logs.form))
+            handlers.append(lines)
+        for handler in handlers:
+            ours.addHandler(handler)
+            stack.callback(ours.removeHandler, handler)
+        yield
