@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from aci_p2p.network import NetworkConfig, PeerUnreachable
-from aci_p2p.network.libp2p import connections, host, open_libp2p_network, yamux
+from aci_p2p.network.libp2p import admission, connections, host, open_libp2p_network, upgrade, yamux
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.connections import Connection, source_of
 from aci_p2p.network.libp2p.host import Host
@@ -156,6 +156,36 @@ async def test_relayed_stranger_is_not_let_in() -> None:
         assert not b.peers
         with pytest.raises(trio.ClosedResourceError):
             await ours.send_all(b"x")
+
+
+async def test_handshakes_through_a_relay_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(upgrade, "HANDSHAKE_SECONDS", 0.2)
+    async with hosts(2) as (a, b):
+        ours, theirs = trio.testing.memory_stream_pair()
+        with trio.fail_after(2):
+            await b.adopt_inbound(theirs, CIRCUIT, RELAY, a.node_id)
+            assert await ours.receive_some(100) == b""
+            ours, theirs = trio.testing.memory_stream_pair()
+            with pytest.raises(PeerUnreachable, match="handshake"):
+                await a.adopt_outbound(ours, b.node_id, CIRCUIT, RELAY)
+            while await theirs.receive_some(100):
+                pass
+        assert b.admission.under_way == 0
+
+
+async def test_peer_that_comes_back_at_once_has_moved() -> None:
+    """Its connection is still there when it dials again: nobody hears that it left, only that another is to be used."""
+    moved: list[NodeId] = []
+    async with hosts(2) as (a, b):
+        b.on_moved.append(moved.append)
+        await a.dial(b.node_id, b.addresses)
+        (before,) = b.connections.all
+        await a.dialler.dial_direct(b.node_id, b.addresses)
+        assert moved == [a.node_id]
+        assert b.connection(a.node_id) is not before
+        await eventually(lambda: before not in b.connections.all)
+        assert a.peers == (b.node_id,)
 
 
 async def test_peer_that_vanished_does_not_look_connected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ class Connections:
         if len(several) == 1:
             for notify in self.on_connected:
                 notify(connection)
-        elif before is not None and self.preferred(connection.peer) is not before:
+        elif self.preferred(connection.peer) is not before:
             for tell in self.on_moved:
                 tell(connection.peer)
         return lost
