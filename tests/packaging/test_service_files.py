@@ -84,6 +84,8 @@ def test_the_unit_and_its_file_agree_on_folders(
     node = load(file=root / "packaging/systemd/config.toml").config.node
     assert node.home == Path("/var/lib", *unit["StateDirectory"])
     assert node.runtime_path == Path("/run", *unit["RuntimeDirectory"])
+    user, name, *_, folder = shlex.split((root / "packaging/systemd/aci-p2p.sysusers").read_text(), comments=True)
+    assert (user, [name], Path(folder)) == ("u", unit["User"], node.home)
     arguments = shlex.split(unit["ExecStart"][0])
     assert arguments[arguments.index("--config") + 1] == f"/etc/{unit['ConfigurationDirectory'][0]}/config.toml"
 
@@ -101,8 +103,9 @@ def test_the_unit_is_hardened(unit: dict[str, list[str]], root: Path, tmp_path: 
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         pytest.skip("the rest needs systemd-analyze")
-    # It wants to see the program.
+    # It wants to see the program and the user.
     text = (root / "packaging/systemd/aci-p2p.service").read_text().replace("/opt/aci-p2p/bin/aci-p2p", "/bin/true")
+    text = text.replace("User=aci-p2p\nGroup=aci-p2p\n", "User=daemon\nGroup=daemon\n")
     copy = tmp_path / "aci-p2p.service"
     copy.write_text(text)
     done = subprocess.run([analyze, "verify", copy], capture_output=True, text=True, check=False)
@@ -146,7 +149,9 @@ def test_the_image_knows_our_variables_and_files(
 
 def test_the_readme_gives_commands_that_there_are(root: Path) -> None:
     text = (root / "packaging/README.md").read_text()
-    commands = re.findall(r"(?:^|[`/ ])aci-p2p ((?:--config \S+ )?(?:config|models|status|join|infer)[^`\n]*)", text)
+    commands = re.findall(
+        r"(?:^|[`/ ])aci(?:-p2p)? ((?:--config \S+ )?(?:config|models|status|doctor|join|infer)[^`\n]*)", text
+    )
     assert len(commands) >= 5
     for command in commands:
         parse(shlex.split(command))
