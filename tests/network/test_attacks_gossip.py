@@ -15,13 +15,15 @@ from libp2p.pubsub.pb.rpc_pb2 import (
     Message,
 )
 
-from aci_p2p.network import PeerUnreachable
-from aci_p2p.network.libp2p import gossip
+from aci_p2p.network import MAX_GOSSIP_BYTES, PeerUnreachable
+from aci_p2p.network.libp2p import gossip, router
 from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.score import GOSSIP_THRESHOLD, GRAYLIST_THRESHOLD
 from aci_p2p.network.libp2p.varint import prefixed
-from aci_p2p.network.libp2p.yamux import StreamReset
-from tests.network.attack import ATTACKER, Victim, noise, until_ended
-from tests.network.driver import ECHO, TOPIC, eventually
+from aci_p2p.network.libp2p.yamux import StreamReset, YamuxStream
+from aci_p2p.protocol.identity import NodeId
+from tests.network.attack import ATTACKER, Victim, judge, noise, until_ended
+from tests.network.driver import ECHO, TOPIC, Opener, eventually
 
 
 def publication(**fields: object) -> bytes:
@@ -128,3 +130,94 @@ async def test_connection_lost_in_the_middle_of_gossip(victim: Victim) -> None:
     async with victim.attacked_by_host() as attacker:
         stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
         await stream.write(publication(data=b"1" * 1000)[:500])
+
+
+def rpc(*, times: int, **fields: list[object]) -> bytes:
+    """An RPC whose entries are repeated."""
+    return prefixed(RPC(**{name: entries * times for name, entries in fields.items()}).SerializeToString())  # type: ignore[arg-type]
+
+
+FLOODS = {
+    "one message again and again": rpc(times=100, publish=[Message(data=b"1", topicIDs=[TOPIC])]),
+    "messages for nobody": rpc(times=100, publish=[Message(data=b"1", topicIDs=["test/nobody"])]),
+    "subscriptions": rpc(times=100, subscriptions=[RPC.SubOpts(subscribe=True, topicid=TOPIC)]),
+    "announcements": prefixed(
+        RPC(
+            control=ControlMessage(ihave=[ControlIHave(topicID=TOPIC, messageIDs=[noise(32)])] * 100)
+        ).SerializeToString()
+    ),
+    "requests": prefixed(
+        RPC(control=ControlMessage(iwant=[ControlIWant(messageIDs=[noise(32)])] * 100)).SerializeToString()
+    ),
+    "prunes": prefixed(RPC(control=ControlMessage(prune=[ControlPrune(topicID=TOPIC)] * 100)).SerializeToString()),
+    "nothing": prefixed(b"") * 100,
+    "bulk": prefixed(RPC(senderRecord=bytes(200_000)).SerializeToString()),
+}
+
+
+@pytest.mark.parametrize("data", FLOODS.values(), ids=FLOODS)
+async def test_flooder_is_thrown_out(victim: Victim, data: bytes) -> None:
+    """Soon, and not for a burst."""
+    async with victim.attacked_by_host() as attacker:
+        stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
+        for _ in range(10):
+            await stream.write(data)
+        await trio.sleep(0.05)
+        (connection,) = victim.network.connections()
+        assert connection.score > GRAYLIST_THRESHOLD
+        with trio.fail_after(10), pytest.raises(StreamReset):
+            while True:
+                await stream.write(data)
+                await trio.lowlevel.checkpoint()
+        await eventually(lambda: not victim.network.peers)
+        assert victim.network.statistics().gossip_refused["flooded"] > 0
+
+
+async def test_who_asks_into_our_mesh_again_and_again_is_thrown_out(victim: Victim) -> None:
+    async with victim.attacked_by_host() as attacker:
+        stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
+        grafts = RPC(control=ControlMessage(graft=[ControlGraft(topicID=TOPIC)] * 20))
+        await stream.write(prefixed(grafts.SerializeToString()))
+        await eventually(lambda: not victim.network.peers)
+
+
+async def test_liar_about_messages_is_not_believed_for_long(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "PROMISE_SECONDS", 0.1)
+    async with victim.attacked_by_host() as attacker:
+        stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
+        for _ in range(12):
+            ihave = ControlIHave(topicID=TOPIC, messageIDs=[noise(32)])
+            await stream.write(prefixed(RPC(control=ControlMessage(ihave=[ihave])).SerializeToString()))
+        await eventually(lambda: victim.network.connections()[0].score < GOSSIP_THRESHOLD)
+        assert list(victim.network.peers) == [ATTACKER.node_id]
+
+
+async def test_score_of_a_neighbour_is_told(victim: Victim) -> None:
+    async with victim.attacked_by_host() as attacker:
+        stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
+        await stream.write(publication(data=b"no number") + publication(data=b"nor this"))
+        await eventually(lambda: victim.network.connections()[0].score == -1)
+
+
+async def test_neighbour_that_does_not_read_costs_nobody_anything(victim: Victim, open_libp2p: Opener) -> None:
+    """Its messages are lost and counted; the others get theirs."""
+    publications = 2 * gossip.MAX_OUTBOX_BYTES // MAX_GOSSIP_BYTES
+
+    async def wait(_peer: NodeId, _stream: YamuxStream) -> None:
+        await trio.sleep_forever()
+
+    async with victim.attacked_by_host() as attacker, open_libp2p(5) as honest:
+        with attacker.serve(gossip.PROTOCOL, wait):
+            stream = await attacker.open_stream(victim.network.node_id, gossip.PROTOCOL)
+            await stream.write(
+                prefixed(RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=TOPIC)]).SerializeToString())
+            )
+            await honest.connect(victim.address)
+            async with honest.subscribe(TOPIC, judge, capacity=2 * publications) as subscription:
+                await eventually(lambda: len(victim.network.topic_peers(TOPIC)) == 2)
+                for number in range(publications):
+                    await victim.network.publish(TOPIC, b"%d" % number + b"0" * (MAX_GOSSIP_BYTES - 10))
+                    await trio.sleep(0.001)
+                await eventually(lambda: honest.statistics().gossip_accepted == publications)
+                assert subscription.dropped == 0
+        assert victim.network.statistics().gossip_dropped > 0

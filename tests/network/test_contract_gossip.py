@@ -242,3 +242,38 @@ async def test_burst_arrives_complete(open_line: OpenLine) -> None:
             await a.publish(TOPIC, b"%d" % number)
         await eventually(lambda: c.statistics().gossip_accepted == 500)
         assert subscription.dropped == 0
+
+
+async def test_burst_is_not_lost_to_a_small_queue_that_is_consumed(open_line: OpenLine) -> None:
+    received: list[bytes] = []
+    async with open_line(2) as (a, b), b.subscribe(TOPIC, accept, capacity=16) as subscription:
+        await joined(a, b)
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def _() -> None:
+                async for message in subscription:
+                    received.append(message.data)  # noqa: PERF401 - until cancelled
+
+            for number in range(500):
+                await a.publish(TOPIC, b"%d" % number)
+                if number % 64 == 0:
+                    await trio.sleep(0.001)
+            await eventually(lambda: len(received) == 500)
+            nursery.cancel_scope.cancel()
+        assert subscription.dropped == 0
+
+
+async def test_reported_messages_count_like_forwarded_ones(open_line: OpenLine) -> None:
+    rejected, ignored = Validation(Decision.REJECT, Reason.MALFORMED), Validation(Decision.IGNORE, Reason.EXPIRED)
+    async with open_line(2) as (a, b):
+        for _ in range(3 * MAX_REJECTS_PER_MINUTE):
+            await b.report(a.node_id, TOPIC, ignored)
+        for _ in range(MAX_REJECTS_PER_MINUTE - 1):
+            await b.report(a.node_id, TOPIC, rejected)
+        assert b.statistics().gossip_refused == {"expired": 48, "malformed": 15}
+        assert list(b.peers) == [a.node_id]
+        await b.report(a.node_id, TOPIC, rejected)
+        await eventually(lambda: not b.peers)
+        await eventually(lambda: not a.peers)
+        await b.report(a.node_id, TOPIC, rejected)
