@@ -135,12 +135,32 @@ async def test_direct_connection_replaces_a_relayed_one() -> None:
             await eventually(lambda: a.connections.all == [direct] and len(b.connections.all) == 1)
 
 
-async def test_relayed_connection_does_not_replace_a_direct_one() -> None:
+@pytest.mark.parametrize("direct_first", [False, True])
+@pytest.mark.parametrize("who_directly", [0, 1])
+async def test_direct_connection_is_used_whoever_dialled_it(who_directly: int, *, direct_first: bool) -> None:
+    async with hosts(2) as both:
+        one, other = both[who_directly], both[1 - who_directly]
+        if not direct_first:
+            await connect_relayed(other, one)
+        direct = await one.dialler.dial_direct(other.node_id, other.addresses)
+        if direct_first:
+            await connect_relayed(other, one)
+        assert one.connection(other.node_id) is direct
+        await eventually(lambda: one.connections.all == [direct] and len(other.connections.all) == 1)
+
+
+async def test_connection_that_is_to_be_retired_outlives_the_one_that_broke() -> None:
     async with hosts(2) as (a, b):
-        direct = await a.dial(b.node_id, b.addresses)
-        await connect_relayed(b, a)
-        assert a.connection(b.node_id) is direct
-        await eventually(lambda: a.connections.all == [direct] and len(b.connections.all) == 1)
+        with b.serve(ECHO, echo_bytes):
+            relayed = await connect_relayed(a, b)
+            stream = await a.open_stream(b.node_id, ECHO)
+            direct = await a.dialler.dial_direct(b.node_id, b.addresses)
+            await direct.muxer.close()
+            await eventually(lambda: a.connections.all == [relayed])
+            stream.close()
+            await trio.sleep(0.1)
+            assert a.connections.all == [relayed]
+            assert await answers(await a.open_stream(b.node_id, ECHO))
 
 
 async def test_relayed_stranger_is_not_let_in() -> None:
@@ -237,6 +257,18 @@ async def test_least_useful_connections_are_closed_above_high_water(monkeypatch:
             assert set(ours.peers) == kept
             assert ours.connections.trimmed == 3
             assert all([await answers(stream) for stream in streams])
+
+
+async def test_those_that_were_used_lately_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "YOUNG_SECONDS", 0.0)
+    async with hosts(6, NetworkConfig(low_water=3, high_water=4)) as (ours, *others):
+        for other in others[:4]:
+            await other.dial(ours.node_id, ours.addresses)
+        with ours.serve(ECHO, echo_bytes):
+            (await others[0].open_stream(ours.node_id, ECHO)).reset()
+        await others[4].dial(ours.node_id, ours.addresses)
+        await eventually(lambda: len(ours.peers) == 3)
+        assert set(ours.peers) == {others[index].node_id for index in (0, 3, 4)}
 
 
 async def test_young_connections_are_spared_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from aci_p2p.network.libp2p.address_book import AddressBook
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.host import Host
-from aci_p2p.network.libp2p.secure import SecureChannel
+from aci_p2p.network.libp2p.secure import SecureChannel, Security
 from aci_p2p.network.libp2p.yamux import Yamux
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
 from aci_p2p.protocol.identity import NodeId
@@ -300,6 +300,28 @@ async def test_attempts_that_lost_leave_no_sockets() -> None:
                 await a.dial(STRANGER, [mute, mute])
             assert scope.cancelled_caught
         await eventually(lambda: not b.peers and open_descriptors() <= before)
+
+
+async def test_winner_of_a_race_that_is_cancelled_is_closed() -> None:
+    class Recorded(SecureChannel):
+        closed = False
+
+        def __init__(self) -> None:
+            """Without a connection underneath."""
+
+        async def close(self) -> None:
+            Recorded.closed = True
+            await trio.lowlevel.checkpoint()
+
+    async def win() -> dialling.Reached:
+        await trio.lowlevel.checkpoint()
+        scope.cancel()
+        return dialling.Reached(Recorded(), NOWHERE, "loopback")
+
+    with trio.CancelScope() as scope:
+        await dialling.Race(Security(make_key(1)), None)._first([win])
+    assert scope.cancelled_caught
+    assert Recorded.closed
 
 
 async def test_so_many_addresses_are_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
