@@ -153,7 +153,7 @@ async def open_node(
     """
     config, parts = config or NodeConfig(), parts or NodeParts()
     rules = RecordRules(config.network, parts.clock)
-    open_network = parts.open_network or _open_libp2p
+    open_network = parts.open_network or open_libp2p
     with _key(config) as key:
         sealer = Sealer(key, config.network)
         async with (
@@ -205,7 +205,8 @@ def _key(config: NodeConfig) -> Generator[KeyPair]:
 
 
 @asynccontextmanager
-async def _open_libp2p(key: KeyPair, config: NetworkConfig, rules: RecordRules) -> AsyncGenerator[Network]:
+async def open_libp2p(key: KeyPair, config: NetworkConfig, rules: RecordRules) -> AsyncGenerator[Network]:
+    """A network over libp2p within the block. Raises LocalError, AddressInUse."""
     # Imported here: libp2p takes most of a second, which commands that need no network should not pay.
     from aci_p2p.network.libp2p import open_libp2p_network  # noqa: PLC0415
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from aci_p2p.control.wire import MAX_ANSWER_BYTES, BadRequest, decode_answer, encode_request
+from aci_p2p.control.wire import MAX_ANSWER_BYTES, BadRequest, Request, decode_answer, encode_request
 from aci_p2p.protocol.errors import ResourceError
 
 TIMEOUT_S: Final = 12.0
@@ -21,29 +21,33 @@ class NoNode(ResourceError):
 
     code = "no_node"
 
-    def __init__(self, path: Path, problem: str) -> None:
-        """`path`: of the socket; `problem`: what is wrong with it."""
-        super().__init__(f"no running node answers at {path}: {problem}", hint="start one with: aci-p2p join")
+    def __init__(self, path: Path, problem: str, *, runs: bool = False) -> None:
+        """`path`: of the socket; `problem`: what is wrong with it; `runs`: somebody listens there all the same."""
+        hint = "see what it does, or restart it" if runs else "start one with: aci-p2p join"
+        super().__init__(f"no running node answers at {path}: {problem}", hint=hint)
         self.path = path
+        self.runs = runs
 
 
-def ask(path: Path, command: str, *, timeout_s: float = TIMEOUT_S) -> object:
+def ask(path: Path, command: str, argument: str = "", *, timeout_s: float = TIMEOUT_S) -> object:
     """The answer of the node that listens at `path`: what its JSON says. Raises NoNode, BadRequest."""
     deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
             _wait(connection, deadline)
             connection.connect(os.fspath(path))
-            connection.sendall(encode_request(command))
+            connection.sendall(encode_request(Request(command, argument)))
             return decode_answer(_read_line(connection, deadline))
         except FileNotFoundError:
             raise NoNode(path, "there is no such socket") from None
         except ConnectionRefusedError:
             raise NoNode(path, "the node that made it is gone") from None
         except TimeoutError:
-            raise NoNode(path, f"it did not answer within {timeout_s:g} s") from None
+            raise NoNode(path, f"it did not answer within {timeout_s:g} s", runs=True) from None
         except OSError as error:
-            raise NoNode(path, (error.strerror or str(error)).lower()) from None
+            raise NoNode(
+                path, (error.strerror or str(error)).lower(), runs=isinstance(error, ConnectionError)
+            ) from None
 
 
 def _read_line(connection: socket.socket, deadline: float) -> bytes:

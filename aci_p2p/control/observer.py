@@ -75,7 +75,11 @@ class Observer:
     @property
     def commands(self) -> dict[str, Command]:
         """What the control socket answers."""
-        return {"status": self.status, "peers": self.peers, "clocks": self.clocks}
+        return {
+            "status": lambda _: self.status(),
+            "peers": lambda _: self.peers(),
+            "clocks": lambda _: self.clocks(),
+        }
 
     async def watch(self) -> None:
         """Count what comes each minute, and log what becomes of the node's place in the network; until cancelled."""

@@ -41,8 +41,8 @@ REQUEST_S: Final = 10.0
 ANSWER_S: Final = 10.0
 """Seconds for finding an answer, and for the client to read it."""
 
-Command: TypeAlias = Callable[[], Awaitable[object]]
-"""Finds the answer to a question: anything that JSON can say. May raise AciError."""
+Command: TypeAlias = Callable[[str], Awaitable[object]]
+"""Finds the answer to a question, given its argument: anything that JSON can say. May raise AciError."""
 
 log = logging.getLogger("aci_p2p.control")
 
@@ -102,9 +102,10 @@ class _Service:
 
     async def _answer(self, line: bytes) -> bytes:
         try:
-            command = self._find(decode_request(line))
+            request = decode_request(line)
+            command = self._find(request.command)
             with trio.fail_after(ANSWER_S):
-                return encode_result(await command())
+                return encode_result(await command(request.argument))
         except AciError as error:
             return encode_error(error)
         except trio.TooSlowError:

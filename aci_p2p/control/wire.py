@@ -1,12 +1,13 @@
 """What goes over the control socket: one JSON document on a line for each question, and one for its answer.
 
-A question is `{"version": 1, "command": "status"}`, an answer `{"version": 1, "result": {...}}`, or
-`{"version": 1, "error": {"code": "...", "message": "...", "hint": "..."}}`.
+A question is `{"version": 1, "command": "status"}`, with an `argument` where the command takes one; an answer is
+`{"version": 1, "result": {...}}`, or `{"version": 1, "error": {"code": "...", "message": "...", "hint": "..."}}`.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Final, cast
 
 from aci_p2p.protocol.errors import AciError, LocalError
@@ -27,13 +28,24 @@ class BadRequest(LocalError):
     code = "bad_request"
 
 
-def encode_request(command: str) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Request:
     """A question."""
-    return _line({"version": VERSION, "command": command})
+
+    command: str
+    """What is asked."""
+    argument: str = ""
+    """About what; empty where there is nothing to say."""
 
 
-def decode_request(line: bytes) -> str:
-    """The command of a question. Raises BadRequest."""
+def encode_request(request: Request) -> bytes:
+    """A question."""
+    argument = {"argument": request.argument} if request.argument else {}
+    return _line({"version": VERSION, "command": request.command, **argument})
+
+
+def decode_request(line: bytes) -> Request:
+    """A question. Raises BadRequest."""
     if sum(line.count(bracket) for bracket in b"[{") > MAX_DEPTH:
         msg = "the question is not a simple object"
         raise BadRequest(msg)
@@ -43,14 +55,14 @@ def decode_request(line: bytes) -> str:
         msg = "the question is no JSON document on one line"
         raise BadRequest(msg) from None
     question = cast("dict[str, object]", value) if isinstance(value, dict) else {}
-    version, command = question.get("version"), question.get("command")
-    if type(version) is not int or not isinstance(command, str):
-        msg = "a question has a version and a command"
+    version, command, argument = question.get("version"), question.get("command"), question.get("argument", "")
+    if type(version) is not int or not isinstance(command, str) or not isinstance(argument, str):
+        msg = "a question has a version, a command and maybe an argument"
         raise BadRequest(msg)
     if version != VERSION:
         msg = f"this node speaks version {VERSION} of the control protocol, not {version}"
         raise BadRequest(msg, hint="use the aci-p2p that the node runs with")
-    return command
+    return Request(command, argument)
 
 
 def encode_result(result: object) -> bytes:
