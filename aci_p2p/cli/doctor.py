@@ -13,6 +13,7 @@ from rich.status import Status
 from aci_p2p.cli.common import json_option, print_json
 from aci_p2p.cli.options import NODE, Given, configured
 from aci_p2p.cli.running import Stop, run
+from aci_p2p.cli.texts import plural
 from aci_p2p.doctor import ORDER, Finding, Level, diagnose, find_subject
 from aci_p2p.protocol.text import printable
 
@@ -55,7 +56,7 @@ def command(given: Given, as_json: bool) -> None:  # noqa: FBT001 - click passes
         print_json({"healthy": not problems, "findings": document})
     else:
         warnings = sum(finding.level is Level.WARNING for finding in findings)
-        click.echo(f"{len(problems)} problems, {warnings} warnings")
+        click.echo(f"{plural(len(problems), 'problem')}, {plural(warnings, 'warning')}")
     if problems:
         sys.exit(1)
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import trio
 
-import aci_p2p
+from aci_p2p import version
 from aci_p2p.clock import MS_PER_S
 from aci_p2p.doctor.findings import Finding, ok, problem, warning
 from aci_p2p.doctor.reaching import Probe, Standing
@@ -117,7 +117,7 @@ async def _readings(subject: Subject, probe: Probe) -> list[ClockReading]:
 def _compare_with_files(subject: Subject) -> Finding:
     """Without peers: time cannot be before something that was written already."""
     config = subject.config
-    written = [config.database_path, config.address_cache_path, config.keys_path, Path(aci_p2p.__file__)]
+    written = [config.database_path, config.address_cache_path, config.keys_path, Path(version.__file__)]
     times = {path: path.stat().st_mtime * MS_PER_S for path in written if path.exists()}
     latest = max(times, key=lambda path: times[path])
     behind = times[latest] - subject.clock()
