@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import pytest
 import trio
@@ -223,6 +227,40 @@ async def test_peer_that_vanished_does_not_look_connected(monkeypatch: pytest.Mo
         started = trio.current_time()
         await eventually(lambda: not a.peers)
         assert trio.current_time() - started < 1
+
+
+FROZEN = """
+import trio
+from aci_p2p.network.libp2p import open_libp2p_network
+from tests.network.driver import make_key, select_record, validate_record
+
+async def main():
+    rules = {"record_validator": validate_record, "record_selector": select_record}
+    async with open_libp2p_network(make_key(2), **rules) as network:
+        print(network.addresses[0], flush=True)
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+@pytest.mark.slow
+async def test_program_that_hangs_does_not_look_connected(open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel keeps its TCP connection and acknowledges what we send."""
+    monkeypatch.setattr(yamux, "KEEPALIVE_SECONDS", 0.5)
+    monkeypatch.setattr(yamux, "KEEPALIVE_TIMEOUT_SECONDS", 0.5)
+    command = partial(trio.run_process, [sys.executable, "-c", FROZEN], stdout=subprocess.PIPE, check=False)
+    async with trio.open_nursery() as nursery, open_libp2p(1) as network:
+        program: trio.Process = await nursery.start(command)
+        try:
+            assert program.stdout is not None
+            await network.connect(bytes(await program.stdout.receive_some()).decode().strip())
+            await trio.sleep(1.5)
+            assert len(network.peers) == 1
+            program.send_signal(signal.SIGSTOP)
+            await eventually(lambda: not network.peers)
+        finally:
+            program.kill()
 
 
 async def test_round_trip_is_measured() -> None:
