@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar, TypeVarTuple
 
@@ -18,15 +18,8 @@ import trio
 
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.job import JobRecord
-from aci_p2p.protocol.lifecycle import (
-    LIMITS,
-    TRANSITIONS,
-    Party,
-    State,
-    Trigger,
-    advance,
-)
+from aci_p2p.protocol.job import JobRecord, recovered, settled
+from aci_p2p.protocol.lifecycle import LIMITS, Party, State
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -150,11 +143,11 @@ class Store:
 
         Returns what changed. Raises StoreError.
         """
-        return await self._change(_recovered, now)
+        return await self._change(recovered, now)
 
     async def settle(self, now: int) -> list[JobRecord]:
         """Finalise the jobs whose challenge window is over; what changed. Raises StoreError."""
-        return await self._change(_settled, now)
+        return await self._change(settled, now)
 
     async def _change(self, change: Callable[[JobRecord, int], JobRecord | None], now: int) -> list[JobRecord]:
         marks = ", ".join("?" * len(_OPEN_STATES))
@@ -219,29 +212,6 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
         peer=NodeId(peer) if peer else None, price=int(price), blame=Party(blame), detail=detail, proof=proof,
         receipt=receipt,
     )  # fmt: skip
-
-
-def _recovered(job: JobRecord, now: int) -> JobRecord | None:
-    """The job's record after a restart, if it changes: an interrupted one ends, as its table allows."""
-    state, detail, blame = job.state, job.detail, job.blame
-    if state is State.PENDING:
-        return _settled(job, now)
-    if state is State.RECEIPTED:
-        state = advance(state, Trigger.RECORD)
-    elif (state, Trigger.CANCEL) in TRANSITIONS:
-        state, detail = advance(state, Trigger.CANCEL), "the node stopped"
-    elif state is State.REVEALED:
-        state, detail, blame = advance(state, Trigger.TIMEOUT), "the node stopped before the receipt", Party.CONSUMER
-    else:
-        return None
-    return replace(job, state=state, updated_at=now, blame=blame, detail=detail)
-
-
-def _settled(job: JobRecord, now: int) -> JobRecord | None:
-    """The job's record when nobody has challenged it in time."""
-    if job.state is not State.PENDING or now < job.updated_at + LIMITS[State.PENDING].timeout_ms:
-        return None
-    return replace(job, state=advance(State.PENDING, Trigger.TIMEOUT), updated_at=now)
 
 
 def _open(path: Path) -> sqlite3.Connection:

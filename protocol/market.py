@@ -37,6 +37,10 @@ class MarketView:
         self._replay = ReplayGuard()
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
 
+    def __len__(self) -> int:
+        """Live offers remembered."""
+        return len(self._known)
+
     def offer(self, job_id: bytes) -> Envelope[Offer] | None:
         """A live offer, if it was seen."""
         known = self._known.get(job_id)
