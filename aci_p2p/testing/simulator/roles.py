@@ -87,16 +87,23 @@ class Consumer:
         node = self.node
         secrets = JobSecrets(node.entropy(), node.entropy())
         machine = ConsumerJob(node.sealer, request, secrets, PriceThenLatency())
-        driver = _ConsumerDriver(self, machine, request, model)
+        driver = self.drive(machine, request, model)
         self.gossip.consumers[machine.job_id] = (node, driver.hear)
         driver.tell(Start())
 
 
-class _ConsumerDriver(Driver):
+    def drive(self, machine: ConsumerJob, request: JobRequest, model: ToyModel) -> ConsumerDriver:
+        """The driver of a job; attackers use their own."""
+        return ConsumerDriver(self, machine, request, model)
+
+
+class ConsumerDriver(Driver):
+    """One job of a consumer."""
+
     def __init__(self, consumer: Consumer, machine: ConsumerJob, request: JobRequest, model: ToyModel) -> None:
         super().__init__(consumer.node, machine)
         self._consumer = consumer
-        self._job = machine
+        self.job = machine
         self._started = consumer.node.world.now
         self._first: int | None = None
         self._text: list[str] = []
@@ -141,14 +148,14 @@ class _ConsumerDriver(Driver):
 
     def over(self) -> None:
         now = self.node.world.now
-        self._consumer.gossip.consumers.pop(self._job.job_id, None)
+        self._consumer.gossip.consumers.pop(self.job.job_id, None)
         self._consumer.outcomes.append(
             Outcome(
-                job_id=self._job.job_id,
+                job_id=self.job.job_id,
                 consumer=self.node.index,
-                provider=None if self._failure else self._job.proof.sender,
+                provider=None if self._failure else self.job.proof.sender,
                 failure=self._failure,
-                price=self._job.price,
+                price=self.job.price,
                 started=self._started,
                 first_token_ms=self._first,
                 duration_ms=now - self._started,

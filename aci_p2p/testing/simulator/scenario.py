@@ -54,6 +54,8 @@ class Scenario:
     """Simulated time in which jobs are offered."""
     adversaries: float = 0.0
     """Share of the nodes that cheat."""
+    strategies: tuple[str, ...] = ()
+    """Names of what the cheats do (`adversaries.STRATEGIES`); none: everything."""
     providers: float = 0.3
     """Share of the nodes that serve a model."""
     models: int = 10

@@ -13,6 +13,7 @@ from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Cancel, JobRecord, recovered
 from aci_p2p.protocol.lifecycle import LIMITS, State
 from aci_p2p.protocol.messages import Conversation, Turn
+from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part
 from aci_p2p.testing.simulator.faults import Faults
 from aci_p2p.testing.simulator.gossip import Gossip
 from aci_p2p.testing.simulator.invariants import InvariantBroken, Judge
@@ -91,6 +92,7 @@ class Simulation:
         self.providers: dict[int, Provider] = {}
         self.ends_at = START_MS + round(scenario.hours * HOUR_MS)
         self._cast()
+        self.attackers = self._corrupt()
         self.faults = Faults(self)
 
     def _is_honest(self, identity: NodeId) -> bool:
@@ -117,6 +119,22 @@ class Simulation:
             consumer.stored = self._stored
             consumer.believes = self.judge.heard
             self.consumers[node.index] = consumer
+
+    def _corrupt(self) -> list[Attacker]:
+        """Turn a share of the nodes into attackers, each with one strategy."""
+        random = self.world.dice["attackers"]
+        count = round(self.scenario.adversaries * len(self.nodes))
+        names = self.scenario.strategies or tuple(STRATEGIES)
+        strategies = [STRATEGIES[name] for name in names]
+        attackers: list[Attacker] = []
+        for node in random.sample(self.nodes, count):
+            part = Part.PROVIDER if node.index in self.providers else Part.CONSUMER
+            fitting = [strategy for strategy in strategies if strategy.part in {part, Part.ANY}]
+            if fitting:
+                attackers.append(random.choice(fitting)(self, node))
+        for attacker in attackers:
+            attacker.begin()
+        return attackers
 
     def _stored(self, node: SimNode, record: JobRecord) -> None:
         if node.honest:
