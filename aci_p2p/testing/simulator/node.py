@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar
 
 from aci_p2p.network.model import Place
-from aci_p2p.protocol.envelope import Envelope, Sealer
+from aci_p2p.protocol.envelope import Envelope, Sealer, check_age, open_envelope
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import (
     CloseStream,
@@ -22,11 +22,14 @@ from aci_p2p.protocol.job import (
 )
 from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.market import MarketView
+from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.testing.simulator.transport import End, Transport
 from aci_p2p.testing.simulator.world import Timer, World
 
 NETWORK: Final = "aci-sim"
 """Network id of simulated nodes."""
+MAX_READ: Final = 65_536
+"""Envelopes whose reading is remembered: those of the last minutes."""
 
 
 B = TypeVar("B")
@@ -47,6 +50,31 @@ class Machine(Protocol):
     def handle(self, event: Any, now: int) -> list[Effect]:  # noqa: ANN401 - the machine's own events
         """React to an event."""
         ...
+
+
+class Reader:
+    """Opens envelopes for all nodes of a world: what is the same for every reader is checked once."""
+
+    def __init__(self) -> None:
+        self._read: OrderedDict[tuple[bytes, type[Any]], Envelope[Any] | MessageRefused] = OrderedDict()
+
+    def __call__(self, data: bytes, body_type: type[B], *, network: str, now: int | None) -> Envelope[B]:
+        """See `open_envelope`."""
+        key = (data, body_type)
+        outcome = self._read.get(key)
+        if outcome is None:
+            try:
+                outcome = open_envelope(data, body_type, network=network, now=None)
+            except MessageRefused as error:
+                outcome = error
+            self._read[key] = outcome
+            if len(self._read) > MAX_READ:
+                self._read.popitem(last=False)
+        if isinstance(outcome, MessageRefused):
+            raise MessageRefused(outcome.validation.decision, outcome.validation.reason)
+        if now is not None:
+            check_age(outcome.header, now)
+        return outcome
 
 
 class TellingSealer(Sealer):
@@ -80,9 +108,10 @@ class SimNode:
     """One node. What it does is in its roles; this is what all of them share."""
 
     def __init__(
-        self, world: World, transport: Transport, index: int, place: Place, said: Callable[[Envelope[Any]], None]
+        self, world: World, transport: Transport, index: int, place: Place, said: Callable[[Envelope[Any]], None],
+        reader: Reader,
     ) -> None:
-        """`index`: its number in the world; `said` hears of every message that it signs."""
+        """`index`: its number in the world; `said` hears of every message that it signs; `reader` is the world's."""
         self.world = world
         self.transport = transport
         self.index = index
@@ -92,7 +121,8 @@ class SimNode:
         self.sealer = TellingSealer(self.key, said)
         self.random = world.dice[f"node/{index}"]
         self.disk = Disk()
-        self.view = MarketView(NETWORK)
+        self._reader = reader
+        self.view = MarketView(NETWORK, self._reader)
         self.streams: dict[End, None] = {}
         self.up = True
         self.skew_ms = 0
@@ -136,7 +166,7 @@ class SimNode:
     def start(self) -> None:
         """Come back with what the disk holds."""
         self.up = True
-        self.view = MarketView(NETWORK)
+        self.view = MarketView(NETWORK, self._reader)
         self.sealer = TellingSealer(self.key, self._said)
         self.world.note("start", self.index)
 

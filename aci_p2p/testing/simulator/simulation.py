@@ -17,7 +17,7 @@ from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part
 from aci_p2p.testing.simulator.faults import Faults
 from aci_p2p.testing.simulator.gossip import Gossip
 from aci_p2p.testing.simulator.invariants import InvariantBroken, Judge
-from aci_p2p.testing.simulator.node import SimNode
+from aci_p2p.testing.simulator.node import Reader, SimNode
 from aci_p2p.testing.simulator.roles import Consumer, Outcome, Provider
 from aci_p2p.testing.simulator.scenario import Fault, Scenario
 from aci_p2p.testing.simulator.transport import Transport
@@ -71,6 +71,22 @@ class Result:
     """What honest consumers have signed for, base units."""
 
 
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What the attackers of one strategy have gained together."""
+
+    strategy: str
+    """Its name."""
+    goal: str
+    """What it wants."""
+    nodes: int
+    """Attackers that follow it."""
+    gained: int
+    """Base units: payments for answers that the true model does not give, and answers taken without paying."""
+    pays: str
+    """Why it still pays; empty: it must gain nothing."""
+
+
 class Simulation:
     """A world in progress."""
 
@@ -80,9 +96,9 @@ class Simulation:
         self.network = _disturbed(scenario.network, scenario.faults)
         self.transport = Transport(self.world, self.network)
         self.judge = Judge(self._is_honest)
-        dice = self.world.dice
+        dice, reader = self.world.dice, Reader()
         self.nodes = [
-            SimNode(self.world, self.transport, index, self.network.place(dice["places"]), self.judge.said)
+            SimNode(self.world, self.transport, index, self.network.place(dice["places"]), self.judge.said, reader)
             for index in range(scenario.nodes)
         ]
         self.by_id: dict[NodeId, SimNode] = {node.node_id: node for node in self.nodes}
@@ -223,6 +239,19 @@ class Simulation:
         """The jobs of honest consumers so far, in the order of their ends."""
         ended = [one for consumer in self.consumers.values() if consumer.node.honest for one in consumer.outcomes]
         return sorted(ended, key=lambda one: (one.started + one.duration_ms, one.consumer))
+
+    def gains(self) -> list[Gain]:
+        """What cheating has brought, by strategy."""
+        unearned: Counter[NodeId] = Counter()
+        for outcome in self.outcomes():
+            if outcome.provider and outcome.text != outcome.expected:
+                unearned[outcome.provider] += outcome.price
+        gains: dict[str, Gain] = {}
+        for attacker in self.attackers:
+            gained = unearned[attacker.node.node_id] + attacker.stolen
+            known = gains.get(attacker.name) or Gain(attacker.name, attacker.goal, 0, 0, attacker.pays)
+            gains[attacker.name] = replace(known, nodes=known.nodes + 1, gained=known.gained + gained)
+        return [gains[name] for name in sorted(gains)]
 
     def result(self) -> Result:
         """What has come of the world so far."""
