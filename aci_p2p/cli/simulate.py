@@ -43,7 +43,7 @@ class SimulationFailed(AciError):
     type=click.Choice(["all", *(fault.value for fault in Fault)]),
     help="What goes wrong; may be given several times.",
 )
-@click.option("--models", type=click.IntRange(1), default=10, show_default=True, help="Models that are served.")
+@click.option("--models", type=click.IntRange(0), default=0, show_default="nodes / 25", help="Models that are served.")
 @click.option("--interval", type=float, default=300.0, show_default=True, help="Seconds between a consumer's jobs.")
 @click.option("--html", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with pictures.")
 @json_option

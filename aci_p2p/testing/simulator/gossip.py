@@ -22,6 +22,8 @@ DEGREE: Final = 6
 """Mesh neighbours that each node looks for (gossipsub's D)."""
 WITNESSES: Final = 3
 """Neighbours of a publisher whose judgement is computed; one that accepts is enough for a message to spread."""
+SHIFT: Final = 1 << 20
+"""More than the nodes of any world."""
 CATCH_UP_MS: Final = 5_000
 """After how long a message that was lost on every way is pulled from a neighbour."""
 
@@ -164,20 +166,22 @@ class Gossip:
 
     def _ways(self, origin: SimNode) -> dict[int, int]:
         ways: dict[int, int] = {}
-        queue = [(0, origin.index)]
-        latency = self._transport.model.one_way_ms
+        latency, meshes, nodes = self._transport.model.one_way_ms, self._meshes, self._nodes
+        is_cut = self._transport.is_cut if self._transport.is_split else None
+        # One heap entry is a number: milliseconds, then the node's index.
+        queue = [origin.index]
         while queue:
-            so_far, index = heapq.heappop(queue)
+            so_far, index = divmod(heapq.heappop(queue), SHIFT)
             if index in ways:
                 continue
             ways[index] = so_far
-            node = self._nodes[index]
+            node = nodes[index]
             if node is not origin and not node.forwards:
                 continue
             row = latency[node.place.region]
-            for other in self._meshes[index]:
-                if other.index not in ways and other.up and not self._transport.is_cut(node, other):
-                    heapq.heappush(queue, (so_far + row[other.place.region] + 1, other.index))
+            for other in meshes[index]:
+                if other.index not in ways and other.up and not (is_cut and is_cut(node, other)):
+                    heapq.heappush(queue, (so_far + row[other.place.region] + 1) * SHIFT + other.index)
         del ways[origin.index]
         return ways
 

@@ -19,7 +19,7 @@ from aci_p2p.testing.simulator.gossip import Gossip
 from aci_p2p.testing.simulator.invariants import InvariantBroken, Judge
 from aci_p2p.testing.simulator.node import Reader, SimNode
 from aci_p2p.testing.simulator.roles import Consumer, Outcome, Provider
-from aci_p2p.testing.simulator.scenario import Fault, Scenario
+from aci_p2p.testing.simulator.scenario import NODES_PER_MODEL, Fault, Scenario
 from aci_p2p.testing.simulator.transport import Transport
 from aci_p2p.testing.simulator.world import START_MS, World
 from aci_p2p.testing.toy_model import ToyModel
@@ -103,7 +103,8 @@ class Simulation:
         ]
         self.by_id: dict[NodeId, SimNode] = {node.node_id: node for node in self.nodes}
         self.gossip = Gossip(self.transport, self.nodes)
-        self.models = [ToyModel(f"toy-{number}") for number in range(scenario.models)]
+        models = scenario.models or max(1, scenario.nodes // NODES_PER_MODEL)
+        self.models = [ToyModel(f"toy-{number}") for number in range(models)]
         self.consumers: dict[int, Consumer] = {}
         self.providers: dict[int, Provider] = {}
         self.ends_at = START_MS + round(scenario.hours * HOUR_MS)

@@ -116,6 +116,11 @@ class Transport:
         seconds = self.model.delay_s(source.place, target.place, size, self._random)
         return max(1, round(1000 * seconds * (1 if direct else RELAY_TRIPS)))
 
+    @property
+    def is_split(self) -> bool:
+        """Whether a partition is in force."""
+        return bool(self._groups)
+
     def is_cut(self, a: Endpoint, b: Endpoint) -> bool:
         """Whether a partition is between two nodes."""
         return self._groups.get(a.index, 0) != self._groups.get(b.index, 0)
