@@ -20,6 +20,7 @@ from aci_p2p.gossip import Market, open_market
 from aci_p2p.keys import KeyRing
 from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.peer_clocks import CLOCK_PROTOCOL, clock_service
+from aci_p2p.protocol.bidding import Offering
 from aci_p2p.protocol.consumer import ConsumerJob, JobRequest, JobSecrets
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import LocalError
@@ -27,7 +28,7 @@ from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.messages import NONCE_BYTES, CapabilityRecord, NodeRecord
 from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
-from aci_p2p.provider import Offering, ProviderRole
+from aci_p2p.provider import ProviderRole
 from aci_p2p.store import Store, StoreError, open_store
 from aci_p2p.tasks import open_background
 from aci_p2p.version import SOFTWARE

@@ -45,6 +45,8 @@ class Won:
     """The job's offer."""
     bid: Envelope[Bid]
     """Our bid that won."""
+    model: str
+    """Name of the model in our store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ class BidBook:
         self._slots = slots
         self._outstanding: OrderedDict[bytes, Won] = OrderedDict()
         self._latency_ms = FIRST_LATENCY_MS
+        self.draining = False
+        """Whether no more jobs are taken."""
 
     def __len__(self) -> int:
         """Bids that may still be awarded."""
@@ -80,6 +84,12 @@ class BidBook:
         """Jobs that run at once."""
         return self._slots
 
+    def offer(self, offerings: Sequence[Offering], slots: int) -> None:
+        """Serve other models, for other prices, or more or fewer jobs at once; bids that are out stay firm."""
+        self._offerings = {offering.root: offering for offering in offerings}
+        self._slots = slots
+        self._forget_unserved()
+
     def offering(self, root: bytes) -> Offering | None:
         """What we serve under a weights root."""
         return self._offerings.get(root)
@@ -90,7 +100,8 @@ class BidBook:
         None when we do not serve the model, lack a slot (`running` are taken), or could never fit the answer.
         """
         offering = self._offerings.get(offer.body.model_root)
-        if offering is None or running >= self._slots or offer.body.max_tokens >= offering.context:
+        is_full = self.draining or running >= self._slots
+        if offering is None or is_full or offer.body.max_tokens >= offering.context:
             return None
         body = Bid(
             job_id=offer.body.job_id,
@@ -102,7 +113,7 @@ class BidBook:
         )
         bid = self._sealer.seal(body, now, lifetime_ms=BID_LIFETIME_MS)
         self._forget_expired(now)
-        self._outstanding[bid.digest] = Won(offer, bid)
+        self._outstanding[bid.digest] = Won(offer, bid, offering.name)
         return bid
 
     def take(self, frame: bytes, now: int, *, running: int) -> Won | Declined:
@@ -115,6 +126,8 @@ class BidBook:
         job_id = award.body.job_id
         if known is None:
             return Declined(Abort(job_id, AbortCode.TIMEOUT, "there is no such bid, or it expired"))
+        if self.draining:
+            return Declined(Abort(job_id, AbortCode.BUSY, "the provider is shutting down"))
         if running >= self._slots:
             return Declined(Abort(job_id, AbortCode.BUSY, "all slots are taken by now"))
         return known
@@ -126,10 +139,13 @@ class BidBook:
     def withdraw(self, root: bytes) -> Offering | None:
         """Serve a model no more, and forget the bids for it."""
         offering = self._offerings.pop(root, None)
-        for digest, known in tuple(self._outstanding.items()):
-            if known.offer.body.model_root == root:
-                del self._outstanding[digest]
+        self._forget_unserved()
         return offering
+
+    def _forget_unserved(self) -> None:
+        for digest, known in tuple(self._outstanding.items()):
+            if known.offer.body.model_root not in self._offerings:
+                del self._outstanding[digest]
 
     def _forget_expired(self, now: int) -> None:
         while self._outstanding:

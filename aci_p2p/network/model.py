@@ -100,7 +100,9 @@ LAN: Final = NetworkModel(one_way_ms=((0,),), jitter=0.0, bandwidth=125_000_000)
 """Hosts in one room."""
 WIDE_AREA: Final = NetworkModel()
 """Three continents, nothing lost."""
-ROUGH: Final = NetworkModel(jitter=1.0, loss=0.05, duplication=0.02, reordering=0.05, cone_share=0.3, symmetric_share=0.1)
+ROUGH: Final = NetworkModel(
+    jitter=1.0, loss=0.05, duplication=0.02, reordering=0.05, cone_share=0.3, symmetric_share=0.1
+)
 """Three continents on a bad day."""
 
 

@@ -81,9 +81,7 @@ class SwarmNode:
         """Its identity."""
         return self.node.node_id
 
-    async def ask(
-        self, prompt: str, *, max_tokens: int = 64, requirements: Requirements | None = None
-    ) -> Answer:
+    async def ask(self, prompt: str, *, max_tokens: int = 64, requirements: Requirements | None = None) -> Answer:
         """Run one inference from here. Raises what `ACI.inference` raises."""
         async with ACI(self.node) as aci:
             return await aci.inference(
@@ -133,7 +131,13 @@ class Swarm:
     """Nodes that have found each other. Made by `open_swarm`."""
 
     def __init__(
-        self, seed: int, nursery: trio.Nursery, hub: MemoryHub | None, clock: Clock, open_executor: OpenExecutor, root: bytes
+        self,
+        seed: int,
+        nursery: trio.Nursery,
+        hub: MemoryHub | None,
+        clock: Clock,
+        open_executor: OpenExecutor,
+        root: bytes,
     ) -> None:
         """`hub`: None for libp2p."""
         self.seed = seed
@@ -169,7 +173,9 @@ class Swarm:
             async with open_libp2p(key, config, rules) as network:
                 yield network
             return
-        async with self._hub.open_network(key, record_validator=rules.validate, record_selector=rules.select) as network:
+        async with self._hub.open_network(
+            key, record_validator=rules.validate, record_selector=rules.select
+        ) as network:
             yield network
 
     async def start(self, node: SwarmNode) -> None:

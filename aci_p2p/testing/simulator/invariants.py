@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from aci_p2p.protocol.bidding import MAX_OUTSTANDING
 from aci_p2p.protocol.envelope import Envelope, open_envelope
@@ -49,11 +49,11 @@ class Judge:
         self.checks = 0
         """How often something was checked."""
 
-    def said(self, envelope: Envelope[object]) -> None:
+    def said(self, envelope: Envelope[Any]) -> None:
         """A node has signed a message."""
         self._said.add(envelope.digest)
 
-    def heard(self, node: SimNode, envelope: Envelope[object]) -> None:
+    def heard(self, node: SimNode, envelope: Envelope[Any]) -> None:
         """An honest node believes a message: its sender must have signed it, and it must be of now."""
         self.checks += 1
         if envelope.digest not in self._said:

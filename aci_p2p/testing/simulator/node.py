@@ -108,7 +108,12 @@ class SimNode:
     """One node. What it does is in its roles; this is what all of them share."""
 
     def __init__(
-        self, world: World, transport: Transport, index: int, place: Place, said: Callable[[Envelope[Any]], None],
+        self,
+        world: World,
+        transport: Transport,
+        index: int,
+        place: Place,
+        said: Callable[[Envelope[Any]], None],
         reader: Reader,
     ) -> None:
         """`index`: its number in the world; `said` hears of every message that it signs; `reader` is the world's."""

@@ -91,7 +91,6 @@ class Consumer:
         self.gossip.consumers[machine.job_id] = (node, driver.hear)
         driver.tell(Start())
 
-
     def drive(self, machine: ConsumerJob, request: JobRequest, model: ToyModel) -> ConsumerDriver:
         """The driver of a job; attackers use their own."""
         return ConsumerDriver(self, machine, request, model)
@@ -270,7 +269,12 @@ class ProviderDriver(Driver):
             if len(chunk) == CHUNK_TOKENS:
                 break
         self._next = self.node.world.after(
-            len(chunk) * self.provider.pace_ms * self.provider.slowness + 1, self._made, chunk, steps, made + len(chunk), input_tokens
+            len(chunk) * self.provider.pace_ms * self.provider.slowness + 1,
+            self._made,
+            chunk,
+            steps,
+            made + len(chunk),
+            input_tokens,
         )
 
     def _made(self, chunk: list[Step], steps: Iterator[Step], made: int, input_tokens: int) -> None:

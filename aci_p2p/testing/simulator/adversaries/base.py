@@ -95,9 +95,7 @@ class CheatingProvider(Attacker):
 class _Cheat(Provider):
     def __init__(self, attacker: CheatingProvider, honest: Provider, price: int) -> None:
         self._attacker = attacker
-        super().__init__(
-            honest.node, honest.gossip, honest.model, price=price, slots=SLOTS, pace_ms=honest.pace_ms
-        )
+        super().__init__(honest.node, honest.gossip, honest.model, price=price, slots=SLOTS, pace_ms=honest.pace_ms)
 
     def accept(self, end: End) -> None:
         if self._attacker.accepts(end):

@@ -47,7 +47,12 @@ class _Cheat(Consumer):
 
 class _CheatDriver(ConsumerDriver):
     def __init__(
-        self, attacker: _CheatingConsumer, consumer: Consumer, machine: ConsumerJob, request: JobRequest, model: ToyModel
+        self,
+        attacker: _CheatingConsumer,
+        consumer: Consumer,
+        machine: ConsumerJob,
+        request: JobRequest,
+        model: ToyModel,
     ) -> None:
         super().__init__(consumer, machine, request, model)
         self._attacker = attacker
