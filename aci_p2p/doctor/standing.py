@@ -38,6 +38,8 @@ async def check_reachability(subject: Subject, standing: Standing) -> list[Findi
 
 def _look_at_reachability(standing: Standing) -> Finding:
     match standing.reachability:
+        case Reachability.UNKNOWN if not standing.can_listen:
+            return ok("reachability", "unknown until the node can listen; see ports")
         case Reachability.PUBLIC:
             return ok("reachability", "public: peers have dialled back")
         case Reachability.PRIVATE if standing.relays:
