@@ -213,7 +213,7 @@ def test_a_second_provider_joins_through_the_first(cli: Cli, start: Start, tiny_
 @pytest.mark.parametrize(("how", "words"), [(signal.SIGKILL, "after"), (signal.SIGTERM, "shutting down")])
 def test_a_provider_that_ends_mid_stream(start: Start, model_home: Path, how: signal.Signals, words: str) -> None:
     with no_orphans():
-        provider = start("join", *LOOPBACK, "--key", "killed")
+        provider = start("join", *LOOPBACK, "--key", "killed", "--grace", "0")
         address = wait_for(provider, "listening on ")
         consumer = start("infer", "--bootstrap", address, "--max-tokens", "2000", "Count from one to one thousand.")
         wait_for_text(consumer)
