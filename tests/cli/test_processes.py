@@ -145,7 +145,7 @@ def test_a_tiny_model_end_to_end(cli: Cli, start: Start, tiny_home: Path, tmp_pa
         assert done.returncode == 0
         assert done.stdout.endswith("stopped\n")
         # One line of log for each job.
-        assert [" ACI\"" in line for line in done.stderr.splitlines() if "INFO job done" in line] == [True, True]
+        assert [' ACI"' in line for line in done.stderr.splitlines() if "INFO job done" in line] == [True, True]
 
 
 def test_a_paid_answer_is_shown_though_its_proof_cannot_be_saved(
