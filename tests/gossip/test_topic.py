@@ -491,6 +491,29 @@ async def test_endless_log_ends(autojump_clock: MockClock, hub: MemoryHub) -> No
         assert 4 <= asked <= 7
 
 
+async def test_log_that_grows_as_fast_as_it_is_read_has_its_turn_only(
+    autojump_clock: MockClock, hub: MemoryHub
+) -> None:
+    sealer = Sealer(make_key(9), NETWORK)
+    asked: list[float] = []
+
+    async def serve(stream: Stream) -> None:
+        since = decode(Since, await stream.receive(), max_bytes=1 << 20)
+        asked.append(trio.current_time())
+        data = sealer.seal(Abort(bytes(32), AbortCode.BUSY, f"{since.sequence}"), virtual_clock()).data
+        await stream.send(news(message_id(NAME, data), sequence=since.sequence + 1, head=2**40))
+        await stream.receive()
+        await stream.send(encode(Fetched((data,))))
+        await stream.receive()
+
+    async with open_node(hub, 1) as victim, open_liar(hub, 9, serve, victim):
+        await trio.sleep(3)
+        assert len(asked) == topics.MAX_PAGES
+        await trio.sleep(7)
+        assert len(asked) >= 2 * topics.MAX_PAGES
+        assert victim.topic.statistics().caught_up == len(asked)
+
+
 async def test_large_messages_fit_a_frame(autojump_clock: MockClock, hub: MemoryHub) -> None:
     largest = [bytes([number]) * MAX_MESSAGE_BYTES for number in range(32)]
     identifiers = [message_id(NAME, data) for data in largest]
