@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import IO, Any, Final, cast
 
 import pytest
 
@@ -22,6 +22,14 @@ COMMAND: Final = (sys.executable, "-c", "from aci_p2p.cli import main; main()")
 LOOPBACK: Final = "/ip4/127.0.0.1/tcp/0"
 START_S: Final = 60.0
 """Longest wait for what a daemon should do soon, seconds: many start at once, on few cores."""
+
+
+Launch = Callable[[Sequence[str], dict[str, str], IO[bytes]], "subprocess.Popen[bytes]"]
+"""Starts a command with an environment; what it says goes to the file."""
+
+
+def _launch(command: Sequence[str], env: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -41,23 +49,18 @@ def until(condition: Callable[[], object], *, seconds: float = START_S) -> float
 class Daemon:
     """One `aci-p2p join`, started and killed as often as a test wants."""
 
-    def __init__(self, home: Path, *arguments: str) -> None:
-        """`arguments` beyond those that keep it to this machine."""
+    def __init__(self, home: Path, *arguments: str, listen: str = LOOPBACK, launch: Launch | None = None) -> None:
+        """`launch` starts its process; by default on this machine."""
         self.home = home
-        self._arguments = arguments
+        self._arguments = ("join", "--no-live", "--listen", listen, *arguments)
+        self._launch = launch or _launch
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it; `wait` says when it is up."""
         self.home.mkdir(exist_ok=True, parents=True)
         with (self.home / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [*COMMAND, "join", "--no-live", "--listen", LOOPBACK, *self._arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment(self.home),
-            )
+            self._process = self._launch((*COMMAND, *self._arguments), environment(self.home), log)
 
     @property
     def pid(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 
@@ -43,7 +44,12 @@ class Swarm:
 
     def finds_the_provider(self, daemon: Daemon, provider: str) -> bool:
         """Whether a daemon has neighbours and finds the provider."""
-        return daemon.is_up and len(daemon.peers) >= NEIGHBOURS and daemon.find(self.root)[0] == [provider]
+        return is_connected(daemon) and daemon.find(self.root)[0] == [provider]
+
+
+def is_connected(daemon: Daemon) -> bool:
+    """Whether a daemon is up and has neighbours."""
+    return daemon.is_up and len(daemon.peers) >= NEIGHBOURS
 
 
 @pytest.fixture
@@ -61,13 +67,12 @@ def swarm(tmp_path: Path) -> Iterator[Swarm]:
             for daemon in (provider, *others):
                 daemon.start()
             for daemon in (provider, *others):
-                until(lambda daemon=daemon: daemon.is_up)
-                until(lambda daemon=daemon: len(daemon.peers) >= NEIGHBOURS)
+                until(partial(is_connected, daemon))
             yield Swarm(bootstrap, provider, others, root)
 
 
 def test_a_swarm_without_its_bootstrap_node(
-    swarm: Swarm, tmp_path: Path, record_property: pytest.RecordProperty
+    swarm: Swarm, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     provider = swarm.provider.ask("status")["node"]["id"]
 
@@ -95,7 +100,7 @@ def test_a_swarm_without_its_bootstrap_node(
     for daemon in restarted:
         daemon.start()
     for daemon in restarted:
-        until(lambda daemon=daemon: swarm.finds_the_provider(daemon, provider))
+        until(partial(swarm.finds_the_provider, daemon, provider))
     back = time.monotonic() - began
     record_property("back_s", back)
     assert back < BACK_S
