@@ -136,7 +136,8 @@ async def test_the_protocol_tries_three_times_and_leaves_the_relay(
     assert sorted(tried, key=str) == [(False, [PUBLIC])] * 3 + [(True, [PUBLIC])] * 3
     # It is not tried again on the same connection.
     identified(private.traversal.puncher, other.id, identity)
-    assert private.traversal.puncher._busy == 0
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert len(tried) == 6
     await exchange(private.host, other.id)
 
 
@@ -174,7 +175,14 @@ async def test_malformed_messages_end_it(three: Three, message: bytes) -> None:
     await exchange(private.host, other.id)
 
 
-async def test_only_who_was_dialled_through_a_relay_may_ask() -> None:
+async def test_only_who_was_dialled_speaks_first(three: Three) -> None:
+    _, private, other = three
+    stream = await other.host.open_stream(private.id, PROTOCOL)
+    with trio.fail_after(5), pytest.raises((EndOfStream, StreamReset)):
+        await stream.read(1)
+
+
+async def test_no_holes_for_direct_connections() -> None:
     async with (
         open_several(1) as (direct,),
         open_traversing(7, listen=[ANY], config=NetworkConfig()) as node,
