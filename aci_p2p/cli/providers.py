@@ -11,7 +11,7 @@ from rich.text import Text
 from aci_p2p.cli.common import json_option, print_json
 from aci_p2p.cli.options import FOLDERS, Given, configured
 from aci_p2p.cli.running import Stop, run
-from aci_p2p.cli.texts import table_console
+from aci_p2p.cli.texts import print_table
 from aci_p2p.client import resolve_model
 from aci_p2p.config import NodeConfig
 from aci_p2p.control import NoNode, ask
@@ -53,7 +53,7 @@ def command(model: str | None, given: Given, as_json: bool) -> None:  # noqa: FB
     if as_json:
         print_json(report)
     elif report["providers"]:
-        table_console().print(_table(report))
+        print_table(_table(report))
     if not report["providers"]:
         msg = f"nobody is found who serves {model or loaded.config.client.model}"
         raise NoProviders(msg, hint="aci-p2p status shows to whom the node is connected")
