@@ -10,8 +10,9 @@ from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from aci_p2p.network.api import AddressInUse
 from aci_p2p.network.config import NetworkConfig
-from aci_p2p.network.libp2p import dcutr
+from aci_p2p.network.libp2p import autonat, dcutr
 from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.circuit import HOP, STOP
 from aci_p2p.network.libp2p.dcutr import PROTOCOL, HolePuncher
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset
@@ -191,3 +192,9 @@ async def test_no_holes_for_direct_connections() -> None:
         stream = await direct.host.open_stream(node.id, PROTOCOL)
         with trio.fail_after(5), pytest.raises((EndOfStream, StreamReset)):
             await stream.read(1)
+
+
+async def test_who_dials_only_whom_it_is_told_neither_dials_back_nor_punches() -> None:
+    async with open_traversing(7, config=NetworkConfig(named_only=True)) as node:
+        assert {PROTOCOL, autonat.PROTOCOL}.isdisjoint(node.host.protocols)
+        assert {HOP, STOP} <= set(node.host.protocols)
