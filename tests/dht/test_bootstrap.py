@@ -83,7 +83,7 @@ def test_no_more_attempts_at_once_than_allowed(joiner: Joiner) -> None:
 
 def test_back_off_grows_with_full_jitter(joiner: Joiner) -> None:
     joiner.name([at(1)], 0)
-    now, waits = 0.0, []
+    now, waits = 0.0, list[int]()
     for _ in range(400):
         assert joiner.next_attempts((), now) == [at(1)]
         joiner.failed(at(1), ERROR, now)

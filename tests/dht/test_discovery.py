@@ -313,6 +313,11 @@ async def test_a_provider_that_leaves_takes_its_record_back(
         assert await other.found() == []
 
 
+def nobody_there(_topic: str) -> Sequence[NodeId]:
+    """Who listens to gossip."""
+    return ()
+
+
 @pytest.mark.parametrize("failing", ["put_record", "provide"])
 async def test_a_record_that_cannot_be_announced_hinders_no_other(
     autojump_clock: MockClock,
@@ -324,7 +329,7 @@ async def test_a_record_that_cannot_be_announced_hinders_no_other(
     """Nor does it end the node, and later it is announced."""
     async with open_peers(3) as (_, provider, consumer):
         # The DHT is to be all there is.
-        monkeypatch.setattr(provider.network, "topic_peers", lambda _topic: ())
+        monkeypatch.setattr(provider.network, "topic_peers", nobody_there)
         real = getattr(provider.network, failing)
         broken = {ROOT, capability_key(ROOT, provider.node_id), node_key(provider.node_id)}
 
