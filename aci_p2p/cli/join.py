@@ -68,7 +68,7 @@ class _Daemon:
     async def serve(self) -> None:
         """Run the node until a signal ends it and its jobs are finished or handed back."""
         self._say_what_begins()
-        async with open_node(self.config) as node:
+        async with open_node(self.config, require_bootstrap=False) as node:
             observer = Observer(node, self.journal, self.loaded.file if self.loaded.found else None)
             async with (
                 open_control(node.config.control_socket_path, observer.commands),
