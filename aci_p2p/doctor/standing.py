@@ -46,13 +46,19 @@ def _look_at_reachability(standing: Standing) -> Finding:
         case Reachability.PRIVATE:
             text = "private: a NAT or a firewall is between, and no relay helps: others cannot open connections"
             return problem("reachability", text, _FORWARD)
-        case Reachability.UNKNOWN if standing.is_local:
-            return ok("reachability", "it listens on this machine alone")
-        case Reachability.UNKNOWN if not standing.has_peers:
-            return ok("reachability", "unknown: there is no peer to ask")
         case Reachability.UNKNOWN:
-            text = "unknown: no peer has tried to dial back yet"
-            return warning("reachability", text, "run the doctor again in a minute")
+            return _look_at_unknown(standing)
+
+
+def _look_at_unknown(standing: Standing) -> Finding:
+    if standing.is_local:
+        return ok("reachability", "it listens on this machine alone")
+    if not standing.can_listen:
+        return ok("reachability", "unknown until the node can listen; see ports")
+    if not standing.has_peers:
+        return ok("reachability", "unknown: there is no peer to ask")
+    text = "unknown: no peer has tried to dial back yet"
+    return warning("reachability", text, "run the doctor again in a minute")
 
 
 async def check_relay(subject: Subject, standing: Standing) -> list[Finding]:

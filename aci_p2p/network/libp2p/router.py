@@ -181,12 +181,12 @@ class Router:
 
     def mesh(self, topic: str) -> frozenset[NodeId]:
         """Neighbours in the topic's mesh."""
-        return frozenset(self._mesh.get(topic, ()))
+        return frozenset(self._mesh.get(topic, set[NodeId]()))
 
     @property
     def mesh_peers(self) -> frozenset[NodeId]:
         """Neighbours in any mesh."""
-        return frozenset().union(*self._mesh.values())
+        return frozenset[NodeId]().union(*self._mesh.values())
 
     def add_peer(self, peer: NodeId, address: str, now: float) -> None:
         """A peer has connected from an IP address (empty when it is not the peer's own)."""
