@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from aci_p2p.protocol.envelope import MAX_SKEW_MS
@@ -81,7 +82,7 @@ class Faults:
         self._over = True
         simulation = self._simulation
         self.fired.update(simulation.gossip.disturbed)
-        simulation.transport.model = simulation.scenario.network
+        simulation.transport.model = replace(simulation.scenario.network, loss=0.0, duplication=0.0, reordering=0.0)
         simulation.transport.heal()
         simulation.gossip.healed()
         for node in simulation.nodes:

@@ -33,6 +33,8 @@ CALM_MS: Final = 180_000
 """After the faults have ended: longer than any state of a running job may last, milliseconds."""
 PROBE_MS: Final = 120_000
 """Time in which every honest consumer's last job must be answered, milliseconds."""
+PROBE_WINDOW_MS: Final = 5_000
+"""How long these last jobs wait for bids: longer than gossip takes in any of these networks, milliseconds."""
 MAX_TOKENS: Final = 64
 """Longest answer asked for at random."""
 MAX_PRICE: Final = 10**12
@@ -346,7 +348,8 @@ class Simulation:
         before = len(self.outcomes())
         asked = 0
         for consumer in self.consumers.values():
-            request, model = self.question(consumer.node)
+            question, model = self.question(consumer.node)
+            request = replace(question, bid_window_ms=PROBE_WINDOW_MS)
             if model.name in served:
                 # One after the other, so that slots are free.
                 delay = asked * PROBE_MS // (2 * len(self.consumers))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SLOTS: Final = 64
 """Jobs that a cheating provider takes at once: it computes little."""
+REACTION_MS: Final = 3_000
+"""An eavesdropper answers one offer in so many milliseconds: its hands are full with each."""
 VERIFICATION: Final = "nobody executes an answer again before proofs and disputes are built"
 """Why wrong answers are paid."""
 FAILOVER: Final = "a job whose provider fails after it has accepted is not taken over by another one yet"
@@ -83,7 +85,13 @@ class Eavesdropper(Attacker):
         honest = self.simulation.providers.pop(self.node.index, None)
         if honest:
             honest.stop()
-        self.gossip.eavesdroppers.append((self.node, self.hears_offer, self.hears_bid))
+        self._ready_at = 0
+        self.gossip.eavesdroppers.append((self.node, self._react, self.hears_bid))
+
+    def _react(self, offer: Envelope[Offer]) -> None:
+        if self.world.now >= self._ready_at:
+            self._ready_at = self.world.now + REACTION_MS
+            self.hears_offer(offer)
 
     def hears_offer(self, offer: Envelope[Offer]) -> None:
         """Somebody offers a job."""

@@ -14,8 +14,8 @@ from aci_p2p.testing.simulator.node import NETWORK
 from aci_p2p.testing.simulator.roles import Consumer, ConsumerDriver
 from aci_p2p.testing.toy_model import ToyModel
 
-FLOOD_MS: Final = 20
-"""Milliseconds between two offers of a flood: fifty a second, where honest consumers make one in minutes."""
+FLOOD_MS: Final = 100
+"""Milliseconds between two offers of a flood: more than a node may have live."""
 ASK_MS: Final = 30_000
 """Milliseconds between two jobs of a consumer that cheats in them."""
 SILENCE_MS: Final = 1_000
@@ -149,7 +149,7 @@ class AwardTwice(_CheatingConsumer):
 
 
 class OfferSpam(_CheatingConsumer):
-    """Offers fifty jobs a second, and awards none."""
+    """Offers ten jobs a second, and awards none."""
 
     name = "offer spam"
     goal = "keep providers busy with bidding, and bury honest offers"

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Final
 from aci_p2p.protocol import cbor
 from aci_p2p.protocol.envelope import VERSION, Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair
-from aci_p2p.protocol.messages import Bid, Offer
+from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
 from aci_p2p.testing.simulator.adversaries.base import Eavesdropper
 from aci_p2p.testing.simulator.node import NETWORK, SimNode, TellingSealer
 
 if TYPE_CHECKING:
     from aci_p2p.testing.simulator.simulation import Simulation
 
-SPAM: Final = 100
-"""Bids of a spammer for each offer."""
-SYBILS: Final = 80
-"""Keys of a Sybil attacker: more than the bids that a consumer weighs."""
+SPAM: Final = MAX_BIDS + 6
+"""Bids of a spammer for each offer: more than a consumer weighs."""
+SYBILS: Final = MAX_BIDS + 6
+"""Keys of a Sybil attacker: the same."""
 KEPT: Final = 64
 """Messages that a replaying attacker has at hand."""
 REPLAY_MS: Final = 1_000
@@ -32,7 +32,7 @@ _VERSION_FIELD: Final = 1
 
 
 class BidSpam(Eavesdropper):
-    """Answers each offer with a hundred bids."""
+    """Answers each offer with seventy bids."""
 
     name = "bid spam"
     goal = "bury honest bids, so that consumers never see them"
@@ -45,7 +45,7 @@ class BidSpam(Eavesdropper):
 
 
 class SybilBids(Eavesdropper):
-    """Bids under eighty names, and serves under none."""
+    """Bids under many names, and serves under none."""
 
     name = "sybil bids"
     goal = "fill every consumer's list of bids before honest ones arrive"
