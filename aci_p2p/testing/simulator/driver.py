@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from aci_p2p.protocol.job import (
     CloseStream,
+    Deliver,
     Effect,
     FrameArrived,
     Persist,
@@ -69,6 +70,8 @@ class Driver:
         """What decides."""
         self.end: End | None = None
         """The job's stream, while it is open."""
+        self.renewed_at = node.world.now
+        """When its state last changed or its stream last moved, Unix milliseconds of true time."""
         self._observer = observer
         self._timer: Timer | None = None
         self._waiting: deque[Any] = deque()
@@ -108,6 +111,8 @@ class Driver:
     def _handle(self, event: Any) -> None:  # noqa: ANN401 - the machine's own events
         before = self.machine.state
         effects = deque(self.machine.handle(event, self.node.clock))
+        if self.machine.state is not before or any(isinstance(effect, Send | Deliver) for effect in effects):
+            self.renewed_at = self.node.world.now
         if isinstance(event, FrameArrived):
             self._observer.moved(self, before, event.data)
         while effects:

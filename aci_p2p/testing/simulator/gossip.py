@@ -9,10 +9,11 @@ keep accounts and scores of each other as real ones do, and look at nothing that
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
+from aci_p2p.gossip.topic import MAX_PUBLISHED
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.messages import Bid, Offer
 from aci_p2p.protocol.validation import MessageRefused
@@ -55,6 +56,22 @@ class Topic(Generic[B]):
         self._check = check
         self._concerned = concerned
         self._waiting: list[tuple[bytes, SimNode, Listener[B]]] = []
+        self._own: defaultdict[int, list[int]] = defaultdict(list)
+
+    def say(self, origin: SimNode, envelope: Envelope[B]) -> None:
+        """Let an honest node broadcast a message of its own, unless too many of its are out, as `gossip.Topic` does."""
+        out = self._own[origin.index]
+        if len(out) >= MAX_PUBLISHED:
+            out[:] = [expires_at for expires_at in out if expires_at > origin.clock]
+            if len(out) >= MAX_PUBLISHED:
+                self._gossip.unsaid += 1
+                return
+        out.append(envelope.header.expires_at)
+        self.publish(origin, envelope.data)
+
+    def restarted(self, node: SimNode) -> None:
+        """A node has forgotten what it said."""
+        self._own.pop(node.index, None)
 
     def publish(self, origin: SimNode, data: bytes) -> None:
         """Let a node broadcast bytes, whatever they are."""
@@ -135,6 +152,8 @@ class Gossip:
         """Messages of flooders that nobody looked at."""
         self.disturbed: Counter[Fault] = Counter()
         """Messages that the network lost, doubled or held back."""
+        self.unsaid = 0
+        """Messages that honest nodes kept to themselves, for too many of theirs were out."""
         self.bytes_sent = 0
         """Bytes that all nodes together received."""
         self.offers: Topic[Offer] = Topic("offers", self, _check_offer, self._providers_of)
@@ -188,6 +207,8 @@ class Gossip:
     def restarted(self, node: SimNode) -> None:
         """A node has forgotten what it held against its neighbours."""
         self._guards.pop(node.index, None)
+        self.offers.restarted(node)
+        self.bids.restarted(node)
         self.changed()
 
     def copies(self, arrival: int) -> list[int]:

@@ -23,7 +23,7 @@ from aci_p2p.protocol.commitments import (
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import JobRecord
-from aci_p2p.protocol.lifecycle import TRANSITIONS, Party, State
+from aci_p2p.protocol.lifecycle import LIMITS, TRANSITIONS, Party, State
 from aci_p2p.protocol.market import MAX_OFFERS
 from aci_p2p.protocol.messages import (
     Accept,
@@ -302,7 +302,14 @@ class Judge:
         require(within and owed <= offer.body.max_price, "nobody pays for more than was asked", name)
         return receipt.sender
 
-    # How much a node holds.
+    # How much a node holds, and for how long.
+
+    def timely(self, driver: Driver) -> None:
+        """A job stays in no state for longer than that may last."""
+        self.checks += 1
+        age, limit = driver.node.world.now - driver.renewed_at, LIMITS[driver.machine.state].timeout_ms
+        msg = f"{driver} of node {driver.node.index} stays so for {age} ms, {limit} at most"
+        require(age <= limit or not driver.node.honest, "states time out", msg)
 
     def bounded(self, node: SimNode, *, outstanding: int, running: int, slots: int) -> None:
         """The queues of a node stay within their limits."""

@@ -124,6 +124,10 @@ class Consumer:
         self.around.gossip.consumers[machine.job_id] = (node, driver.hear)
         driver.tell(Start())
 
+    def broadcast(self, offer: Envelope[Offer]) -> None:
+        """Publish an offer."""
+        self.around.gossip.offers.say(self.node, offer)
+
     def drive(self, machine: ConsumerJob, request: JobRequest, model: ToyModel) -> ConsumerDriver:
         """The driver of a job; attackers use their own."""
         return ConsumerDriver(self, machine, request, model)
@@ -156,7 +160,7 @@ class ConsumerDriver(Driver):
         match effect:
             case Broadcast(offer):
                 around.judge.published(self.node, offer)
-                around.gossip.offers.publish(self.node, offer.data)
+                self._consumer.broadcast(offer)
             case BidSeen(bid):
                 around.judge.weighed(self.node, self.job.job_id, bid)
             case OpenStream(provider, _):
@@ -223,7 +227,7 @@ class Provider:
         """Jobs at once."""
         self.pace_ms = pace_ms
         """Milliseconds for each token."""
-        self.offering = Offering(model.name, model.root, CONTEXT, price // INPUT_SHARE, price)
+        self.offering = _offering(model, price)
         """What it serves, for how much."""
         self.book = BidBook(node.sealer, (self.offering,), slots)
         """Its bids."""
@@ -238,6 +242,11 @@ class Provider:
         self.announcing = Announcing(node, around.directory, self.capabilities)
         """What it publishes in the DHT."""
         self.start()
+
+    def reprice(self, price: int) -> None:
+        """Ask another price for each output token, base units."""
+        self.offering = _offering(self.model, price)
+        self.book.offer((self.offering,), self.slots)
 
     def start(self) -> None:
         """Begin, or begin again after a crash."""
@@ -278,7 +287,7 @@ class Provider:
         self.around.judge.heard(self.node, offer)
         bid = self.book.bid(offer, self.node.clock, running=len(self.running), addresses=())
         if bid is not None:
-            self.around.gossip.bids.publish(self.node, bid.data)
+            self.around.gossip.bids.say(self.node, bid)
 
     def accept(self, end: End) -> None:
         """A consumer has opened a job's stream: its first frame awards a bid, or it is closed."""
@@ -384,6 +393,10 @@ class ProviderDriver(Driver):
         """Compute no more."""
         if self._next:
             self._next.cancel()
+
+
+def _offering(model: ToyModel, price: int) -> Offering:
+    return Offering(model.name, model.root, CONTEXT, price // INPUT_SHARE, price)
 
 
 def prompt_of(model: ToyModel, run: StartGeneration) -> tuple[int, ...]:

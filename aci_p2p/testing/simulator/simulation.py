@@ -105,7 +105,7 @@ class Simulation:
     """A world in progress."""
 
     def __init__(self, scenario: Scenario, *, disarmed: bool = False) -> None:
-        """`disarmed`: those who would cheat are honest, for comparison."""
+        """`disarmed`: those who would cheat ask the same prices and are honest, for comparison."""
         self.scenario = scenario
         """What is simulated."""
         self.world = World(scenario.seed)
@@ -145,7 +145,11 @@ class Simulation:
         """What goes wrong."""
         self.attackers: list[Attacker] = []
         """Those that do it."""
-        if not disarmed:
+        if disarmed:
+            for node, strategy in self.suspects:
+                if (provider := self.providers.get(node.index)) is not None:
+                    provider.reprice(strategy.price(provider.offering.output_token_price))
+        else:
             self.attackers = [strategy(self, node) for node, strategy in self.suspects]
             for attacker in self.attackers:
                 attacker.begin()
@@ -242,6 +246,9 @@ class Simulation:
 
     def _look(self, until: int) -> None:
         self.world.run_until(until)
+        for node in self.nodes:
+            for driver in node.drivers:
+                self.judge.timely(driver)
         for index, provider in self.providers.items():
             self.judge.bounded(
                 self.nodes[index],

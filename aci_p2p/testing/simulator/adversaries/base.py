@@ -64,6 +64,11 @@ class Attacker:
         """Base units' worth of answers that it had without paying."""
         node.honest = False
 
+    @classmethod
+    def price(cls, honest: int) -> int:
+        """What it asks for an output token in place of an honest provider that asks `honest`, base units."""
+        return honest
+
     def begin(self) -> None:
         """Take up the attack."""
         raise NotImplementedError
@@ -111,12 +116,16 @@ class CheatingProvider(Attacker):
     discount: ClassVar[int] = 2
     """It asks so many times less than the honest provider in its place."""
 
+    @classmethod
+    def price(cls, honest: int) -> int:
+        """So much less that it wins."""
+        return max(1, honest // cls.discount)
+
     def begin(self) -> None:
         """Take the honest provider's place."""
         honest = self.simulation.providers.pop(self.node.index)
         honest.stop()
-        price = max(1, honest.offering.output_token_price // self.discount)
-        cheat = _Cheat(self, honest, price)
+        cheat = _Cheat(self, honest, self.price(honest.offering.output_token_price))
         self.simulation.replace_announcing(self.node, cheat.announcing)
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:

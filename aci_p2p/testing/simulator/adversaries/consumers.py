@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import ClassVar, Final
 
 from aci_p2p.protocol.consumer import ConsumerJob, JobRequest
-from aci_p2p.protocol.envelope import kind_of, open_envelope
+from aci_p2p.protocol.envelope import Envelope, kind_of, open_envelope
 from aci_p2p.protocol.job import Effect, Send
-from aci_p2p.protocol.messages import Conversation, Input, Kind, Receipt, Turn
+from aci_p2p.protocol.messages import Conversation, Input, Kind, Offer, Receipt, Turn
 from aci_p2p.testing.simulator.adversaries.base import Attacker, Part
 from aci_p2p.testing.simulator.node import NETWORK
 from aci_p2p.testing.simulator.roles import Consumer, ConsumerDriver
@@ -48,6 +48,9 @@ class _Cheat(Consumer):
     def __init__(self, attacker: _CheatingConsumer, honest: Consumer) -> None:
         super().__init__(honest.node, honest.around)
         self.attacker = attacker
+
+    def broadcast(self, offer: Envelope[Offer]) -> None:
+        self.around.gossip.offers.publish(self.node, offer.data)
 
     def drive(self, machine: ConsumerJob, request: JobRequest, model: ToyModel) -> ConsumerDriver:
         return _CheatDriver(self.attacker, self, machine, request, model)
