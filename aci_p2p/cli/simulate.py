@@ -61,7 +61,7 @@ class SimulationFailed(AciError):
 @click.option("--seed", type=int, default=_USUAL.seed, show_default=True, help="Fixes everything left to chance.")
 @click.option("--adversaries", type=click.FloatRange(0, 0.9), default=0.0, show_default=True, help="Share that cheats.")
 @click.option("--strategy", "strategies", multiple=True, type=click.Choice(list(STRATEGIES)), metavar="NAME",
-              help="How they cheat; may be given several times. Every way unless given; --strategies lists them.")  # fmt: skip
+              help="How they cheat, of --strategies; several times, or any way.")  # fmt: skip
 @click.option("--faults", multiple=True, type=click.Choice(["all", *(fault.value for fault in Fault)]),
               help="What goes wrong; may be given several times.")  # fmt: skip
 @click.option("--models", type=click.IntRange(0), default=0, show_default="nodes / 25", help="Models that are served.")
@@ -100,7 +100,8 @@ def command(
         print_table(_strategies())
         return
     if lot is not None or file is not None:
-        _refuse_others(context, "--random" if lot is not None else "--scenario", both=lot is not None and file is not None)
+        option = "--scenario" if lot is None else "--random"
+        _refuse_others(context, option, both=lot is not None and file is not None)
         scenario = random_scenario(lot) if lot is not None else load_scenario(file or Path())
         again = f"--random {lot}" if lot is not None else f"--scenario {shlex.quote(str(file))}"
     else:

@@ -31,4 +31,4 @@ def hunt(seeds: range) -> dict[str, object]:
 
 if __name__ == "__main__":
     first, last, step = map(int, sys.argv[1:])
-    print(json.dumps(hunt(range(first, last + 1, step))))
+    sys.stdout.write(json.dumps(hunt(range(first, last + 1, step))) + "\n")

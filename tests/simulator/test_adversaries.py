@@ -31,16 +31,25 @@ def measured(name: str) -> Measurement:
     providers = 0.5 if part is Part.PROVIDER else 0.3
     return measure(
         Scenario(
-            seed=5, nodes=NODES, hours=0.15, providers=providers, adversaries=0.2, strategies=(name,), models=1,
-            job_interval_s=45, bid_window_ms=2_000,
-        )  # fmt: skip
+            seed=5,
+            nodes=NODES,
+            hours=0.15,
+            providers=providers,
+            adversaries=0.2,
+            strategies=(name,),
+            models=1,
+            job_interval_s=45,
+            bid_window_ms=2_000,
+        )
     )
 
 
 def marked(names: list[str], reason: str) -> list[object]:
     """Each strategy, those that are not stopped yet as expected failures with their reason."""
     return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=getattr(STRATEGIES[name], reason)))
+        pytest.param(
+            name, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=getattr(STRATEGIES[name], reason))
+        )
         if name in names
         else name
         for name in STRATEGIES

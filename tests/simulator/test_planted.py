@@ -18,6 +18,7 @@ HUNT = Path(__file__).with_name("hunt.py")
 MOST_SEEDS = 200
 TRUE_SEEDS = 6
 """Worlds in which the true packages are tried here; `test_seeds` tries hundreds."""
+GIT = shutil.which("git") or "git"
 ROOMS = ("protocol", "gossip", "dht", "executor")
 
 
@@ -52,10 +53,10 @@ def test_a_planted_bug_is_found(patch: Path, tmp_path: Path) -> None:
     package = copy_packages(tmp_path)
     # In no repository, or git would look for the files there.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
-    subprocess.run(["git", "apply", str(patch)], cwd=package, env=environment, check=True)
+    subprocess.run([GIT, "apply", str(patch)], cwd=package, env=environment, check=True)
     found = hunt(package, MOST_SEEDS)
     assert found["seed"] is not None, f"{patch.stem} is not found in {MOST_SEEDS} worlds"
-    print(f"{patch.stem}: world {found['seed']}: {found['broken']}")
+    sys.stdout.write(f"{patch.stem}: world {found['seed']}: {found['broken']}\n")
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """A market of thousands of nodes in one process, from one seed."""
 
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, UNBUILT, Attacker, UnbuiltAttack
-from aci_p2p.testing.simulator.invariants import InvariantBroken
+from aci_p2p.testing.simulator.invariants import Invariant, InvariantBroken
 from aci_p2p.testing.simulator.measuring import Measurement, measure
 from aci_p2p.testing.simulator.report import Summary, page, summarise
 from aci_p2p.testing.simulator.roles import Outcome
@@ -17,6 +17,7 @@ __all__ = [
     "BadScenario",
     "Fault",
     "Gain",
+    "Invariant",
     "InvariantBroken",
     "Measurement",
     "Outcome",

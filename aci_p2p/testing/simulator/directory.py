@@ -15,8 +15,8 @@ from aci_p2p.dht.discovery import RECORD_LIFETIME_MS
 from aci_p2p.dht.records import RecordRules, capability_key, node_key
 from aci_p2p.dht.search import MAX_PROVIDERS
 from aci_p2p.network.libp2p.kad_stores import ProviderStore, RecordStore
-from aci_p2p.network.libp2p.kademlia import MAX_PROVIDERS_PER_ANSWER
 from aci_p2p.network.libp2p.kad_table import BUCKET_SIZE, position, position_of
+from aci_p2p.network.libp2p.kademlia import MAX_PROVIDERS_PER_ANSWER
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId

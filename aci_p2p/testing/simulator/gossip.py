@@ -2,8 +2,8 @@
 
 Thousands of nodes cannot each handle each copy of each message. What a message takes is computed once for each
 publisher: the shortest paths over a random graph of meshes, through nodes that are up and forward. The checks run for
-real at the publisher's neighbours, whose judgement decides whether it spreads, and at those whom it concerns. Neighbours
-keep accounts and scores of each other as real ones do, and look at nothing that a flooder sends.
+real at the publisher's neighbours, whose judgement decides whether it spreads, and at those whom it concerns.
+Neighbours keep accounts and scores of each other as real ones do, and look at nothing that a flooder sends.
 """
 
 from __future__ import annotations

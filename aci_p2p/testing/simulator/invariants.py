@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from enum import StrEnum
+from typing import Any, Final, NoReturn
 
 from aci_p2p.protocol.bidding import MAX_OUTSTANDING
 from aci_p2p.protocol.commitments import (
@@ -60,19 +61,70 @@ _STORED_BEFORE: Final[dict[type[Any], State]] = {
 """What is on its sender's disk when a message is sent."""
 
 
+class Invariant(StrEnum):
+    """What must hold."""
+
+    TRUE_WORDS = "only true words count"
+    """Nobody believes, and no honest node says, what nobody has signed."""
+    FRESH = "nothing expired counts"
+    """Nobody believes what has expired."""
+    OWN_JOBS = "a job belongs to who offers it"
+    """A job's id is derived from who offers it."""
+    BIDS_ANSWER = "bids answer the offer"
+    """Bids that are weighed are for this offer, and cost what they say."""
+    OWN_PARTIES = "a job heeds its own parties"
+    """A job moves on the word of its two parties alone."""
+    COMMITTED = "answers open their commitments"
+    """An answer is the one that was committed to."""
+    AS_OFFERED = "prompts are what was offered"
+    """A prompt is the one that was committed to."""
+    STORED_FIRST = "stored before it is said"
+    """A transition is on disk before anything is said of it."""
+    FIRM_BIDS = "only firm bids are awarded"
+    """A bid is awarded while it is firm, and once."""
+    BEST_WINS = "the best bid wins"
+    """The best of the bids that are left is awarded."""
+    TABLE = "states follow the table"
+    """Jobs move as the table of transitions says; none is won twice."""
+    ONE_RESULT = "one result for a job"
+    """At most one provider is paid for a job."""
+    RECEIPTS = "no money without a receipt"
+    """Who counts money has a receipt for it."""
+    PRICES = "prices are as bid"
+    """A job costs what was bid for it."""
+    LIMITS = "nobody pays for more than was asked"
+    """No more tokens are paid for than were asked for, and no more than the most."""
+    MONEY = "money is conserved"
+    """Both sides of a job agree on what was paid."""
+    BOUNDED = "queues are bounded"
+    """Queues stay within their limits, and jobs within the slots."""
+    TIMELY = "states time out"
+    """No job stays in a state for longer than that may last."""
+    ENDS = "every job ends"
+    """Once the world is calm, no job is left open."""
+    RECOVERS = "the market recovers"
+    """Once the world is calm, everybody is answered."""
+
+
 class InvariantBroken(AssertionError):
     """Something happened that must never happen."""
 
-    def __init__(self, name: str, detail: str) -> None:
-        """`name` of the invariant; `detail`: what broke it."""
-        super().__init__(f"{name}: {detail}")
-        self.name = name
+    def __init__(self, invariant: Invariant, detail: str) -> None:
+        """`detail`: what broke it."""
+        super().__init__(f"{invariant}: {detail}")
+        self.invariant = invariant
+        """Which one."""
 
 
-def require(condition: object, name: str, detail: str) -> None:
+def fail(invariant: Invariant, detail: str) -> NoReturn:
+    """Raise InvariantBroken."""
+    raise InvariantBroken(invariant, detail)
+
+
+def require(condition: object, invariant: Invariant, detail: str) -> None:
     """Raise InvariantBroken unless something holds."""
     if not condition:
-        raise InvariantBroken(name, detail)
+        fail(invariant, detail)
 
 
 @dataclass(slots=True)
@@ -124,14 +176,14 @@ class Judge:
         if isinstance(envelope.body, Offer):
             body = envelope.body
             own = derive_job_id(envelope.sender, body.input_commitment, body.nonce_commitment)
-            require(body.job_id == own, "a job belongs to who offers it", f"node {node.index} believes a stolen offer")
+            require(body.job_id == own, Invariant.OWN_JOBS, f"node {node.index} believes a stolen offer")
 
     def _believed(self, node: SimNode, data: bytes) -> Envelope[Any]:
         self.checks += 1
         envelope = self._statements.read(data)
         if envelope is None:
-            raise InvariantBroken("only true words count", f"node {node.index} believes what nobody has signed")
-        require(envelope.header.expires_at > node.clock, "nothing expired counts", f"node {node.index} believes it")
+            fail(Invariant.TRUE_WORDS, f"node {node.index} believes what nobody has signed")
+        require(envelope.header.expires_at > node.clock, Invariant.FRESH, f"node {node.index} believes it")
         return envelope
 
     def weighed(self, node: SimNode, job_id: bytes, bid: BidSummary) -> None:
@@ -146,7 +198,7 @@ class Judge:
             and (signed.sender, signed.body.job_id, signed.body.offer_digest) == (bid.provider, job_id, offer.digest)
             and (bid.worst_price, bid.latency_ms) == (worst_price(offer.body, signed.body), signed.body.latency_ms)
         )
-        require(holds, "bids answer the offer", f"node {node.index} weighs a bid for something else")
+        require(holds, Invariant.BIDS_ANSWER, f"node {node.index} weighs a bid for something else")
         self._choices[job_id].weighed[bid.bid_digest] = bid
 
     def moved(self, driver: Driver, before: State, frame: bytes) -> None:
@@ -161,7 +213,7 @@ class Judge:
         envelope = self._believed(node, frame)
         peer, job_id = self._peer(driver), machine.job_id
         own = envelope.sender == peer and envelope.body.job_id == job_id
-        require(own, "a job heeds its own parties", f"{driver} of node {node.index} heeds another")
+        require(own, Invariant.OWN_PARTIES, f"{driver} of node {node.index} heeds another")
         match envelope.body:
             case Commit(_, commitment):
                 self._choices[job_id].commitment = commitment
@@ -193,7 +245,7 @@ class Judge:
             )
             == self._choices[job_id].commitment
         )
-        require(holds, "answers open their commitments", f"{driver} of node {driver.node.index}")
+        require(holds, Invariant.COMMITTED, f"{driver} of node {driver.node.index}")
 
     def _as_offered(self, driver: Driver, opening: Input) -> None:
         offer = self._statements.offer(driver.machine.job_id)
@@ -202,7 +254,7 @@ class Judge:
             and nonce_commitment(opening.consumer_nonce) == offer.body.nonce_commitment
             and input_bytes(opening.conversation) == offer.body.input_bytes
         )
-        require(holds, "prompts are what was offered", f"{driver} of node {driver.node.index}")
+        require(holds, Invariant.AS_OFFERED, f"{driver} of node {driver.node.index}")
 
     # What a node says.
 
@@ -218,8 +270,8 @@ class Judge:
             return
         envelope = self._statements.read(frame)
         if envelope is None:
-            raise InvariantBroken("only true words count", f"node {node.index} sends what nobody has signed")
-        state = _STORED_BEFORE.get(type(envelope.body))
+            fail(Invariant.TRUE_WORDS, f"node {node.index} sends what nobody has signed")
+        state = next((state for kind, state in _STORED_BEFORE.items() if isinstance(envelope.body, kind)), None)
         if state is not None:
             self._after_storing(node, machine.role, machine.job_id, state)
         if isinstance(envelope.body, Award):
@@ -231,7 +283,7 @@ class Judge:
         if last is None or last.state is not state:
             stored = last.state.value if last else "nothing"
             msg = f"node {node.index} says that job {job_id.hex()[:8]} is {state.value}, its disk says {stored}"
-            raise InvariantBroken("stored before it is said", msg)
+            fail(Invariant.STORED_FIRST, msg)
 
     def _awarded(self, node: SimNode, award: Award, now: int) -> None:
         choice, name = self._choices[award.job_id], f"job {award.job_id.hex()[:8]} of node {node.index}"
@@ -242,9 +294,9 @@ class Judge:
                 firm[digest] = bid
         chosen = firm.get(award.bid_digest)
         if chosen is None:
-            raise InvariantBroken("only firm bids are awarded", f"{name}: a bid that expired, or was awarded before")
+            fail(Invariant.FIRM_BIDS, f"{name}: a bid that expired, or was awarded before")
         best = min((bid.worst_price, bid.latency_ms) for bid in firm.values())
-        require((chosen.worst_price, chosen.latency_ms) == best, "the best bid wins", name)
+        require((chosen.worst_price, chosen.latency_ms) == best, Invariant.BEST_WINS, name)
         choice.awarded.append(award.bid_digest)
 
     # What a node stores.
@@ -261,7 +313,7 @@ class Judge:
         if (before, record.state) not in _STEPS:
             name = record.job_id.hex()[:8]
             msg = f"job {name} of node {node.index} went from {before.value} to {record.state.value}"
-            raise InvariantBroken("states follow the table", msg)
+            fail(Invariant.TABLE, msg)
         self._last[key] = record
         if record.state in RECEIPTED:
             self._settle(node, record)
@@ -273,7 +325,7 @@ class Judge:
         else:
             account.providers[node.index] = record
         name = f"job {record.job_id.hex()[:8]}"
-        require(len(account.providers) <= 1, "one result for a job", f"several providers were paid for {name}")
+        require(len(account.providers) <= 1, Invariant.ONE_RESULT, f"several providers were paid for {name}")
         signer = account.signers.get(record.receipt)
         if signer is None:
             signer = account.signers[record.receipt] = self._check_receipt(record, name)
@@ -282,24 +334,24 @@ class Judge:
             if paid is None and not self._honest(signer):
                 continue
             agreed = paid is not None and (paid.receipt, paid.price) == (provider.receipt, provider.price)
-            require(agreed, "money is conserved", f"the two sides of {name} disagree")
+            require(agreed, Invariant.MONEY, f"the two sides of {name} disagree")
 
     def _check_receipt(self, record: JobRecord, name: str) -> NodeId:
         """Compute what a job costs from what was signed about it; who signed for it."""
         receipt = self._statements.read(record.receipt)
         if receipt is None or not isinstance(receipt.body, Receipt):
-            raise InvariantBroken("no money without a receipt", f"{name} has none")
+            fail(Invariant.RECEIPTS, f"{name} has none")
         body = receipt.body
         proof = self._statements.get(body.proof_digest, Proof)
         bid = self._statements.get(proof.body.bid_digest, Bid) if proof else None
         offer = self._statements.offer(record.job_id)
         if proof is None or bid is None or offer is None or body.job_id != record.job_id:
-            raise InvariantBroken("no money without a receipt", f"{name}: its receipt is for something else")
+            fail(Invariant.RECEIPTS, f"{name}: its receipt is for something else")
         used = {"input_tokens": proof.body.input_tokens, "output_tokens": proof.body.output_tokens}
         owed = price(bid.body, **used)
-        require(body.price == record.price == owed, "prices are as bid", f"{name}: {body.price} for {owed}")
+        require(body.price == record.price == owed, Invariant.PRICES, f"{name}: {body.price} for {owed}")
         within = used["output_tokens"] <= offer.body.max_tokens and used["input_tokens"] <= max_input_tokens(offer.body)
-        require(within and owed <= offer.body.max_price, "nobody pays for more than was asked", name)
+        require(within and owed <= offer.body.max_price, Invariant.LIMITS, name)
         return receipt.sender
 
     # How much a node holds, and for how long.
@@ -309,14 +361,14 @@ class Judge:
         self.checks += 1
         age, limit = driver.node.world.now - driver.renewed_at, LIMITS[driver.machine.state].timeout_ms
         msg = f"{driver} of node {driver.node.index} stays so for {age} ms, {limit} at most"
-        require(age <= limit or not driver.node.honest, "states time out", msg)
+        require(age <= limit or not driver.node.honest, Invariant.TIMELY, msg)
 
     def bounded(self, node: SimNode, *, outstanding: int, running: int, slots: int) -> None:
         """The queues of a node stay within their limits."""
         self.checks += 1
         if outstanding > MAX_OUTSTANDING or running > slots or len(node.view) > MAX_OFFERS:
             msg = f"node {node.index}: {outstanding} bids, {running} of {slots} slots, {len(node.view)} offers"
-            raise InvariantBroken("queues are bounded", msg)
+            fail(Invariant.BOUNDED, msg)
 
     # What came of it.
 

@@ -32,7 +32,7 @@ MOST_STRATEGIES: Final = 4
 
 def random_scenario(seed: int) -> Scenario:
     """The world of a seed."""
-    random = Random(f"scenario/{seed}")
+    random = Random(f"scenario/{seed}")  # noqa: S311 - worlds, not secrets
     strategies = list(STRATEGIES)
     return Scenario(
         seed=seed,

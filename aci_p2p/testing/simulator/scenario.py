@@ -11,6 +11,8 @@ from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import MAX_SLOTS, MAX_TOKENS
 
+MIN_NODES: Final = 2
+"""One that asks and one that answers."""
 MAX_NODES: Final = 100_000
 """Nodes of one world; each takes some kilobytes."""
 NODES_PER_MODEL: Final = 25
@@ -110,8 +112,8 @@ class Scenario:
 
     def __post_init__(self) -> None:
         """Raises LocalError for a world that cannot be."""
-        if not 2 <= self.nodes <= MAX_NODES:
-            msg = f"a world has 2 to {MAX_NODES} nodes, not {self.nodes}"
+        if not MIN_NODES <= self.nodes <= MAX_NODES:
+            msg = f"a world has {MIN_NODES} to {MAX_NODES} nodes, not {self.nodes}"
             raise LocalError(msg)
         if not (0 < self.hours <= MAX_HOURS and self.job_interval_s > 0 and self.models >= 0):
             msg = f"a world lasts up to {MAX_HOURS} hours, and intervals are more than nothing, models not fewer"

@@ -7,10 +7,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeGuard, TypeVar, cast
 
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.testing.simulator.adversaries import STRATEGIES
 from aci_p2p.testing.simulator.scenario import Fault, PlannedJob, Scenario
 
 T = TypeVar("T", Scenario, NetworkModel, PlannedJob)
@@ -60,6 +61,9 @@ def _scenario(data: object) -> Scenario:
         values["network"] = _build(NetworkModel, values["network"])
     if "faults" in values:
         values["faults"] = frozenset(Fault(name) for name in _list(values["faults"]))
+    if "strategies" in values and (unknown := sorted(set(_list(values["strategies"])) - STRATEGIES.keys())):
+        msg = f"no strategy is called {', '.join(unknown)}"
+        raise ValueError(msg)
     if "jobs" in values:
         values["jobs"] = tuple(_build(PlannedJob, job) for job in _list(values["jobs"]))
     return _build(Scenario, values)
@@ -69,11 +73,15 @@ def _names(cls: type[Any]) -> tuple[str, ...]:
     return tuple(one.name for one in fields(cls))
 
 
+def _is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
 def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
+    if not _is_list(value):
         msg = f"{value!r} is no list"
         raise TypeError(msg)
-    return cast("list[Any]", value)
+    return value
 
 
 def _table(data: object, cls: type[Any]) -> dict[str, Any]:
@@ -92,8 +100,8 @@ def _build(cls: type[T], data: object) -> T:
     values = _table(data, cls)
     usual = {one.name: one.type for one in fields(cls)}
     for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = _tuple(cast("list[Any]", value))
+        if _is_list(value):
+            values[name] = _tuple(value)
         elif not _fits(str(usual[name]), value):
             msg = f"{name} is a {usual[name]}, not {value!r}"
             raise TypeError(msg)
@@ -101,7 +109,7 @@ def _build(cls: type[T], data: object) -> T:
 
 
 def _tuple(values: list[Any]) -> tuple[Any, ...]:
-    return tuple(_tuple(cast("list[Any]", one)) if isinstance(one, list) else one for one in values)
+    return tuple(_tuple(one) if _is_list(one) else one for one in values)
 
 
 def _fits(annotation: str, value: object) -> bool:

@@ -18,7 +18,7 @@ from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part
 from aci_p2p.testing.simulator.directory import Announcing, Directory
 from aci_p2p.testing.simulator.faults import Faults
 from aci_p2p.testing.simulator.gossip import Gossip
-from aci_p2p.testing.simulator.invariants import InvariantBroken, Judge
+from aci_p2p.testing.simulator.invariants import Invariant, Judge, fail
 from aci_p2p.testing.simulator.node import Reader, SimNode, WriteFate
 from aci_p2p.testing.simulator.roles import Consumer, Outcome, Provider, Surroundings
 from aci_p2p.testing.simulator.scenario import Fault, PlannedJob, Scenario
@@ -343,11 +343,11 @@ class Simulation:
             for driver in node.drivers:
                 msg = f"a job of node {node.index} still runs {CALM_MS // 1000} s after the last fault"
                 if node.honest:
-                    raise InvariantBroken("every job ends", f"{msg}: {driver}")
+                    fail(Invariant.ENDS, f"{msg}: {driver}")
             for record in node.disk.jobs.values():
                 if node.honest and record.state in LIMITS and record.state is not State.PENDING:
                     msg = f"job {record.job_id.hex()[:8]} of node {node.index} is {record.state.value} for ever"
-                    raise InvariantBroken("every job ends", msg)
+                    fail(Invariant.ENDS, msg)
 
     def _probe(self) -> None:
         """Liveness: once the world is calm and the cheats are gone, every honest consumer is answered."""
@@ -368,7 +368,7 @@ class Simulation:
         if len(outcomes) < asked or failed:
             why = Counter(outcome.failure for outcome in failed)
             msg = f"{len(outcomes) - len(failed)} of {asked} consumers were answered in a calm network: {dict(why)}"
-            raise InvariantBroken("the market recovers", msg)
+            fail(Invariant.RECOVERS, msg)
 
     def outcomes(self) -> list[Outcome]:
         """The jobs of honest consumers so far, in the order of their ends."""
