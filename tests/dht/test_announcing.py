@@ -90,11 +90,11 @@ def test_every_other_change_is_worth_telling() -> None:
 def test_published_again_while_our_connections_multiply(announcer: Announcer) -> None:
     """Those who look for us know others than the few whom we knew at first."""
     announcer.due(1, 0)
-    assert announcer.due(1, SPREAD_GAP_S) == []
-    assert announcer.due(2, SPREAD_GAP_S - 0.1) == []
-    assert announcer.due(2, SPREAD_GAP_S) == [NODE, MODEL]
-    assert announcer.due(3, 2 * SPREAD_GAP_S) == []
-    assert announcer.due(4, 2 * SPREAD_GAP_S) == [NODE, MODEL]
+    assert announcer.due(3, SPREAD_GAP_S) == []
+    assert announcer.due(4, SPREAD_GAP_S - 0.1) == []
+    assert announcer.due(4, SPREAD_GAP_S) == [NODE, MODEL]
+    assert announcer.due(15, 2 * SPREAD_GAP_S) == []
+    assert announcer.due(16, 2 * SPREAD_GAP_S) == [NODE, MODEL]
     # All of them lost, and others found: nobody there knows us.
     assert announcer.due(0, 3 * SPREAD_GAP_S) == []
     assert announcer.due(1, 3 * SPREAD_GAP_S) == [NODE, MODEL]
@@ -103,8 +103,8 @@ def test_published_again_while_our_connections_multiply(announcer: Announcer) ->
 def test_a_change_of_one_model_does_not_count_as_telling_all(announcer: Announcer) -> None:
     announcer.due(2, 0)
     announcer.update(NODE, [MODEL, OTHER])
-    assert announcer.due(3, 1) == [OTHER]
-    assert announcer.due(4, 1 + SPREAD_GAP_S) == [NODE, MODEL, OTHER]
+    assert announcer.due(7, 1) == [OTHER]
+    assert announcer.due(8, 1 + SPREAD_GAP_S) == [NODE, MODEL, OTHER]
 
 
 def test_what_failed_is_tried_again_sooner(announcer: Announcer) -> None:
