@@ -44,7 +44,7 @@ TRIM_SECONDS = 10.0
 FAILED_STREAMS_PER_SECOND = 1.0
 """Inbound streams of one peer that may come to nothing in the long run, per second: garbage, protocols that nobody
 agrees on, more streams than it may have. Honest peers of other versions ask in vain now and then."""
-FAILED_STREAMS_BURST = 128.0
+FAILED_STREAMS_BURST = 256.0
 """Inbound streams of one peer that may come to nothing at once: a busy consumer meets the limit of streams."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
@@ -432,9 +432,12 @@ class Host:
         if peer not in self._patience:
             self._patience[peer] = TokenBucket.full(FAILED_STREAMS_PER_SECOND, FAILED_STREAMS_BURST, now)
         self._patience.move_to_end(peer)
-        if len(self._patience) > MAX_KNOWN_PEERS:
+        has_patience = self._patience[peer].take(1, now)
+        # What is full again need not be remembered.
+        refilled = now - FAILED_STREAMS_BURST / FAILED_STREAMS_PER_SECOND
+        while len(self._patience) > MAX_KNOWN_PEERS or next(iter(self._patience.values())).updated < refilled:
             self._patience.popitem(last=False)
-        if not self._patience[peer].take(1, now) and not self.connections.is_banned(peer):
+        if not has_patience and not self.connections.is_banned(peer):
             log.info("%s is thrown out: too many of its streams come to nothing", peer.short)
             self.connections.ban(peer)
             self._nursery.start_soon(self.throw_out, peer)
