@@ -61,6 +61,8 @@ MAX_PAGES: Final = 8
 """Answers of one neighbour read in a row: a whole log."""
 ANSWER_S: Final = 5.0
 """Time for a neighbour to answer, seconds; it has the messages in memory."""
+TURN_S: Final = 15.0
+"""Time for all answers of one neighbour in a row, seconds: while it takes them, no other is asked."""
 REQUEST_S: Final = 30.0
 """Time for a neighbour to ask its next question, seconds: it checks signatures in between."""
 
@@ -324,10 +326,11 @@ class Topic(Generic[T]):
             self._look.notify()
 
     async def _ask(self, peer: NodeId) -> None:
+        turn = _Turn()
         try:
             for _ in range(MAX_PAGES):
                 self._exchanges += 1
-                if not await self._exchange(peer):
+                if not await self._exchange(peer, turn):
                     break
         except (StreamClosed, PeerUnreachable, MessageRefused, trio.TooSlowError):
             log.debug("%s does not answer about %s", peer.short, self.name, exc_info=True)
@@ -339,19 +342,19 @@ class Topic(Generic[T]):
         self._failed_exchanges += 1
         self._catchup.failed(peer, trio.current_time())
 
-    async def _exchange(self, peer: NodeId) -> bool:
+    async def _exchange(self, peer: NodeId, turn: _Turn) -> bool:
         """One question and what follows from its answer; whether there is more to ask at once."""
         request = self._catchup.request(peer)
         with trio.CancelScope() as opening:
             opening.deadline = trio.current_time() + ANSWER_S
             async with self._network.open_stream(peer, PROTOCOL_PREFIX + self.name) as stream:
                 opening.deadline = float("inf")
-                news = await _asked(stream, request, News)
+                news = await turn.ask(stream, request, News)
                 self._catchup.judge(request, news)
                 batches = self._catchup.batches(news, self._is_known)
                 fetched = 0
                 for batch in batches:
-                    fetched += await self._fetch(stream, batch)
+                    fetched += await self._fetch(stream, batch, turn)
             wanted = sum(map(len, batches))
             self._catchup.succeeded(peer, news, wanted=wanted, fetched=fetched, now=trio.current_time())
             return news.head > news.sequence and (fetched > 0 or not wanted)
@@ -360,9 +363,9 @@ class Topic(Generic[T]):
     def _is_known(self, identifier: bytes) -> bool:
         return self._is_remembered(identifier) or identifier in self._refused or identifier in self._log
 
-    async def _fetch(self, stream: Stream, batch: tuple[bytes, ...]) -> int:
+    async def _fetch(self, stream: Stream, batch: tuple[bytes, ...], turn: _Turn) -> int:
         """Fetch messages and treat each as if gossip had brought it; how many came."""
-        fetched = await _asked(stream, Fetch(batch), Fetched)
+        fetched = await turn.ask(stream, Fetch(batch), Fetched)
         missing = set(batch)
         for data in fetched.messages:
             identifier = message_id(self.name, data)
@@ -399,11 +402,20 @@ class Topic(Generic[T]):
                 self._is_consumed = False
 
 
-async def _asked(stream: Stream, question: Since | Fetch, answer: type[A]) -> A:
-    """Ask, and wait ANSWER_S for the answer. Raises TooSlowError, StreamClosed, CborError, Malformed."""
-    with trio.fail_after(ANSWER_S):
-        await stream.send(encode(question))
-        return decode(answer, await stream.receive(), max_bytes=MAX_ANSWER_BYTES)
+class _Turn:
+    """Questions to one neighbour, which may not make us wait for ever, however often it answers in time."""
+
+    def __init__(self) -> None:
+        self._left_s = TURN_S
+
+    async def ask(self, stream: Stream, question: Since | Fetch, answer: type[A]) -> A:
+        """Ask, and wait ANSWER_S for the answer. Raises TooSlowError, StreamClosed, CborError, Malformed."""
+        began = trio.current_time()
+        with trio.fail_after(min(ANSWER_S, self._left_s)):
+            await stream.send(encode(question))
+            frame = await stream.receive()
+        self._left_s -= trio.current_time() - began
+        return decode(answer, frame, max_bytes=MAX_ANSWER_BYTES)
 
 
 @asynccontextmanager

@@ -622,6 +622,25 @@ async def test_endless_log_ends(autojump_clock: MockClock, hub: MemoryHub) -> No
         assert 4 <= asked <= 7
 
 
+async def test_who_answers_slowly_keeps_nobody_from_the_others(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    """Each answer comes in time, and all of them together would take minutes."""
+
+    async def serve(stream: Stream) -> None:
+        await stream.receive()
+        await stream.send(news(*other_ids(512)))
+        while True:
+            await stream.receive()
+            await trio.sleep(topics.ANSWER_S - 0.1)
+            await stream.send(encode(Fetched(())))
+
+    async with open_node(hub, 1) as victim, open_node(hub, 2) as honest:
+        await honest.say("hello")
+        async with open_liar(hub, 9, serve, victim):
+            await trio.sleep(2)
+            await victim.connect(honest.network)
+            assert await victim.heard(topics.TURN_S + 5) == ["hello"]
+
+
 async def test_log_that_grows_as_fast_as_it_is_read_has_its_turn_only(
     autojump_clock: MockClock, hub: MemoryHub
 ) -> None:
