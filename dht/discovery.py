@@ -163,7 +163,7 @@ class Discovery:
         while True:
             now = trio.current_time()
             self._membership.tick(now)
-            due = min(now + LOOK_S, self._membership.next_due())
+            due = min(now + LOOK_S, self._membership.next_due(now))
             if self._describe is not None:
                 due = min(due, self._announce_changes(self._describe, now))
             with trio.move_on_at(due):
