@@ -80,9 +80,10 @@ class CacheKeeper:
     def note(self, network: Network) -> None:
         """Remember who is connected."""
         connected = set(network.peers)
+        dialled = {connection.peer for connection in network.connections() if connection.outbound}
         for known in network.known_peers():
             if known.peer in connected:
-                self._cache.note(known.peer, known.addresses, self._clock())
+                self._cache.note(known.peer, known.addresses, self._clock(), dialled=known.peer in dialled)
         if self._saved == self._places():
             self.next_due = inf
         elif self.next_due == inf:

@@ -165,13 +165,13 @@ async def test_the_cache_is_written_soon_and_then_seldom(
         # Nothing new.
         await trio.sleep(HOUR_S)
         assert len(writes) == 1
-        await node.network.connect(second.address)
+        await second.network.connect(node.address)
         await trio.sleep(SAVE_S)
         assert len(writes) == 2
     # And at the end, for when they were seen last.
     assert len(writes) == 3
     cached = AddressCache.decode(home.path.read_bytes(), clock())
-    assert {one.peer for one in cached.peers} == {first.node_id, second.node_id}
+    assert {one.peer: one.dialled for one in cached.peers} == {first.node_id: True, second.node_id: False}
     assert all(clock() - one.seen < 2_000 for one in cached.peers)
 
 
