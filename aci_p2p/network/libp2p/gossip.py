@@ -55,9 +55,11 @@ _MALFORMED = Validation(Decision.REJECT, Reason.MALFORMED)
 def _parse(encoded: bytes) -> RPC:
     """Read an RPC; raises DecodeError or ValueError when it is malformed or holds too much."""
     rpc = RPC.FromString(encoded)
-    control = rpc.control
-    parts = (rpc.publish, rpc.subscriptions, control.ihave, control.iwant, control.graft, control.prune)
-    if max(len(part) for part in parts) > MAX_RPC_ENTRIES:
+    most = max(len(rpc.publish), len(rpc.subscriptions))
+    if rpc.HasField("control"):
+        control = rpc.control
+        most = max(most, len(control.ihave), len(control.iwant), len(control.graft), len(control.prune))
+    if most > MAX_RPC_ENTRIES:
         msg = "the RPC has too many entries"
         raise ValueError(msg)
     return rpc
