@@ -110,10 +110,6 @@ class MemoryHub:
                 return peer
         return None
 
-    def is_cut_off(self, peer: NodeId) -> bool:
-        """Whether the peer's cable is cut."""
-        return peer in self._cut_off
-
     def _disconnect(self, network: MemoryNetwork) -> None:
         for peer in network.peers:
             self.disconnect(network.node_id, peer)
@@ -228,7 +224,8 @@ class MemoryNetwork(Network):
         if peer in self._links and remote is not None:
             return remote
         self._dials += 1
-        if remote is None or self._hub.is_cut_off(self._node_id) or not set(addresses) & set(remote.addresses):
+        is_open = self._hub.endpoint(self._node_id) is self
+        if remote is None or not is_open or not set(addresses) & set(remote.addresses):
             self._dial_failures += 1
             msg = f"{peer.short} cannot be reached at {', '.join(addresses) or 'any known address'}"
             raise PeerUnreachable(msg)

@@ -154,7 +154,7 @@ async def test_an_offer_and_its_bids(autojump_clock: MockClock, open_traders: Op
 
 
 async def test_an_offer_a_second_is_no_flood(autojump_clock: MockClock, hub: MemoryHub) -> None:
-    """From one key for twelve minutes, and from a new process each minute; all is caught up on from a third node, too."""
+    """From one key for twelve minutes, from a new process each minute; a third node brings copies."""
     async with open_trader(hub, 1) as provider, open_trader(hub, 3) as third:
         await third.network.connect(provider.network.addresses[0])
         for minute in range(12):
