@@ -322,6 +322,9 @@ def describe(soak: Soak) -> str:
 def _as_json(soak: Soak) -> dict[str, Any]:
     document = asdict(soak)
     del document["times"], document["samples"]
+    for series in document["series"]:
+        # JSON has no infinity.
+        series["allowed"] = None if math.isinf(series["allowed"]) else series["allowed"]
     return document
 
 
