@@ -23,8 +23,8 @@ NEIGHBOURS: Final = 6
 MEET_S: Final = 150.0
 """Longest time for that, seconds."""
 SETTLE_S: Final = 30.0
-"""Longest wait for offers that are still under way when a window ends, seconds: a flood of good signatures keeps a small
-machine busy for a while, with all nodes on it."""
+"""Longest wait for offers that are still under way when a window ends, seconds: a flood of good signatures keeps a
+small machine busy for a while, with all nodes on it."""
 
 
 @dataclass(frozen=True, slots=True)
