@@ -38,8 +38,8 @@ log = logging.getLogger("aci_p2p.node")
 REACH_WAIT_S: Final = 2.0
 """Seconds until found providers must have joined our gossip; two heartbeats."""
 
-SETTLE_S: Final = 600.0
-"""Seconds between looks for jobs whose challenge window of a day is over."""
+SETTLE_S: Final = 3_600.0
+"""Seconds between looks for jobs whose challenge window of a day is over: nobody waits for it."""
 
 OpenNetwork: TypeAlias = Callable[[KeyPair, NetworkConfig, RecordRules], AbstractAsyncContextManager[Network]]
 """Opens a network for a key, what it is told, and the rules of DHT records."""
@@ -226,7 +226,7 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
         role = ProviderRole(
             network=node.network, market=node.market, executor=executor, store=node.store, sealer=sealer,
             clock=parts.clock, entropy=parts.entropy, offerings=await _offerings(executor, models, config),
-            slots=config.slots,
+            slots=config.slots, on_change=node.discovery.look_again,
         )  # fmt: skip
         node.provider, node.executor = role, executor
         with node.network.serve(JOB_PROTOCOL, role.serve):

@@ -8,8 +8,10 @@ Others (from the address cache, other nodes, the local network) are tried while 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from random import Random
 from typing import Final
 
@@ -18,8 +20,12 @@ from aci_p2p.protocol.identity import NodeId
 
 WANTED_PEERS: Final = 4
 """Peers with which a node is content; gossip and Kademlia bring the others."""
-MAX_DIALS: Final = 16
-"""Attempts at once."""
+MAX_DIALS: Final = 256
+"""Attempts at once at named addresses, and as many at others: a cache full of those who are gone hides nobody."""
+MAX_FRESH: Final = 16
+"""Those of them that have just begun."""
+FRESH_S: Final = 0.1
+"""Seconds after which an attempt that has not ended holds up the next ones no more."""
 MIN_BACK_OFF_S: Final = 1.0
 """Seconds until an address is tried again, at least; the longest wait doubles each time from here."""
 MAX_BACK_OFF_S: Final = 300.0
@@ -102,10 +108,12 @@ class _Candidate:
     address: str
     peer: NodeId | None
     due: float
+    """`inf` while its peer is connected."""
     is_lasting: bool = False
     """Named, or behind a named `/dnsaddr`: tried also while peers are not wanted."""
     depth: int = 0
     is_busy: bool = False
+    begun: float = -inf
     is_tried: bool = False
     attempts: int = 0
     failure: AciError | None = None
@@ -163,22 +171,58 @@ class Joiner:
             # All are lost, and what failed while others were there may be all that is left.
             for candidate in self._candidates():
                 candidate.attempts = 0
-                candidate.due = min(candidate.due, now + self._random.uniform(0, MIN_BACK_OFF_S))
+                candidate.due = min(candidate.due, now + self._soon())
         self._had_peers = bool(peers)
         is_content = len(peers) >= self._wanted
-        free = MAX_DIALS - sum(candidate.is_busy for candidate in self._candidates())
+        self._note_connected(peers, now)
+        every = self._candidates()
+        free = MAX_FRESH - len(self._fresh(every, now))
+        busy = Counter(candidate.is_lasting for candidate in every if candidate.is_busy)
         chosen: list[str] = []
-        for candidate in self._candidates():
+        for candidate in every:
             if len(chosen) >= free or (is_content and not candidate.is_lasting):
                 break
-            if candidate.is_busy or candidate.due > now:
-                continue
-            if candidate.peer in peers:
-                self._succeed(candidate, now)
-                continue
-            candidate.is_busy = True
-            chosen.append(candidate.address)
+            if not candidate.is_busy and candidate.due <= now and busy[candidate.is_lasting] < MAX_DIALS:
+                candidate.is_busy, candidate.begun = True, now
+                busy[candidate.is_lasting] += 1
+                chosen.append(candidate.address)
         return chosen
+
+    def next_due(self, peers: Collection[NodeId], now: float) -> float:
+        """When there is an address to try, seconds, unless something changes before; `inf` for never.
+
+        To be asked after `next_attempts` with the same peers and time.
+        """
+        every = self._candidates()
+        is_content = len(peers) >= self._wanted
+        busy = Counter(candidate.is_lasting for candidate in every if candidate.is_busy)
+        waiting = (
+            one.due
+            for one in every
+            if not one.is_busy and busy[one.is_lasting] < MAX_DIALS and (one.is_lasting or not is_content)
+        )
+        due = min(waiting, default=inf)
+        fresh = self._fresh(every, now)
+        if len(fresh) < MAX_FRESH:
+            return due
+        return max(due, min(candidate.begun for candidate in fresh) + FRESH_S)
+
+    @staticmethod
+    def _fresh(candidates: Sequence[_Candidate], now: float) -> list[_Candidate]:
+        """Those of the candidates whose attempt has just begun."""
+        return [one for one in candidates if one.is_busy and one.begun + FRESH_S > now]
+
+    def _note_connected(self, peers: Collection[NodeId], now: float) -> None:
+        is_content = len(peers) >= self._wanted
+        for candidate in self._candidates():
+            if candidate.peer in peers:
+                if not candidate.is_busy and candidate.due < inf:
+                    self._succeed(candidate, now)
+                    candidate.due = inf
+            elif candidate.due == inf:
+                # Lost; others may have lost the same peer in this moment.
+                later = self._look_again() if candidate.is_lasting and is_content else self._soon()
+                candidate.due = now + later
 
     def connected(self, address: str, now: float) -> None:
         """Somebody answered there."""
@@ -252,5 +296,10 @@ class Joiner:
 
     def _succeed(self, candidate: _Candidate, now: float) -> None:
         candidate.is_busy, candidate.is_tried, candidate.attempts, candidate.failure = False, True, 0, None
-        wait = LOOK_AGAIN_S * self._random.uniform(0.5, 1.5) if candidate.is_lasting else MIN_BACK_OFF_S
-        candidate.due = now + wait
+        candidate.due = now + (self._look_again() if candidate.is_lasting else MIN_BACK_OFF_S)
+
+    def _look_again(self) -> float:
+        return LOOK_AGAIN_S * self._random.uniform(0.5, 1.5)
+
+    def _soon(self) -> float:
+        return self._random.uniform(0, MIN_BACK_OFF_S)

@@ -99,7 +99,7 @@ async def check_clock(subject: Subject, probe: Probe) -> list[Finding]:
     """Whether the machine's clock is right, as far as peers or files tell."""
     readings = await _readings(subject, probe)
     if not readings:
-        return [await trio.to_thread.run_sync(_compare_with_files, subject, abandon_on_cancel=True)]
+        return [await trio.to_thread.run_sync(_compare_with_files, subject, subject.clock(), abandon_on_cancel=True)]
     ahead = median_ahead_ms(readings)
     # What is asked takes time: no difference is known better than that.
     by = _difference(abs(ahead))
@@ -120,17 +120,17 @@ async def _readings(subject: Subject, probe: Probe) -> list[ClockReading]:
     return [ClockReading(NodeId.parse(entry["peer"]), entry["ahead_ms"], entry["round_trip_ms"]) for entry in told]
 
 
-def _compare_with_files(subject: Subject) -> Finding:
+def _compare_with_files(subject: Subject, now: int) -> Finding:
     """Without peers: time cannot be before something that was written already."""
     config = subject.config
     written = [config.database_path, config.address_cache_path, config.keys_path, Path(version.__file__)]
     times = {path: path.stat().st_mtime * MS_PER_S for path in written if path.exists()}
     latest = max(times, key=lambda path: times[path])
-    behind = times[latest] - subject.clock()
+    behind = times[latest] - now
     if behind > MAX_SKEW_MS:
         text = f"it is {_difference(behind)} behind the last change of {latest}"
         return problem("clock", text, "set it by the network: timedatectl set-ntp true")
-    return ok("clock", "it is behind no file of this node; there is no peer to compare it with")
+    return ok("clock", "no file of this node is newer than it; there is no peer to compare it with")
 
 
 def _difference(by_ms: float) -> str:

@@ -43,7 +43,7 @@ from aci_p2p.network.memory_stream import MemoryStream, Pipe
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import Decision, Validation
-from aci_p2p.tasks import open_background
+from aci_p2p.tasks import Notice, open_background
 from aci_p2p.version import SOFTWARE
 
 INBOX_MESSAGES = 4096
@@ -110,10 +110,6 @@ class MemoryHub:
                 return peer
         return None
 
-    def is_cut_off(self, peer: NodeId) -> bool:
-        """Whether the peer's cable is cut."""
-        return peer in self._cut_off
-
     def _disconnect(self, network: MemoryNetwork) -> None:
         for peer in network.peers:
             self.disconnect(network.node_id, peer)
@@ -152,6 +148,7 @@ class MemoryNetwork(Network):
         self._seen = SeenCache()
         self._inbox: deque[tuple[float, NodeId, str, bytes]] = deque()
         self._inbox_changed = trio.Event()
+        self._changes = Notice()
         self.shelf = RecordShelf(rules)
 
     @property
@@ -169,6 +166,9 @@ class MemoryNetwork(Network):
     @property
     def reachability(self) -> Reachability:
         return Reachability.PUBLIC
+
+    async def changed(self) -> None:
+        await self._changes.wait()
 
     def connections(self) -> Sequence[ConnectionInfo]:
         now = trio.current_time()
@@ -224,7 +224,8 @@ class MemoryNetwork(Network):
         if peer in self._links and remote is not None:
             return remote
         self._dials += 1
-        if remote is None or self._hub.is_cut_off(self._node_id) or not set(addresses) & set(remote.addresses):
+        is_open = self._hub.endpoint(self._node_id) is self
+        if remote is None or not is_open or not set(addresses) & set(remote.addresses):
             self._dial_failures += 1
             msg = f"{peer.short} cannot be reached at {', '.join(addresses) or 'any known address'}"
             raise PeerUnreachable(msg)
@@ -239,12 +240,14 @@ class MemoryNetwork(Network):
         self._connected[peer] = tuple(addresses)
         if len(self._connected) > MAX_KNOWN_PEERS:
             del self._connected[next(iter(self._connected))]
+        self._changes.notify()
 
     def drop_link(self, peer: NodeId) -> None:
         """Lose the connection to a peer and the streams on it."""
         link = self._links.pop(peer, None)
         for stream in link.streams if link else ():
             stream.reset()
+        self._changes.notify()
 
     @asynccontextmanager
     async def open_stream(self, peer: NodeId, protocol: str) -> AsyncGenerator[Stream]:
@@ -328,10 +331,18 @@ class MemoryNetwork(Network):
             raise LocalError(msg)
         subscription = QueuedSubscription(validator, capacity)
         self._subscriptions[topic] = subscription
+        self._tell_neighbours()
         try:
             yield subscription
         finally:
             del self._subscriptions[topic]
+            self._tell_neighbours()
+
+    def _tell_neighbours(self) -> None:
+        """Our subscriptions have changed."""
+        for peer in self._links:
+            if (remote := self._hub.endpoint(peer)) is not None:
+                remote._changes.notify()  # noqa: SLF001 - the other end of one connection
 
     def topic_peers(self, topic: str) -> Sequence[NodeId]:
         remotes = ((peer, self._hub.endpoint(peer)) for peer in self._links)
@@ -370,7 +381,11 @@ class MemoryNetwork(Network):
                 self._inbox_changed = trio.Event()
                 await self._inbox_changed.wait()
             due, forwarder, topic, data = self._inbox.popleft()
-            await trio.sleep_until(due)
+            if due > trio.current_time():
+                await trio.sleep_until(due)
+            else:
+                # Let those who consume what has arrived run.
+                await trio.lowlevel.checkpoint()
             if forwarder in self._links:
                 self._receive_gossip(forwarder, topic, data)
 

@@ -69,7 +69,9 @@ async def main() -> Figures:
         async def shared() -> AsyncGenerator[Executor]:
             yield executor
 
-        serving = NodeConfig(home=folder / "provider", model_store=models, provider=ProviderConfig(models=(DEFAULT_MODEL,)))
+        serving = NodeConfig(
+            home=folder / "provider", model_store=models, provider=ProviderConfig(models=(DEFAULT_MODEL,))
+        )
         provider = await stack.enter_async_context(open_node(serving, parts=NodeParts(open_executor=shared)))
         asking = NodeConfig(home=folder / "consumer", bootstrap=tuple(provider.addresses[:1]))
         consumer = await stack.enter_async_context(open_node(asking))

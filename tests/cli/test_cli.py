@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,11 +55,16 @@ def test_version(cli: Cli) -> None:
 
 
 def test_unknown_command_and_option_say_so(cli: Cli) -> None:
-    for arguments in (("infr",), ("verify", "--nope", "x"), ("infer", "hello")):
+    for arguments, said in (
+        (("infr",), "No such command 'infr'; see aci-p2p --help"),
+        (("verify", "--nope", "x"), "No such option '--nope'; see aci-p2p verify --help"),
+        (("join", "--slots"), "Option '--slots' requires an argument"),
+        (("infer", "hello"), "no node is known to ask: name one with --bootstrap, "),
+    ):
         result = cli(*arguments)
         assert result.returncode == 2
-        assert "Error: " in result.stderr
-        assert "Traceback" not in result.stderr
+        assert result.stderr.startswith(f"aci-p2p: {said}")
+        assert result.stderr.count("\n") == 1
 
 
 def test_keys_are_made_listed_and_private(cli: Cli, home: Path) -> None:
@@ -122,6 +127,12 @@ def test_verify_refuses_altered_missing_empty_and_huge_files(cli: Cli, proof_pat
     one_line(cli("verify", str(proof_path.with_name("missing"))), 2)
 
 
+def processor_time_of_children() -> float:
+    """Seconds; unlike time on the wall it is the same on a busy machine."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_verify_takes_under_half_a_second_and_loads_nothing_heavy(proof_path: Path) -> None:
     program = (
         "import sys; from aci_p2p.cli import app;"
@@ -131,9 +142,9 @@ def test_verify_takes_under_half_a_second_and_loads_nothing_heavy(proof_path: Pa
     )
     times: list[float] = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = processor_time_of_children()
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        times.append(time.perf_counter() - started)
+        times.append(processor_time_of_children() - before)
         assert result.returncode == 0, result.stderr
     assert min(times) < 0.5
 

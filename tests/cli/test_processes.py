@@ -139,6 +139,11 @@ def test_one_key_one_node_one_port(cli: Cli, start: Start, tiny_home: Path, tmp_
     assert taken.rpartition("/")[2] in line
 
 
+def test_a_node_that_listens_nowhere(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[p2p]\nlisten = []\n")
+    assert wait_for(start("join", "--no-serve", at=tmp_path), "listening ") == "nowhere: it only dials"
+
+
 def test_a_second_provider_joins_through_the_first(cli: Cli, start: Start, tiny_home: Path, tmp_path: Path) -> None:
     first = wait_for(start("join", *LOOPBACK), "listening on ")
     other = tmp_path / "other"
@@ -186,14 +191,15 @@ def test_a_provider_that_is_stopped_finishes_its_jobs(start: Start, cli: Cli, mo
 
 
 @pytest.mark.slow
-def test_a_provider_that_is_stopped_twice_hands_its_jobs_back(start: Start, model_home: Path) -> None:
+def test_a_provider_that_is_stopped_twice_hands_its_jobs_back(start: Start, cli: Cli, model_home: Path) -> None:
     with no_orphans():
         provider = start("join", *LOOPBACK)
         address = wait_for(provider, "listening on ")
         consumer = start("infer", "--bootstrap", address, "--max-tokens", "2000", "Tell me a long story.")
         wait_for_text(consumer)
         provider.terminate()
-        time.sleep(0.3)
+        status = json.loads(cli("status", "--json").stdout)
+        assert (status["node"]["state"], status["provider"]["free_slots"]) == ("stopping", 0)
         assert consumer.poll() is None
         began = time.monotonic()
         provider.terminate()

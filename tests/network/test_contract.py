@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 import trio
+import trio.testing
 
-from aci_p2p.network import MAX_FRAME_BYTES, DialledOurselves, PeerUnreachable, Stream, StreamClosed
+from aci_p2p.network import MAX_FRAME_BYTES, DialledOurselves, Network, PeerUnreachable, Stream, StreamClosed
 from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import NodeId
 from aci_p2p.version import SOFTWARE
-from tests.network.driver import ECHO, STRANGER, Opener, OpenLine, echo, eventually, make_key
+from tests.network.driver import ECHO, STRANGER, Opener, OpenLine, echo, eventually, make_key, told
 
 
 async def test_address_names_the_node(open_network: Opener) -> None:
@@ -26,6 +29,40 @@ async def test_connection_is_known_on_both_sides(open_line: OpenLine) -> None:
         await eventually(lambda: list(a.peers) == [b.node_id])
         assert list(b.peers) == [a.node_id]
         assert a.statistics().peers == 1
+
+
+def is_connected(one: Network, other: Network) -> bool:
+    """Whether the one knows of a connection to the other."""
+    return other.node_id in one.peers
+
+
+async def test_connections_are_told_to_who_waits_on_both_sides(open_network: Opener) -> None:
+    async with open_network(1) as a, trio.open_nursery() as nursery, open_network(2) as b:
+        for one, other in ((a, b), (b, a)):
+            nursery.start_soon(told, one, partial(is_connected, one, other))
+        await trio.testing.wait_all_tasks_blocked()
+        await b.connect(a.addresses[0])
+        while nursery.child_tasks:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.start_soon(told, a, lambda: not a.peers)
+        await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_nothing_is_told_while_nothing_changes(open_line: OpenLine) -> None:
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, echo):
+            # Whatever connecting brings about.
+            with trio.move_on_after(2) as scope:
+                while True:
+                    await a.changed()
+                    scope.deadline = trio.current_time() + 0.3
+            with trio.move_on_after(0.3) as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(a.changed)
+                    async with a.open_stream(b.node_id, ECHO) as stream:
+                        await stream.send(b"x")
+                        await stream.receive()
+            assert scope.cancelled_caught
 
 
 async def test_connecting_again_changes_nothing(open_line: OpenLine) -> None:
@@ -487,3 +524,41 @@ async def test_failed_dials_are_counted(open_network: Opener) -> None:
         await a.connect(b.addresses[0])
         await a.connect(b.addresses[0])
         assert (a.statistics().dials, a.statistics().dial_failures) == (2, 1)
+
+
+async def test_a_closed_network_reaches_nobody(open_network: Opener) -> None:
+    async with open_network(1) as remote:
+        with remote.serve(ECHO, echo):
+            async with open_network(2) as network:
+                await network.connect(remote.addresses[0])
+            assert not network.peers
+            for _ in range(2):
+                with pytest.raises(PeerUnreachable):
+                    async with network.open_stream(remote.node_id, ECHO):
+                        pass
+                with pytest.raises(PeerUnreachable):
+                    await network.connect(remote.addresses[0])
+                with pytest.raises(PeerUnreachable):
+                    await network.connect(remote.addresses[0].partition("/p2p/")[0])
+            await eventually(lambda: not remote.peers)
+
+
+async def test_streams_that_are_opened_while_a_network_closes_fail_as_others_do(open_network: Opener) -> None:
+    async def use(network: Network, remote: NodeId, opened: trio.Event) -> None:
+        with pytest.raises((PeerUnreachable, StreamClosed)):
+            while True:
+                async with network.open_stream(remote, ECHO) as stream:
+                    await stream.send(b"hello")
+                    await stream.receive()
+                opened.set()
+
+    async with open_network(1) as remote, trio.open_nursery() as nursery:
+        with remote.serve(ECHO, echo):
+            for _ in range(5):
+                async with open_network(2) as network:
+                    await network.connect(remote.addresses[0])
+                    opened = trio.Event()
+                    nursery.start_soon(use, network, remote.node_id, opened)
+                    await opened.wait()
+        nursery.cancel_scope.deadline = trio.current_time() + 5
+    assert not nursery.cancel_scope.cancelled_caught

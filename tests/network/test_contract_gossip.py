@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AsyncExitStack
 
 import pytest
 import trio
+import trio.testing
 
 from aci_p2p.network import MAX_GOSSIP_BYTES, GossipMessage
 from aci_p2p.network.limits import MAX_REJECTS_PER_MINUTE
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import ACCEPTED, Decision, Reason, Validation
-from tests.network.driver import TOPIC, Opener, OpenLine, eventually, joined
+from tests.network.driver import TOPIC, Opener, OpenLine, eventually, joined, told
 
 
 def accept(_forwarder: NodeId, _data: bytes) -> Validation:
@@ -54,6 +56,24 @@ async def test_message_published_right_after_connecting_arrives(open_network: Op
         await a.publish(TOPIC, b"hello")
         with trio.fail_after(5):
             assert (await subscription.receive()).data == b"hello"
+
+
+async def test_commands_in_a_row_with_one_key_are_all_heard(open_network: Opener) -> None:
+    topics = [f"{TOPIC}/{number}" for number in range(3)]
+    async with open_network(1) as a, AsyncExitStack() as stack:
+        heard = [await stack.enter_async_context(a.subscribe(topic, accept, capacity=8)) for topic in topics]
+        for command in range(15):
+            data = b"%d" % command
+            async with open_network(2) as b:
+                await b.connect(a.addresses[0])
+                async with AsyncExitStack() as command_stack:
+                    for topic in topics:
+                        await command_stack.enter_async_context(b.subscribe(topic, accept, capacity=8))
+                        await b.publish(topic, data)
+                    with trio.fail_after(5):
+                        assert [await one.receive() for one in heard] == [GossipMessage(b.node_id, data)] * len(heard)
+                await told(a, lambda: not any(map(a.topic_peers, topics)))
+        assert not a.statistics().gossip_refused
 
 
 async def test_message_is_forwarded_and_names_its_forwarder(open_line: OpenLine) -> None:
@@ -206,6 +226,17 @@ async def test_leaving_a_topic_ends_delivery(open_line: OpenLine) -> None:
             with trio.fail_after(5):
                 while (await subscription.receive()).data != b"hello again":
                     pass
+
+
+async def test_topics_that_peers_join_and_leave_are_told(open_line: OpenLine) -> None:
+    async with open_line(2) as (a, b), trio.open_nursery() as nursery:
+        nursery.start_soon(told, a, lambda: list(a.topic_peers(TOPIC)) == [b.node_id])
+        await trio.testing.wait_all_tasks_blocked()
+        async with b.subscribe(TOPIC, accept, capacity=8):
+            while nursery.child_tasks:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.start_soon(told, a, lambda: not a.topic_peers(TOPIC))
+            await trio.testing.wait_all_tasks_blocked()
 
 
 async def test_one_subscription_a_topic(open_network: Opener) -> None:

@@ -10,11 +10,13 @@ import ipaddress
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
 from aci_p2p.network.api import ConnectionInfo, PeerUnreachable
 from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.kad_table import network_of
 from aci_p2p.network.libp2p.yamux import Yamux
 from aci_p2p.network.limits import MAX_KNOWN_PEERS
 from aci_p2p.protocol.identity import NodeId
@@ -25,6 +27,8 @@ MAX_INBOUND_CONNECTIONS = 384
 """Connections of which peers may have dialled so many: strangers cannot keep us from dialling."""
 MAX_CONNECTIONS_PER_SOURCE = 32
 """Inbound connections kept from one source, loopback excepted (a NAT may hide several nodes)."""
+MAX_CONNECTIONS_PER_NETWORK = 96
+"""Inbound connections kept from one network (see `network_of`): who has a /48 has 65,536 sources in it."""
 YOUNG_SECONDS = 30.0
 """How long a new connection is kept in any case, seconds: time to say who one is and to be of use."""
 BAN_SECONDS = 60.0
@@ -78,6 +82,17 @@ def source_of(address: str) -> str:
     return LOOPBACK if ip.is_loopback else str(ip)
 
 
+class ConnectionCount(NamedTuple):
+    """How many connections there are, of each kind."""
+
+    inbound: int
+    """Those that peers have dialled."""
+    outbound: int
+    """Those that we have dialled."""
+    relayed: int
+    """Those of both through relays."""
+
+
 class Connections:
     """All connections of a host."""
 
@@ -104,6 +119,18 @@ class Connections:
         """All connections, the oldest first."""
         every = [connection for several in self._of_peer.values() for connection in several]
         return sorted(every, key=lambda connection: connection.opened)
+
+    def count(self) -> ConnectionCount:
+        """How many connections there are."""
+        outbound = inbound = relayed = 0
+        for several in self._of_peer.values():
+            for one in several:
+                if one.outbound:
+                    outbound += 1
+                else:
+                    inbound += 1
+                relayed += one.relay is not None
+        return ConnectionCount(inbound, outbound, relayed)
 
     def of(self, peer: NodeId) -> tuple[Connection, ...]:
         """All connections to a peer."""
@@ -153,7 +180,12 @@ class Connections:
         inbound = [connection for connection in self.all if not connection.outbound]
         if len(inbound) >= MAX_INBOUND_CONNECTIONS:
             return False
-        return source == LOOPBACK or sum(one.source == source for one in inbound) < MAX_CONNECTIONS_PER_SOURCE
+        if source == LOOPBACK:
+            return True
+        network = network_of(source)
+        of_network = 0 if network is None else sum(network_of(one.source) == network for one in inbound)
+        of_source = sum(one.source == source for one in inbound)
+        return of_source < MAX_CONNECTIONS_PER_SOURCE and of_network < MAX_CONNECTIONS_PER_NETWORK
 
     async def make_room(self) -> None:
         """Before another connection is dialled, close the oldest idle one if need be; raises PeerUnreachable."""
@@ -191,6 +223,8 @@ class Connections:
     @property
     def banned_count(self) -> int:
         """Peers that were thrown out lately."""
+        if not self._banned:
+            return 0
         now = trio.current_time()
         return sum(until > now for until in self._banned.values())
 

@@ -29,6 +29,7 @@ from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, mos
 from aci_p2p.network.libp2p.admission import Admission
 from aci_p2p.network.libp2p.connections import Connection, Connections, source_of
 from aci_p2p.network.libp2p.dialling import Dialler, Reached
+from aci_p2p.network.libp2p.holdings import Holdings
 from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound, select_outbound
 from aci_p2p.network.libp2p.secure import ByteStream, Security
 from aci_p2p.network.libp2p.upgrade import HANDSHAKE_SECONDS, multiplex_outbound, secure_outbound, upgrade_inbound
@@ -48,6 +49,8 @@ FAILED_STREAMS_BURST = 256.0
 """Inbound streams of one peer that may come to nothing at once: a busy consumer meets the limit of streams."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
+
+_CLOSING = "this node is shutting down"
 
 log = logging.getLogger("aci_p2p.network")
 
@@ -75,13 +78,15 @@ class Host:
         self._nursery = nursery
         self._protocols: dict[str, _Protocol] = {}
         self.admission = Admission()
-        self._inbound_streams: dict[NodeId, int] = {}
+        self.holdings = Holdings()
+        self._inbound_streams: dict[NodeId, dict[YamuxStream, trio.CancelScope]] = {}
         self._patience: OrderedDict[NodeId, TokenBucket] = OrderedDict()
         self._bound: list[TcpAddress] = []
         self._listeners: list[trio.SocketListener] = []
         self._announced: dict[str, tuple[TcpAddress, ...]] = {}
         self.claims: dict[tuple[str, int], Callable[[trio.SocketStream], None]] = {}
         self._trimming = False
+        self._is_closing = False
         self.handler_failures = 0
         self.on_connected = self.connections.on_connected
         self.on_disconnected = self.connections.on_disconnected
@@ -184,6 +189,9 @@ class Host:
                     self.admission.end_oldest()
                     await trio.sleep(0.1)
                     continue
+                if self._is_closing:
+                    await stream.aclose()
+                    return
                 self._nursery.start_soon(self._handle_inbound, stream)
 
     async def _handle_inbound(self, stream: trio.SocketStream) -> None:
@@ -229,7 +237,7 @@ class Host:
         return connection
 
     def _takes(self, peer: NodeId) -> bool:
-        return peer != self.node_id and not self.connections.is_banned(peer)
+        return peer != self.node_id and not self._is_closing and not self.connections.is_banned(peer)
 
     async def adopt_inbound(
         self, stream: ByteStream, place: TcpAddress, relay: NodeId | None, expected: NodeId
@@ -263,6 +271,9 @@ class Host:
         place = reached.place.transport
         peer = reached.secure.peer
         muxer = await multiplex_outbound(reached.secure, place)
+        if self._is_closing:
+            await reached.secure.close()
+            raise PeerUnreachable(_CLOSING)
         connection = Connection(peer, muxer, True, reached.place, reached.source, trio.current_time(), reached.relay)  # noqa: FBT003
         self._add(connection)
         self._nursery.start_soon(self._serve_connection, connection)
@@ -317,7 +328,7 @@ class Host:
     async def _serve_connection(self, connection: Connection) -> None:
         """Hold a connection until it ends."""
         try:
-            await connection.muxer.run(lambda stream: self._accept_stream(connection, stream))
+            await connection.muxer.run(lambda stream: self._accept_stream(connection, stream), self.holdings)
         except Exception:  # a broken connection is a disconnected peer
             log.debug("the connection to %s broke", connection.peer.short, exc_info=True)
         finally:
@@ -325,6 +336,9 @@ class Host:
 
     async def dial(self, peer: NodeId, addresses: Sequence[TcpAddress] = ()) -> Connection:
         """The connection to a peer, made when there is none. Raises PeerUnreachable, DialledOurselves."""
+        if self._is_closing:
+            await trio.lowlevel.checkpoint()
+            raise PeerUnreachable(_CLOSING)
         return await self.dialler.dial(peer, addresses)
 
     async def throw_out(self, peer: NodeId) -> None:
@@ -380,16 +394,44 @@ class Host:
 
     def _accept_stream(self, connection: Connection, stream: YamuxStream) -> bool:
         peer = connection.peer
-        count = self._inbound_streams.get(peer, 0)
-        if count >= MAX_STREAMS_PER_PEER or sum(self._inbound_streams.values()) >= MAX_STREAMS:
+        if self._is_closing:
+            return False
+        streams = self._inbound_streams.get(peer, {})
+        if len(streams) >= MAX_STREAMS_PER_PEER:
             self._note_failed_stream(peer)
             return False
-        self._inbound_streams[peer] = count + 1
+        if sum(map(len, self._inbound_streams.values())) >= MAX_STREAMS and not self._make_room_beside(len(streams)):
+            return False
+        scope = streams[stream] = trio.CancelScope()
+        self._inbound_streams[peer] = streams
         connection.used = trio.current_time()
-        self._nursery.start_soon(self._serve_stream, peer, stream)
+        self._nursery.start_soon(self._serve_stream, peer, stream, scope)
         return True
 
-    async def _serve_stream(self, peer: NodeId, stream: YamuxStream) -> None:
+    def _make_room_beside(self, count: int) -> bool:
+        """End a stream of the peer that has most, in favour of one that has `count`; False if that is no fairer."""
+        peer, streams = max(self._inbound_streams.items(), key=lambda item: len(item[1]))
+        if len(streams) <= count + 1:
+            return False
+        # The oldest that nobody needs, if there is one.
+        chosen = min(streams, key=lambda stream: stream.is_in_use)
+        log.debug("a stream of %s makes room for another peer's", peer.short)
+        streams.pop(chosen).cancel()
+        return True
+
+    async def _serve_stream(self, peer: NodeId, stream: YamuxStream, scope: trio.CancelScope) -> None:
+        try:
+            with scope:
+                await self._negotiate_and_serve(peer, stream)
+            if scope.cancelled_caught:
+                stream.reset()
+        finally:
+            streams = self._inbound_streams.get(peer, {})
+            streams.pop(stream, None)
+            if not streams:
+                self._inbound_streams.pop(peer, None)
+
+    async def _negotiate_and_serve(self, peer: NodeId, stream: YamuxStream) -> None:
         try:
             with trio.fail_after(NEGOTIATION_SECONDS):
                 served = self._protocols.get(await select_inbound(stream, self._protocols))
@@ -397,15 +439,10 @@ class Host:
             log.debug("a stream from %s asked for nothing that we serve", peer.short, exc_info=True)
             self._note_failed_stream(peer)
             served = None
-        try:
-            if served is None:
-                stream.reset()
-            else:
-                await self._run_server(served, peer, stream)
-        finally:
-            self._inbound_streams[peer] -= 1
-            if not self._inbound_streams[peer]:
-                del self._inbound_streams[peer]
+        if served is None:
+            stream.reset()
+        else:
+            await self._run_server(served, peer, stream)
 
     async def _run_server(self, protocol: _Protocol, peer: NodeId, stream: YamuxStream) -> None:
         if not protocol.background:
@@ -432,15 +469,19 @@ class Host:
         if peer not in self._patience:
             self._patience[peer] = TokenBucket.full(FAILED_STREAMS_PER_SECOND, FAILED_STREAMS_BURST, now)
         self._patience.move_to_end(peer)
-        if len(self._patience) > MAX_KNOWN_PEERS:
+        has_patience = self._patience[peer].take(1, now)
+        # What is full again need not be remembered.
+        refilled = now - FAILED_STREAMS_BURST / FAILED_STREAMS_PER_SECOND
+        while len(self._patience) > MAX_KNOWN_PEERS or next(iter(self._patience.values())).updated < refilled:
             self._patience.popitem(last=False)
-        if not self._patience[peer].take(1, now) and not self.connections.is_banned(peer):
+        if not has_patience and not self._is_closing and not self.connections.is_banned(peer):
             log.info("%s is thrown out: too many of its streams come to nothing", peer.short)
             self.connections.ban(peer)
             self._nursery.start_soon(self.throw_out, peer)
 
     async def close(self) -> None:
-        """Say good-bye on all connections."""
+        """Say good-bye on all connections, and make no more."""
+        self._is_closing = True
         async with trio.open_nursery() as nursery:
             for connection in self.connections.all:
                 nursery.start_soon(connection.muxer.close)

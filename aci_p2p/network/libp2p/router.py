@@ -84,8 +84,10 @@ RECENT_MESSAGES = 1_024
 """Recent messages that a new subscriber is sent unasked; its FloodGuard has room for them."""
 MAX_CACHE_BYTES = 8 << 20
 """Payload kept for neighbours that ask, bytes; beyond it the oldest messages go before their time."""
-PROMISE_SECONDS = 5.0
-"""Time for a neighbour to send one of the messages that it announced and we asked for, seconds."""
+PROMISE_SECONDS = 10.0
+"""Time for a neighbour to send one of the messages that it announced and we asked for, seconds; overload takes some."""
+LATE_SECONDS = 3.0
+"""After a pause of so many seconds between heartbeats we are overloaded, and hold no promise against anybody."""
 OPPORTUNISTIC_GRAFT_HEARTBEATS = 60
 """Heartbeats between two looks for better neighbours than the mesh has."""
 OPPORTUNISTIC_GRAFT_PEERS = 2
@@ -177,6 +179,7 @@ class Router:
         self._cache = _MessageCache()
         self._flood = FloodGuard()
         self._heartbeats = 0
+        self._last_heartbeat = float("inf")
         self.scores = PeerScores()
 
     def mesh(self, topic: str) -> frozenset[NodeId]:
@@ -211,6 +214,8 @@ class Router:
             mesh.discard(peer)
         for fanout, _ in self._fanout.values():
             fanout.discard(peer)
+        # If it comes back it may be another process with the same key, which knows of no back-off.
+        self._backoff = {key: until for key, until in self._backoff.items() if key[1] != peer}
 
     def join(self, topic: str, now: float) -> None:
         """We subscribe to a topic."""
@@ -297,9 +302,13 @@ class Router:
     def heartbeat(self, now: float) -> None:
         """Repair the meshes and announce recent messages outside them; to be called every HEARTBEAT_SECONDS."""
         self._heartbeats += 1
+        is_late = now - self._last_heartbeat > LATE_SECONDS
+        self._last_heartbeat = now
         self.scores.heartbeat(now)
         for peer, neighbour in self._neighbours.items():
             neighbour.ihaves = neighbour.wanted = 0
+            if is_late:
+                neighbour.promises.clear()
             self._check_promises(peer, neighbour, now)
         self._backoff = {key: until for key, until in self._backoff.items() if until > now}
         for topic, mesh in self._mesh.items():
@@ -410,7 +419,9 @@ class Router:
             if prune.topicID in self._mesh:
                 self._leave_mesh(prune.topicID, peer)
                 backoff = min(prune.backoff or PRUNE_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
-                self._backoff[prune.topicID, peer] = now + backoff
+                # A back-off may be prolonged by either side, and ended early by none.
+                standing = self._backoff.get((prune.topicID, peer), 0.0)
+                self._backoff[prune.topicID, peer] = max(standing, now + backoff)
 
     def _handle_ihave(self, peer: NodeId, neighbour: _Neighbour, ihave: ControlIHave, now: float) -> None:
         neighbour.ihaves += 1
