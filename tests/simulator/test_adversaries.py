@@ -8,6 +8,7 @@ import pytest
 
 from aci_p2p.testing.simulator import STRATEGIES, UNBUILT, Measurement, Scenario, UnbuiltAttack, measure
 from aci_p2p.testing.simulator.adversaries import Part
+from tests.simulator.thorough import thorough
 
 NODES = 24
 MOST_HARM = 0.05
@@ -56,6 +57,7 @@ def marked(names: list[str], reason: str) -> list[object]:
     ]
 
 
+@thorough
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", marked(PAYING, "pays"))
@@ -67,6 +69,7 @@ def test_an_attack_brings_nothing(name: str) -> None:
     assert found.profit <= 0, found
 
 
+@thorough
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", marked(HARMING, "harms"))

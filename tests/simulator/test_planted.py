@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.simulator.thorough import thorough
+
 REPOSITORY = Path(__file__).parents[2]
 PATCHES = sorted(Path(__file__).with_name("planted").glob("*.patch"))
 HUNT = Path(__file__).with_name("hunt.py")
@@ -46,6 +48,7 @@ def test_there_are_bugs_to_find() -> None:
     assert len(PATCHES) >= 10
 
 
+@thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
@@ -60,6 +63,7 @@ def test_a_planted_bug_is_found(patch: Path, tmp_path: Path) -> None:
     sys.stdout.write(f"{patch.stem}: world {found['seed']}: {found['why']}\n")
 
 
+@thorough
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_nothing_is_found_without_a_bug(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -21,11 +20,10 @@ from aci_p2p.testing.simulator import (
     load_scenario,
     random_scenario,
 )
+from tests.simulator.thorough import SEEDS
 
 HUNT = Path(__file__).with_name("hunt.py")
 KEPT = Path(__file__).parents[1] / "seeds"
-SEEDS = int(os.environ.get("ACI_SIMULATION_SEEDS", "40"))
-"""Random worlds of one run; `make test-simulation` runs 500."""
 ENOUGH_FOR_COVERAGE = 200
 """Worlds after which each fault and each strategy must have had its turn."""
 PROCESSES = 2

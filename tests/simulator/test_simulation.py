@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,16 @@ from aci_p2p.executor import Message, Sampling
 from aci_p2p.network.model import LAN, NetworkModel
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.lifecycle import Party, State
-from aci_p2p.testing.simulator import Fault, PlannedJob, Scenario, Simulation, page, random_scenario, summarise
+from aci_p2p.testing.simulator import (
+    Fault,
+    PlannedJob,
+    Scenario,
+    Simulation,
+    load_scenario,
+    page,
+    random_scenario,
+    summarise,
+)
 from aci_p2p.testing.simulator.node import Disk
 from aci_p2p.testing.toy_model import ToyModel
 
@@ -80,6 +90,15 @@ def test_planned_jobs_are_won_by_the_cheapest() -> None:
         assert outcome.provider == simulation.nodes[1].node_id
         assert outcome.text == outcome.expected == "".join(step.text for step in steps)
         assert outcome.price == len(prompt) * 250 + len(steps) * 1_000
+
+
+def test_the_market_of_the_scenario_file() -> None:
+    scenario = load_scenario(Path(__file__).with_name("one_market.toml"))
+    simulation = Simulation(scenario)
+    outcomes = sorted(simulation.run().outcomes, key=lambda outcome: outcome.started)
+    assert len(outcomes) == len(scenario.jobs)
+    assert {outcome.provider for outcome in outcomes} == {simulation.nodes[0].node_id}
+    assert all(outcome.text == outcome.expected for outcome in outcomes)
 
 
 def test_jobs_become_final_after_a_day() -> None:

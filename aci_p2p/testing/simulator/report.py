@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
+from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.testing.simulator.roles import Outcome
 from aci_p2p.testing.simulator.simulation import Result
 from aci_p2p.testing.simulator.world import START_MS
@@ -18,6 +20,10 @@ WIDTH: Final = 760
 """Pixels of a picture."""
 HEIGHT: Final = 220
 """Pixels of a picture."""
+LEGEND: Final = 60
+"""Pixels for one name."""
+COLOURS: Final = ("#1463b8", "#c4561a")
+"""Of the curves of a picture."""
 MARGIN: Final = 48
 """Pixels around the curves."""
 
@@ -75,25 +81,22 @@ def page(result: Result) -> str:
     def bucket(outcome: Outcome) -> int:
         return min(BUCKETS - 1, (outcome.started - START_MS) * BUCKETS // max(span, 1))
 
-    def curve(value: Callable[[Outcome], int], percent: int) -> list[float]:
-        return [
-            float(_percentile([value(one) for one in answered if bucket(one) == index], percent))
-            for index in range(BUCKETS)
-        ]
+    def curve(value: Callable[[Outcome], int], percent: int) -> list[float | None]:
+        buckets: list[list[int]] = [[] for _ in range(BUCKETS)]
+        for one in answered:
+            buckets[bucket(one)].append(value(one))
+        return [float(_percentile(values, percent)) if values else None for values in buckets]
 
-    spent: list[float] = []
-    total = 0.0
-    for index in range(BUCKETS):
-        total += sum(one.price for one in answered if bucket(one) == index)
-        spent.append(total)
-    failed = [
-        float(sum(bool(one.failure) for one in result.outcomes if bucket(one) == index)) for index in range(BUCKETS)
-    ]
+    spent, failed = [0.0] * BUCKETS, [0.0] * BUCKETS
+    for one in result.outcomes:
+        spent[bucket(one)] += one.price / ONE_ACI
+        failed[bucket(one)] += bool(one.failure)
+    total = list(accumulate(spent))
     minutes = span / 60_000
     summary, scenario = summarise(result), result.scenario
     pictures = (
         _picture("Offer to receipt, ms", {"median": curve(_duration, 50), "p99": curve(_duration, 99)}, minutes),
-        _picture("Signed receipts, base units", {"total": spent}, minutes),
+        _picture("Signed receipts, ACI", {"total": total}, minutes),
         _picture("Jobs that failed", {"failed": failed}, minutes),
     )
     title = f"{scenario.nodes} nodes, {scenario.hours:g} h, seed {scenario.seed}"
@@ -105,7 +108,8 @@ def page(result: Result) -> str:
         "<!doctype html><meta charset=utf-8>"
         f"<title>{html.escape(title)}</title>"
         "<style>body{font:15px system-ui;margin:2em auto;max-width:800px}svg{display:block;margin:1.5em 0}"
-        "text{font:12px system-ui}.l0{stroke:#1463b8}.l1{stroke:#c4561a}path{fill:none;stroke-width:1.6}</style>"
+        f"text{{font:12px system-ui}}.l0{{stroke:{COLOURS[0]}}}.l1{{stroke:{COLOURS[1]}}}"
+        "path{fill:none;stroke-width:1.6}</style>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(facts)}</p>{''.join(pictures)}\n"
     )
 
@@ -114,21 +118,25 @@ def _duration(outcome: Outcome) -> int:
     return outcome.duration_ms
 
 
-def _picture(title: str, curves: dict[str, list[float]], minutes: float) -> str:
-    """A line chart as SVG."""
-    top = max((max(curve) for curve in curves.values()), default=0.0) or 1.0
+def _picture(title: str, curves: Mapping[str, Sequence[float | None]], minutes: float) -> str:
+    """A line chart as SVG; a curve has a gap where there is no value."""
+    values = [value for curve in curves.values() for value in curve if value is not None]
+    top = max(values, default=0.0) or 1.0
     inner_width, inner_height = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
 
-    def point(index: int, value: float) -> str:
-        x = MARGIN + inner_width * index / (BUCKETS - 1)
-        return f"{x:.1f},{HEIGHT - MARGIN - inner_height * value / top:.1f}"
+    def line(curve: Sequence[float | None]) -> str:
+        steps: list[str] = []
+        for index, value in enumerate(curve):
+            if value is not None:
+                x = MARGIN + inner_width * index / (BUCKETS - 1)
+                y = HEIGHT - MARGIN - inner_height * value / top
+                is_first = not index or curve[index - 1] is None
+                steps.append(f"{'M' if is_first else 'L'}{x:.1f},{y:.1f}")
+        return " ".join(steps)
 
-    paths = "".join(
-        f'<path class="l{number}" d="M{" L".join(point(index, value) for index, value in enumerate(curve))}"/>'
-        for number, curve in enumerate(curves.values())
-    )
+    paths = "".join(f'<path class="l{number}" d="{line(curve)}"/>' for number, curve in enumerate(curves.values()))
     names = "".join(
-        f'<text x="{WIDTH - MARGIN - 60 * (len(curves) - number)}" y="20" fill="{("#1463b8", "#c4561a")[number]}">'
+        f'<text x="{WIDTH - MARGIN - LEGEND * (len(curves) - number)}" y="20" fill="{COLOURS[number]}">'
         f"{html.escape(name)}</text>"
         for number, name in enumerate(curves)
         if len(curves) > 1
@@ -136,8 +144,13 @@ def _picture(title: str, curves: dict[str, list[float]], minutes: float) -> str:
     base = HEIGHT - MARGIN
     return (
         f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-        f'<text x="{MARGIN}" y="20">{html.escape(title)}</text>{names}'
+        f'<text x="{MARGIN}" y="20">{html.escape(title)}, at most {_figure(top)}</text>{names}'
         f'<path stroke="#999" d="M{MARGIN},{MARGIN} L{MARGIN},{base} L{WIDTH - MARGIN},{base}"/>'
-        f'<text x="4" y="{MARGIN + 4}">{top:.3g}</text><text x="4" y="{base}">0</text>'
-        f'<text x="{WIDTH - MARGIN - 40}" y="{HEIGHT - 24}">{minutes:.0f} min</text>{paths}</svg>'
+        f'<text x="4" y="{base}">0</text>'
+        f'<text x="{WIDTH - MARGIN - LEGEND}" y="{HEIGHT - 24}">{minutes:.0f} min</text>{paths}</svg>'
     )
+
+
+def _figure(value: float) -> str:
+    """A number for people: whole if it is large, three digits if it is small."""
+    return f"{value:,.0f}" if value >= 1 else f"{value:.3g}"
