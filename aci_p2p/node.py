@@ -159,7 +159,7 @@ async def open_node(
         sealer = Sealer(key, config.network)
         async with (
             open_store(config.database_path, key.node_id, threads=parts.threads) as store,
-            open_network(key, config.p2p, rules) as network,
+            open_network(key, replace(config.p2p, named_only=config.offline), rules) as network,
             open_market(network, config.network, parts.clock) as market,
             open_discovery(network, sealer, rules, parts.clock, _discovery_options(config, parts)) as discovery,
             open_background() as tasks,

@@ -21,6 +21,8 @@ CHANGE_GAP_S: Final = 10.0
 """Seconds between two announcements of one record that changes."""
 SPREAD_GAP_S: Final = 2.0
 """Seconds between announcements while our connections multiply."""
+SPREAD_FACTOR: Final = 4
+"""How many times as many connections make it worth announcing everything again."""
 RETRY_S: Final = 60.0
 """Seconds until what could not be published is tried again."""
 MATERIAL_SHARE: Final = 2
@@ -59,7 +61,7 @@ class Announcer:
         """What to publish now, withdrawals first, with so many peers connected; all of it with `renew`."""
         if not peers:
             self._reach = 0
-        elif peers >= 2 * self._reach and self._published:
+        elif peers >= SPREAD_FACTOR * self._reach and self._published:
             # When we published, few peers were there to hear it: many of those who look for it do not know them.
             renew = renew or now >= max(published.at for published in self._published.values()) + SPREAD_GAP_S
         if renew or not self._published:

@@ -196,7 +196,6 @@ class Joiner:
                 continue
             if (behind := self._add_other(part, now)) is not None:
                 candidate.parts.add(part)
-                behind.due = min(behind.due, now)
                 if not behind.is_lasting:
                     behind.is_lasting, behind.depth = True, candidate.depth + 1
         if not candidate.parts:

@@ -235,24 +235,28 @@ class Topic(Generic[T]):
         if not self._quotas.take_exchange(peer, trio.current_time()):
             return
         try:
-            with trio.move_on_after(REQUEST_S):
+            with trio.fail_after(REQUEST_S):
                 request = decode(Since, await stream.receive(), max_bytes=MAX_REQUEST_BYTES)
                 await stream.send(encode(self._log.since(request, self._clock())))
-            while await self._serve_fetch(stream):
-                pass
+            while True:
+                with trio.fail_after(REQUEST_S):
+                    fetch = decode(Fetch, await stream.receive(), max_bytes=MAX_REQUEST_BYTES)
+                    if not await self._serve_fetch(stream, fetch):
+                        return
+        except trio.TooSlowError:
+            log.debug("%s asks about %s and falls asleep", peer.short, self.name)
         except (CborError, Malformed):
             await self._network.report(peer, self.name, _MALFORMED)
 
-    async def _serve_fetch(self, stream: Stream) -> bool:
-        with trio.move_on_after(REQUEST_S):
-            fetch = decode(Fetch, await stream.receive(), max_bytes=MAX_REQUEST_BYTES)
-            found = (self._log.get(identifier, self._clock()) for identifier in fetch.identifiers)
-            messages = tuple(data for data in found if data is not None)
-            if self._quotas.take_bytes(stream.peer, sum(map(len, messages)), trio.current_time()):
-                await stream.send(encode(Fetched(messages)))
-                self._served += len(messages)
-                return True
-        return False
+    async def _serve_fetch(self, stream: Stream, fetch: Fetch) -> bool:
+        """Send messages; False when their asker has had its share."""
+        found = (self._log.get(identifier, self._clock()) for identifier in fetch.identifiers)
+        messages = tuple(data for data in found if data is not None)
+        if not self._quotas.take_bytes(stream.peer, sum(map(len, messages)), trio.current_time()):
+            return False
+        await stream.send(encode(Fetched(messages)))
+        self._served += len(messages)
+        return True
 
     # Asking neighbours.
 
@@ -270,7 +274,7 @@ class Topic(Generic[T]):
                 self._exchanges += 1
                 if not await self._exchange(peer):
                     break
-        except (StreamClosed, PeerUnreachable, trio.TooSlowError):
+        except (StreamClosed, PeerUnreachable, MessageRefused, trio.TooSlowError):
             log.debug("%s does not answer about %s", peer.short, self.name, exc_info=True)
         except (CborError, Malformed) as error:
             log.debug("%s answers nonsense about %s: %s", peer.short, self.name, error.message)
@@ -321,6 +325,9 @@ class Topic(Generic[T]):
         except MessageRefused as error:
             self._refuse(identifier)
             await self._network.report(peer, self.name, error.validation)
+            if error.validation.decision is Decision.REJECT:
+                # No honest log has it.
+                raise
             return
         self._remember(identifier, envelope)
         self._caught_up += 1

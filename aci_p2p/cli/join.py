@@ -21,7 +21,6 @@ from aci_p2p.cli.options import NODE, Given, configured
 from aci_p2p.cli.output import Background
 from aci_p2p.cli.reload import Reloading, log_level
 from aci_p2p.cli.running import Logs, Stop, run
-from aci_p2p.cli.texts import plural
 from aci_p2p.config import Loaded, NodeConfig
 from aci_p2p.control import Journal
 from aci_p2p.control.observer import Observer
@@ -68,7 +67,7 @@ class _Daemon:
     async def serve(self) -> None:
         """Run the node until a signal ends it and its jobs are finished or handed back."""
         self._say_what_begins()
-        async with open_node(self.config) as node:
+        async with open_node(self.config, require_bootstrap=False) as node:
             observer = Observer(node, self.journal, self.loaded.file if self.loaded.found else None)
             async with (
                 open_control(node.config.control_socket_path, observer.commands),
@@ -80,7 +79,9 @@ class _Daemon:
                 with self.stop:
                     await self.reloading.run(node)
                 observer.stopping = True
-                await _finish_jobs(node)
+                with self.stop:
+                    await _finish_jobs(node)
+                # Closing the node hands back what still runs.
         self.console.print("stopped")
 
     def _say_what_begins(self) -> None:
@@ -135,7 +136,7 @@ def command(given: Given, live: bool | None, verbose: bool) -> None:  # noqa: FB
 
 
 async def _finish_jobs(node: Node) -> None:
-    """Take no more jobs, and let those that run end within the grace period; closing the node hands back the rest."""
+    """Take no more jobs, and let those that run end within the grace period."""
     role, config = node.provider, node.config.provider
     grace_s = config.grace_s if config else 0
     notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={(grace_s + CLOSING_S) * 1_000_000}")
@@ -144,9 +145,8 @@ async def _finish_jobs(node: Node) -> None:
     running = len(role.progress())
     log.info("stopping", extra={"fields": {"jobs": running, "grace_s": grace_s}})
     await role.drain(grace_s)
-    left = len(role.progress())
-    if left:
-        log.warning(f"{plural(left, 'job')} handed back: the grace period is over")  # noqa: G004 - one of two wordings
+    if left := len(role.progress()):
+        log.warning("jobs are handed back: the grace period is over", extra={"fields": {"jobs": left}})
 
 
 def _introduce(console: Console, node: Node) -> None:

@@ -30,7 +30,10 @@ class Stop:
         self._inner: trio.CancelScope | None = None
 
     def __enter__(self) -> None:
-        """Begin the innermost block: a signal cancels it alone, a second one everything."""
+        """Begin the innermost block: a signal cancels it alone, one that comes before it has ended everything.
+
+        After it another one may begin, for the next signal.
+        """
         self._inner = trio.CancelScope()
         self._inner.__enter__()
 
@@ -45,7 +48,8 @@ class Stop:
         with trio.open_signal_receiver(*SIGNALS) as signals:
             task_status.started()
             async for number in signals:
-                scope = self._inner if self._inner and self.signal is None else self._outer
+                inner = self._inner
+                scope = inner if inner and not inner.cancel_called else self._outer
                 self.signal = signal.Signals(number)
                 scope.cancel()
 

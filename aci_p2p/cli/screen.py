@@ -106,7 +106,7 @@ def _panel(section: _Section, rows: int, frame: box.Box) -> Panel:
     room = max(rows - FRAME_ROWS, 0)
     lines = section.lines[-room:] if section.keep_end and room else section.lines[:room]
     return Panel(
-        Group(*lines), title=Text(section.title, style="bold"), title_align="left", box=frame, border_style="dim",
+        Group(*lines), title=_plain(section.title, "bold"), title_align="left", box=frame, border_style="dim",
         padding=(0, 1),
     )  # fmt: skip
 

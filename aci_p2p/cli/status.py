@@ -109,7 +109,7 @@ def _provider(provider: ProviderSection) -> Iterator[Row]:
     for at, job in enumerate(provider["running"]):
         progress = f"{plural(job['tokens'], 'token')}, {job['tokens_per_s']:.1f} tokens/s, {duration(job['elapsed_s'])}"
         name = f"{short_job(job['job'])} for {short_peer(job['consumer'])}"
-        yield "" if at else "running", f"{name}, {job['model']}: {progress}"
+        yield "" if at else "working on", f"{name}, {job['model']}: {progress}"
     bids = f"{plural(provider['bids'], 'bid')} ({provider['outstanding_bids']} open)"
     jobs = f"{plural(provider['finished'], 'job')} done, {provider['failed']} failed"
     yield "since start", f"{bids}, {jobs}, {amount(provider['earned'])} earned"

@@ -188,7 +188,7 @@ SETTINGS: Final = (
 BY_KEY: Final = {setting.key: setting for setting in SETTINGS}
 """The same, by key."""
 
-NOT_SETTINGS: Final = frozenset({"own_key", "p2p", "provider"})
+NOT_SETTINGS: Final = frozenset({"p2p.named_only", "own_key", "p2p", "provider"})
 """Fields of NodeConfig that are no settings: what the command decides, and what has a table of its own."""
 
 

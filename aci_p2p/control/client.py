@@ -44,10 +44,11 @@ def ask(path: Path, command: str, argument: str = "", *, timeout_s: float = TIME
             raise NoNode(path, "the node that made it is gone") from None
         except TimeoutError:
             raise NoNode(path, f"it did not answer within {timeout_s:g} s", runs=True) from None
+        except ConnectionError:
+            # Too many ask at once, it is about to end, or the question is too long.
+            raise NoNode(path, "it hung up", runs=True) from None
         except OSError as error:
-            raise NoNode(
-                path, (error.strerror or str(error)).lower(), runs=isinstance(error, ConnectionError)
-            ) from None
+            raise NoNode(path, (error.strerror or str(error)).lower()) from None
 
 
 def _read_line(connection: socket.socket, deadline: float) -> bytes:
@@ -56,8 +57,7 @@ def _read_line(connection: socket.socket, deadline: float) -> bytes:
         _wait(connection, deadline)
         part = connection.recv(_CHUNK_BYTES)
         if not part:
-            # Too many ask at once, or it is about to end.
-            raise ConnectionResetError(None, "it hung up")
+            raise ConnectionResetError
         line += part
         if len(line) > MAX_ANSWER_BYTES:
             msg = f"the answer is longer than {MAX_ANSWER_BYTES} bytes"

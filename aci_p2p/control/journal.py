@@ -51,12 +51,14 @@ class Event:
     def logfmt(self) -> str:
         """Pairs only: `ts=2026-11-24T18:57:30.123Z level=info source=provider msg="job done" job=7f4b5ff3`."""
         head = {"ts": self.at, "level": self.level, "source": self.source, "msg": self.message}
-        return " ".join(f"{name}={_quoted(value)}" for name, value in {**head, **self.fields}.items())
+        others = {name: value for name, value in self.fields.items() if name not in head}
+        return " ".join(f"{name}={_quoted(value)}" for name, value in {**head, **others}.items())
 
     def json(self) -> str:
         """A document; the fields stand beside the message."""
         head = {"ts": self.at, "level": self.level, "source": self.source, "msg": self.message}
-        return json.dumps({**self.fields, **head})
+        others = {name: value for name, value in self.fields.items() if name not in head}
+        return json.dumps({**head, **others})
 
 
 def event_of(record: logging.LogRecord) -> Event:

@@ -12,6 +12,7 @@ import trio
 
 from aci_p2p.control.journal import Journal
 from aci_p2p.control.process import process_figures
+from aci_p2p.control.providers import find_providers
 from aci_p2p.control.report import (
     BootstrapEntry,
     ClocksReport,
@@ -79,6 +80,7 @@ class Observer:
             "status": lambda _: self.status(),
             "peers": lambda _: self.peers(),
             "clocks": lambda _: self.clocks(),
+            "providers": lambda model_root: find_providers(self._node, model_root),
         }
 
     async def watch(self) -> None:

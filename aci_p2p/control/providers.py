@@ -6,7 +6,9 @@ from typing import TypedDict
 
 import trio
 
+from aci_p2p.control.wire import BadRequest
 from aci_p2p.node import Node
+from aci_p2p.protocol.hashing import DIGEST_BYTES
 from aci_p2p.protocol.text import printable
 
 
@@ -42,14 +44,21 @@ class ProvidersReport(TypedDict):
     """Those that are connected and have a free slot come first."""
 
 
-async def find_providers(node: Node, model_root: bytes) -> ProvidersReport:
-    """Search the providers of a model, from a running node."""
+async def find_providers(node: Node, model_root: str) -> ProvidersReport:
+    """Search the providers of a model, whose weights root is given in hex, from a running node. Raises BadRequest."""
+    try:
+        root = bytes.fromhex(model_root)
+    except ValueError:
+        root = b""
+    if len(root) != DIGEST_BYTES:
+        msg = "which model? its weights root has 64 hex digits"
+        raise BadRequest(msg)
     began = trio.current_time()
-    found = await node.find_providers(model_root)
+    found = await node.find_providers(root)
     took = trio.current_time() - began
     peers = set(node.network.peers)
     return ProvidersReport(
-        model_root=model_root.hex(),
+        model_root=root.hex(),
         took_ms=round(took * 1_000, 1),
         providers=[
             ProviderEntry(

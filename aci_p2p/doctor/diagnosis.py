@@ -57,10 +57,11 @@ async def diagnose(subject: Subject, report: Report) -> list[Finding]:
         ):
             nursery.start_soon(run, name, partial(check, subject))
         try:
-            async with open_probe(subject) as probe:
+            # The inner nursery ends first: its checks use the probe.
+            async with open_probe(subject) as probe, trio.open_nursery() as probing:
                 await run("ports", partial(check_ports, subject, probe))
                 await run("bootstrap", partial(check_bootstrap, subject, probe))
-                nursery.start_soon(run, "clock", partial(check_clock, subject, probe))
+                probing.start_soon(run, "clock", partial(check_clock, subject, probe))
                 standing = await find_standing(subject, probe)
                 await run("reachability", partial(check_reachability, subject, standing))
                 await run("relay", partial(check_relay, subject, standing))

@@ -6,7 +6,7 @@ import secrets
 import socket
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -37,7 +37,7 @@ _FAMILIES: Final = {"dns": socket.AF_UNSPEC, "dns4": socket.AF_INET, "dns6": soc
 _CIRCUIT: Final = "/p2p-circuit"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Probe:
     """The doctor's own place in the network."""
 
@@ -45,8 +45,6 @@ class Probe:
     """Listens where the node would, unless that runs, or cannot."""
     refusal: AciError | None
     """Why it cannot listen there."""
-    reached: list[str] = field(default_factory=list[str])
-    """Bootstrap addresses that answered."""
 
 
 @asynccontextmanager
@@ -142,7 +140,6 @@ async def check_bootstrap(subject: Subject, probe: Probe) -> list[Finding]:
     async with trio.open_nursery() as nursery:
         for address in (await _behind(told))[:MAX_ADDRESSES]:
             nursery.start_soon(dial, address)
-    probe.reached.extend(results)
     action = "check that it runs and that no firewall is between, or use another --bootstrap"
     make = warning if results else problem
     found = [ok("bootstrap", text) for text in results.values()]
@@ -173,6 +170,8 @@ class Standing:
     """Where others may dial it."""
     has_peers: bool
     """Whether anybody could be asked."""
+    can_listen: bool = True
+    """Whether it can listen where it is told to."""
 
     @property
     def relays(self) -> list[str]:
@@ -204,4 +203,4 @@ async def find_standing(subject: Subject, probe: Probe) -> Standing:
             with trio.move_on_after(RELAY_S):
                 while not any(_CIRCUIT in address for address in network.addresses):  # noqa: ASYNC110 - the same
                     await trio.sleep(POLL_S)
-    return Standing(network.reachability, tuple(network.addresses), has_peers)
+    return Standing(network.reachability, tuple(network.addresses), has_peers, probe.refusal is None)

@@ -46,13 +46,19 @@ def _look_at_reachability(standing: Standing) -> Finding:
         case Reachability.PRIVATE:
             text = "private: a NAT or a firewall is between, and no relay helps: others cannot open connections"
             return problem("reachability", text, _FORWARD)
-        case Reachability.UNKNOWN if standing.is_local:
-            return ok("reachability", "it listens on this machine alone")
-        case Reachability.UNKNOWN if not standing.has_peers:
-            return ok("reachability", "unknown: there is no peer to ask")
         case Reachability.UNKNOWN:
-            text = "unknown: no peer has tried to dial back yet"
-            return warning("reachability", text, "run the doctor again in a minute")
+            return _look_at_unknown(standing)
+
+
+def _look_at_unknown(standing: Standing) -> Finding:
+    if standing.is_local:
+        return ok("reachability", "it listens on this machine alone")
+    if not standing.can_listen:
+        return ok("reachability", "unknown until the node can listen; see ports")
+    if not standing.has_peers:
+        return ok("reachability", "unknown: there is no peer to ask")
+    text = "unknown: no peer has tried to dial back yet"
+    return warning("reachability", text, "run the doctor again in a minute")
 
 
 async def check_relay(subject: Subject, standing: Standing) -> list[Finding]:
@@ -93,7 +99,7 @@ async def check_clock(subject: Subject, probe: Probe) -> list[Finding]:
     """Whether the machine's clock is right, as far as peers or files tell."""
     readings = await _readings(subject, probe)
     if not readings:
-        return [await trio.to_thread.run_sync(_compare_with_files, subject, abandon_on_cancel=True)]
+        return [await trio.to_thread.run_sync(_compare_with_files, subject, subject.clock(), abandon_on_cancel=True)]
     ahead = median_ahead_ms(readings)
     # What is asked takes time: no difference is known better than that.
     by = _difference(abs(ahead))
@@ -114,13 +120,13 @@ async def _readings(subject: Subject, probe: Probe) -> list[ClockReading]:
     return [ClockReading(NodeId.parse(entry["peer"]), entry["ahead_ms"], entry["round_trip_ms"]) for entry in told]
 
 
-def _compare_with_files(subject: Subject) -> Finding:
+def _compare_with_files(subject: Subject, now: int) -> Finding:
     """Without peers: time cannot be before something that was written already."""
     config = subject.config
     written = [config.database_path, config.address_cache_path, config.keys_path, Path(version.__file__)]
     times = {path: path.stat().st_mtime * MS_PER_S for path in written if path.exists()}
     latest = max(times, key=lambda path: times[path])
-    behind = times[latest] - subject.clock()
+    behind = times[latest] - now
     if behind > MAX_SKEW_MS:
         text = f"it is {_difference(behind)} behind the last change of {latest}"
         return problem("clock", text, "set it by the network: timedatectl set-ntp true")

@@ -35,6 +35,8 @@ class NetworkConfig:
     """Turn a relayed connection into a direct one where the NATs allow it (DCUtR)."""
     mdns: bool = False
     """Find and be found by nodes of the same local network (mDNS)."""
+    named_only: bool = False
+    """Dial nobody but whom `Network.connect` is told: what peers and records say of addresses is not remembered."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that cannot work."""

@@ -65,10 +65,8 @@ class QueuedSubscription(Subscription):
         while self.is_worth_waiting_for:
             started = trio.current_time()
             self._patience.refill(started)
-            if self._patience.level <= 0:
-                return
             self._taken = trio.Event()
-            with trio.move_on_after(self._patience.level) as scope:
+            with trio.move_on_after(max(self._patience.level, 0.0)) as scope:
                 await self._taken.wait()
             self._patience.level -= trio.current_time() - started
             if scope.cancelled_caught:

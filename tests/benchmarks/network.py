@@ -28,7 +28,7 @@ sys.path.insert(0, str(REPOSITORY))
 from tests.benchmarks import network_common as common  # noqa: E402
 
 ROUNDS: Final = 3
-TIMEOUT_SECONDS: Final = 120
+TIMEOUT_SECONDS: Final = 180
 MESH: Final = 8
 OURS, STOCK, JS_LIBP2P = "ours", "py-libp2p", "js-libp2p"
 LIBRARIES: Final = (OURS, STOCK, JS_LIBP2P)

@@ -40,7 +40,7 @@ FINDS: Final = 5
 """Keys provided, and as many records stored, each looked up once."""
 QUIET_SHARE: Final = 0.1
 """Of a core: below it, a network that was just put together has come to rest."""
-QUIET_SECONDS: Final = 5.0
+QUIET_SECONDS: Final = 3.0
 """How long to wait for that."""
 POLL_SECONDS: Final = 0.001
 """Between looks at whether a peer is identified: not every library tells."""

@@ -162,8 +162,9 @@ class Ours(Library):
     async def open_swarm(self, count: int) -> AsyncGenerator[Swarm]:
         async with AsyncExitStack() as stack:
             newcomer, first, *others = await open_hosts(stack, count + 1)
-            for host in others:
-                await host.connect(first.addresses[0])
+            async with trio.open_nursery() as nursery:
+                for host in others:
+                    nursery.start_soon(host.connect, first.addresses[0])
             yield OurSwarm([first, *others], newcomer)
 
 

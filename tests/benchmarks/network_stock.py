@@ -260,8 +260,10 @@ class Stock(Library):
         async with AsyncExitStack() as stack:
             hosts = await open_hosts(stack, count + 1)
             nodes = [await stack.enter_async_context(open_node(host)) for host in hosts]
-            for host, node in zip(hosts[1:-1], nodes[1:-1], strict=True):
-                await dial(host, hosts[0])
+            async with trio.open_nursery() as nursery:
+                for host in hosts[1:-1]:
+                    nursery.start_soon(dial, host, hosts[0])
+            for node in nodes[1:-1]:
                 await node.add_peer(hosts[0].get_id())
             yield StockSwarm(hosts, nodes)
 

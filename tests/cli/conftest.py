@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+COMMAND = (sys.executable, "-c", "from aci_p2p.cli import main; main()")
+LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0")
+START_S = 30.0
+"""Seconds for a process to come up on a busy machine."""
+
+Process = subprocess.Popen[str]
+Start = Callable[..., Process]
 
 
 @pytest.fixture
@@ -27,7 +36,7 @@ def cli(home: Path) -> Cli:
         *arguments: str, stdin: str = "", timeout: float = 50, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", "from aci_p2p.cli import main; main()", *arguments],
+            [*COMMAND, *arguments],
             input=stdin,
             capture_output=True,
             text=True,
@@ -47,3 +56,51 @@ def one_line(result: subprocess.CompletedProcess[str], code: int) -> str:
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("aci-p2p: ")
     return lines[0]
+
+
+@pytest.fixture
+def start(home: Path) -> Iterator[Start]:
+    """Starts `aci-p2p` with arguments; whatever still runs at the end is killed."""
+    running: list[Process] = []
+
+    def run(*arguments: str, at: Path = home) -> Process:
+        process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "ACI_HOME": str(at), "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
+        )
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(process: Process, prefix: str) -> str:
+    """Read standard output up to the line that starts with `prefix`; the rest of that line."""
+    assert process.stdout is not None
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        line = process.stdout.readline()
+        if line.startswith(prefix):
+            return line.removeprefix(prefix).strip()
+        if not line and process.poll() is not None:
+            break
+    pytest.fail(f"no line {prefix!r}: {process.communicate()[1]}")
+
+
+def wait_for_text(process: Process, characters: int = 1) -> None:
+    """Wait until an answer begins to stream."""
+    assert process.stdout is not None
+    assert process.stdout.read(characters)
+
+
+def finish(process: Process, timeout: float = START_S) -> subprocess.CompletedProcess[str]:
+    """Wait for a process to end."""
+    out, err = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess([], process.returncode, out, err)

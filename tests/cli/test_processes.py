@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,65 +15,9 @@ import pytest
 
 from aci_p2p.executor import ModelStore
 from aci_p2p.protocol.proof import MAX_PROOF_BYTES, ProofInvalid, verify_proof
-from tests.cli.conftest import Cli, one_line
+from tests.cli.conftest import LOOPBACK, Cli, Start, finish, one_line, wait_for, wait_for_text
 from tests.conftest import MODEL_HOME
 from tests.executor.tiny import write_tiny_model
-
-COMMAND = (sys.executable, "-c", "from aci_p2p.cli import main; main()")
-LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0")
-START_S = 30.0
-"""Seconds for a process to come up on a busy machine."""
-
-Process = subprocess.Popen[str]
-Start = Callable[..., Process]
-
-
-@pytest.fixture
-def start(home: Path) -> Iterator[Start]:
-    """Starts `aci-p2p` with arguments; whatever still runs at the end is killed."""
-    running: list[Process] = []
-
-    def run(*arguments: str, at: Path = home) -> Process:
-        process = subprocess.Popen(
-            [*COMMAND, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "ACI_HOME": str(at), "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
-        )
-        running.append(process)
-        return process
-
-    yield run
-    for process in running:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(process: Process, prefix: str) -> str:
-    """Read standard output up to the line that starts with `prefix`; the rest of that line."""
-    assert process.stdout is not None
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        line = process.stdout.readline()
-        if line.startswith(prefix):
-            return line.removeprefix(prefix).strip()
-        if not line and process.poll() is not None:
-            break
-    pytest.fail(f"no line {prefix!r}: {process.communicate()[1]}")
-
-
-def wait_for_text(process: Process, characters: int = 1) -> None:
-    """Wait until an answer begins to stream."""
-    assert process.stdout is not None
-    assert process.stdout.read(characters)
-
-
-def finish(process: Process, timeout: float = START_S) -> subprocess.CompletedProcess[str]:
-    """Wait for a process to end."""
-    out, err = process.communicate(timeout=timeout)
-    return subprocess.CompletedProcess([], process.returncode, out, err)
 
 
 def workers() -> set[int]:
@@ -145,7 +88,7 @@ def test_a_tiny_model_end_to_end(cli: Cli, start: Start, tiny_home: Path, tmp_pa
         assert done.returncode == 0
         assert done.stdout.endswith("stopped\n")
         # One line of log for each job.
-        assert [" ACI\"" in line for line in done.stderr.splitlines() if "INFO job done" in line] == [True, True]
+        assert [' ACI"' in line for line in done.stderr.splitlines() if "INFO job done" in line] == [True, True]
 
 
 def test_a_paid_answer_is_shown_though_its_proof_cannot_be_saved(
@@ -213,7 +156,7 @@ def test_a_second_provider_joins_through_the_first(cli: Cli, start: Start, tiny_
 @pytest.mark.parametrize(("how", "words"), [(signal.SIGKILL, "after"), (signal.SIGTERM, "shutting down")])
 def test_a_provider_that_ends_mid_stream(start: Start, model_home: Path, how: signal.Signals, words: str) -> None:
     with no_orphans():
-        provider = start("join", *LOOPBACK, "--key", "killed")
+        provider = start("join", *LOOPBACK, "--key", "killed", "--grace", "0")
         address = wait_for(provider, "listening on ")
         consumer = start("infer", "--bootstrap", address, "--max-tokens", "2000", "Count from one to one thousand.")
         wait_for_text(consumer)
@@ -225,6 +168,40 @@ def test_a_provider_that_ends_mid_stream(start: Start, model_home: Path, how: si
         assert words in result.stderr.strip().splitlines()[-1]
         assert "Traceback" not in result.stderr
         assert finish(provider).returncode == (0 if how is signal.SIGTERM else -how)
+
+
+@pytest.mark.slow
+def test_a_provider_that_is_stopped_finishes_its_jobs(start: Start, cli: Cli, model_home: Path) -> None:
+    with no_orphans():
+        provider = start("join", *LOOPBACK)
+        address = wait_for(provider, "listening on ")
+        consumer = start("infer", "--bootstrap", address, "--max-tokens", "100", "Count from one to one thousand.")
+        wait_for_text(consumer)
+        provider.terminate()
+        result = finish(consumer)
+        assert result.returncode == 0, result.stderr
+        done = finish(provider)
+        assert done.returncode == 0
+        assert re.search(r"INFO stopping jobs=1 grace_s=30\n.* INFO job done ", done.stderr, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_a_provider_that_is_stopped_twice_hands_its_jobs_back(start: Start, model_home: Path) -> None:
+    with no_orphans():
+        provider = start("join", *LOOPBACK)
+        address = wait_for(provider, "listening on ")
+        consumer = start("infer", "--bootstrap", address, "--max-tokens", "2000", "Tell me a long story.")
+        wait_for_text(consumer)
+        provider.terminate()
+        time.sleep(0.3)
+        assert consumer.poll() is None
+        began = time.monotonic()
+        provider.terminate()
+        result = finish(consumer)
+        assert time.monotonic() - began < 5
+        assert result.returncode == 3
+        assert "shutting down" in result.stderr.strip().splitlines()[-1]
+        assert finish(provider).returncode == 0
 
 
 @pytest.mark.slow

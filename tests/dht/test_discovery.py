@@ -2,114 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
-from random import Random
-from typing import Final
 
 import pytest
 import trio
 from trio.testing import MockClock
 
-from aci_p2p.clock import virtual_clock
-from aci_p2p.dht import BootstrapFailed, Discovery, RecordRules, capability_key, node_key, open_discovery
+from aci_p2p.dht import BootstrapFailed, capability_key, node_key
 from aci_p2p.dht.announcing import JITTER, REANNOUNCE_S
-from aci_p2p.dht.discovery import RECORD_LIFETIME_MS, DiscoveryOptions
+from aci_p2p.dht.discovery import RECORD_LIFETIME_MS
 from aci_p2p.dht.joining import DIAL_TIMEOUT_S
-from aci_p2p.dht.search import LOOKUP_TIMEOUT_S, MAX_PROVIDERS, PATIENCE_S
-from aci_p2p.network import Network
+from aci_p2p.dht.search import LOOKUP_TIMEOUT_S, MAX_PROVIDERS
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.errors import LocalError, ResourceError
-from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
-from tests.protocol.driver import ENGINE, NETWORK, NOW, PRICES
-
-ROOT: Final = bytes([5]) * 32
-OTHER_ROOT: Final = bytes([6]) * 32
-HOUR_S: Final = 3_600
-
-
-def clock() -> int:
-    """Virtual time, from NOW."""
-    return NOW + virtual_clock()
-
-
-RULES: Final = RecordRules(NETWORK, clock)
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A node that discovers."""
-
-    network: Network
-    discovery: Discovery
-    sealer: Sealer
-
-    @property
-    def node_id(self) -> NodeId:
-        return self.network.node_id
-
-    @property
-    def address(self) -> str:
-        return self.network.addresses[0]
-
-    def capability(self, root: bytes = ROOT, addresses: Sequence[str] | None = None) -> CapabilityRecord:
-        return CapabilityRecord(
-            model_root=root, model_name="model", context=8_192, engine=ENGINE, **PRICES, slots=4, free_slots=4, price_curve=(),
-            addresses=tuple(self.network.addresses if addresses is None else addresses),
-        )  # fmt: skip
-
-    async def announce(self, *capabilities: CapabilityRecord) -> None:
-        await self.discovery.announce(lambda: (NodeRecord((self.address,), (), "aci-p2p/1"), capabilities))
-
-    async def found(self, root: bytes = ROOT, **limit: int) -> list[NodeId]:
-        """The providers of a model, each with its own record."""
-        records = await self.discovery.find_providers(root, **limit)
-        assert all(record.body.model_root == root for record in records)
-        return [record.sender for record in records]
-
-
-OpenPeers = Callable[[int], AbstractAsyncContextManager[list[Peer]]]
-
-
-@pytest.fixture
-def hub() -> MemoryHub:
-    return MemoryHub(latency=0.01)
-
-
-@asynccontextmanager
-async def open_peer(hub: MemoryHub, number: int, options: DiscoveryOptions | None = None) -> AsyncGenerator[Peer]:
-    key = KeyPair(number.to_bytes(32))
-    sealer = Sealer(key, NETWORK)
-    async with (
-        hub.open_network(key, record_validator=RULES.validate, record_selector=RULES.select) as network,
-        open_discovery(network, sealer, RULES, clock, options, Random(number)) as discovery,
-    ):
-        yield Peer(network, discovery, sealer)
-
-
-@pytest.fixture
-def open_peers(hub: MemoryHub) -> OpenPeers:
-    """Opens peers of which each has joined through the first."""
-
-    @asynccontextmanager
-    async def open_all(count: int) -> AsyncGenerator[list[Peer]]:
-        async with AsyncExitStack() as stack:
-            peers = [await stack.enter_async_context(open_peer(hub, number)) for number in range(1, count + 1)]
-            for peer in peers[1:]:
-                await peer.discovery.join([peers[0].address])
-            yield peers
-
-    return open_all
-
-
-def dead(number: int) -> str:
-    """The address of nobody."""
-    return f"/memory/{number}/p2p/{KeyPair(number.to_bytes(32)).node_id}"
-
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.messages import NodeRecord
+from tests.dht.driver import HOUR_S, OTHER_ROOT, ROOT, RULES, OpenPeers, clock, dead, open_peer
 
 # Joining.
 
@@ -122,9 +32,10 @@ async def test_joining_through_all_bootstrap_nodes(autojump_clock: MockClock, hu
 
 
 async def test_joining_with_a_dead_bootstrap_node(autojump_clock: MockClock, hub: MemoryHub) -> None:
-    for addresses in (lambda a: [dead(99), a], lambda a: [a, dead(99)]):
+    for dead_first in (True, False):
         async with open_peer(hub, 1) as a, open_peer(hub, 2) as b:
-            await b.discovery.join(addresses(a.address))
+            addresses = [a.address, dead(99)]
+            await b.discovery.join(addresses[::-1] if dead_first else addresses)
             assert b.network.peers == (a.node_id,)
 
 
@@ -402,6 +313,11 @@ async def test_a_provider_that_leaves_takes_its_record_back(
         assert await other.found() == []
 
 
+def nobody_there(_topic: str) -> Sequence[NodeId]:
+    """Who listens to gossip."""
+    return ()
+
+
 @pytest.mark.parametrize("failing", ["put_record", "provide"])
 async def test_a_record_that_cannot_be_announced_hinders_no_other(
     autojump_clock: MockClock,
@@ -413,7 +329,7 @@ async def test_a_record_that_cannot_be_announced_hinders_no_other(
     """Nor does it end the node, and later it is announced."""
     async with open_peers(3) as (_, provider, consumer):
         # The DHT is to be all there is.
-        monkeypatch.setattr(provider.network, "topic_peers", lambda _topic: ())
+        monkeypatch.setattr(provider.network, "topic_peers", nobody_there)
         real = getattr(provider.network, failing)
         broken = {ROOT, capability_key(ROOT, provider.node_id), node_key(provider.node_id)}
 

@@ -162,7 +162,7 @@ async def test_offers_arrive_in_order(autojump_clock: MockClock, open_traders: O
         assert b.market.statistics().offers.waiting == 20
         assert b.market.statistics().offers_heard == 20
         recent = b.market.recent_offers()
-        assert [heard.offer for heard in recent] == offers[:-RECENT_OFFERS - 1 : -1]
+        assert [heard.offer for heard in recent] == offers[: -RECENT_OFFERS - 1 : -1]
         assert all(NOW <= heard.heard_at <= clock() for heard in recent)
         assert await b.heard() == offers
 

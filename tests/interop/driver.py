@@ -95,9 +95,9 @@ async def _read_documents(stream: trio.abc.ReceiveStream) -> AsyncGenerator[dict
 
 
 @asynccontextmanager
-async def open_js_node() -> AsyncGenerator[JsNode]:
-    """A js-libp2p node for the block; killed at its end."""
-    command = [str(NODE_PROGRAM), "node.mjs"]
+async def open_js_node(*circuits: str) -> AsyncGenerator[JsNode]:
+    """A js-libp2p node for the block, which can also be reached through some relays; killed at its end."""
+    command = [str(NODE_PROGRAM), "node.mjs", *circuits]
     process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=JS)
     assert process.stdin is not None
     assert process.stdout is not None

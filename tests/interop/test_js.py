@@ -210,7 +210,7 @@ async def test_js_finds_a_peer_through_us(js: JsNode, ours: Trader, connect: Con
         address, _, peer = other.network.addresses[0].partition("/p2p/")
 
         async def finds() -> bool:
-            return (await js("findPeer", peer=peer))["addresses"] == [address]
+            return bool((await js("findPeer", peer=peer))["addresses"] == [address])
 
         await other.network.connect(ours.network.addresses[0])
         await until(finds)

@@ -10,8 +10,9 @@ from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from aci_p2p.network.api import AddressInUse
 from aci_p2p.network.config import NetworkConfig
-from aci_p2p.network.libp2p import dcutr
+from aci_p2p.network.libp2p import autonat, dcutr
 from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.circuit import HOP, STOP
 from aci_p2p.network.libp2p.dcutr import PROTOCOL, HolePuncher
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset
@@ -136,7 +137,8 @@ async def test_the_protocol_tries_three_times_and_leaves_the_relay(
     assert sorted(tried, key=str) == [(False, [PUBLIC])] * 3 + [(True, [PUBLIC])] * 3
     # It is not tried again on the same connection.
     identified(private.traversal.puncher, other.id, identity)
-    assert private.traversal.puncher._busy == 0
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert len(tried) == 6
     await exchange(private.host, other.id)
 
 
@@ -174,7 +176,14 @@ async def test_malformed_messages_end_it(three: Three, message: bytes) -> None:
     await exchange(private.host, other.id)
 
 
-async def test_only_who_was_dialled_through_a_relay_may_ask() -> None:
+async def test_only_who_was_dialled_speaks_first(three: Three) -> None:
+    _, private, other = three
+    stream = await other.host.open_stream(private.id, PROTOCOL)
+    with trio.fail_after(5), pytest.raises((EndOfStream, StreamReset)):
+        await stream.read(1)
+
+
+async def test_no_holes_for_direct_connections() -> None:
     async with (
         open_several(1) as (direct,),
         open_traversing(7, listen=[ANY], config=NetworkConfig()) as node,
@@ -183,3 +192,9 @@ async def test_only_who_was_dialled_through_a_relay_may_ask() -> None:
         stream = await direct.host.open_stream(node.id, PROTOCOL)
         with trio.fail_after(5), pytest.raises((EndOfStream, StreamReset)):
             await stream.read(1)
+
+
+async def test_who_dials_only_whom_it_is_told_neither_dials_back_nor_punches() -> None:
+    async with open_traversing(7, config=NetworkConfig(named_only=True)) as node:
+        assert {PROTOCOL, autonat.PROTOCOL}.isdisjoint(node.host.protocols)
+        assert {HOP, STOP} <= set(node.host.protocols)

@@ -21,10 +21,11 @@ def message(number: int) -> GossipMessage:
 def queue() -> QueuedSubscription:
     """A full queue of two."""
     queue = QueuedSubscription(accept, 2)
-    assert queue.deliver(message(0))
-    assert not queue.is_full
-    assert queue.deliver(message(1))
-    assert queue.is_full
+    states: list[bool] = []
+    for number in range(2):
+        assert queue.deliver(message(number))
+        states.append(queue.is_full)
+    assert states == [False, True]
     return queue
 
 

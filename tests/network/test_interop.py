@@ -12,6 +12,7 @@ from libp2p.abc import IHost, INetStream
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
 from libp2p.custom_types import TProtocol
+from libp2p.host.ping import PingService
 from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.peer.peerinfo import info_from_p2p_addr  # pyright: ignore[reportMissingTypeStubs]
 from libp2p.pubsub.gossipsub import GossipSub
@@ -83,6 +84,20 @@ async def test_stock_host_identifies_us(open_libp2p: Opener) -> None:
         assert {"/meshsub/1.1.0", "/aci/kad/1.0.0"} <= set(identity.protocols)
         addresses = [f"{Multiaddr(raw)}/p2p/{network.node_id}" for raw in identity.listen_addrs]
         assert addresses == list(network.addresses)
+
+
+async def test_stock_host_pings_us(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as network, open_stock_host() as host:
+        await host.connect(info_from_p2p_addr(Multiaddr(network.addresses[0])))
+        times = await PingService(host).ping(host.get_connected_peers()[0], 3)
+        assert len(times) == 3
+
+
+async def test_we_know_what_a_stock_host_is(open_libp2p: Opener) -> None:
+    async with open_libp2p(1) as network, open_stock_host() as host:
+        await network.connect(str(host.get_addrs()[0]).split("/p2p/")[0])
+        await eventually(lambda: "libp2p" in network.connections()[0].agent)
+        assert network.connections()[0].round_trip_ms is not None
 
 
 async def test_gossip_reaches_a_stock_host(open_libp2p: Opener) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import cast
 
 import pytest
 import trio
@@ -17,6 +18,7 @@ from libp2p.relay.circuit_v2.pb.circuit_pb2 import (
     StopMessage,
     Voucher,
 )
+from trio.testing import MockClock
 
 from aci_p2p.clock import MS_PER_S, system_clock
 from aci_p2p.network.api import PeerUnreachable, Reachability
@@ -38,7 +40,7 @@ from aci_p2p.network.libp2p.circuit import (
 from aci_p2p.network.libp2p.connections import LOOPBACK
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.relay_server import Capacity, Circuit, sign_voucher
-from aci_p2p.network.libp2p.secure import Security
+from aci_p2p.network.libp2p.secure import SecureChannel, Security
 from aci_p2p.network.libp2p.upgrade import multiplex_outbound
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import (
@@ -46,6 +48,7 @@ from aci_p2p.network.libp2p.yamux import (
     WINDOW_BYTES,
     EndOfStream,
     StreamReset,
+    Yamux,
     YamuxStream,
 )
 from aci_p2p.protocol.identity import NodeId
@@ -354,6 +357,10 @@ async def test_a_target_that_does_not_answer_frees_the_circuit(three: Three, mon
         await other.connect(server)
         assert await ask(other.host, server.id, hop_connect(mute.id)) == Status.CONNECTION_FAILED
         assert server.traversal.server.capacity.circuits == 0
+        # What it was asked on is reset.
+        connection = server.host.connection(mute.id)
+        assert connection is not None
+        await eventually(lambda: connection.muxer.stream_count == 0)
 
 
 async def wait_and_read(stream: YamuxStream) -> None:
@@ -489,6 +496,16 @@ async def test_worn_circuits_are_replaced_and_their_streams_go_on(
         await eventually(lambda: dialler.relayed(private) == [True])
         await exchange(dialler.host, private.id)
     assert other.relayed(private) == []
+
+
+async def test_circuits_are_worn_at_half_of_their_time(mock_clock: MockClock) -> None:
+    stream = Yamux(cast("SecureChannel", None), is_initiator=True).open_stream()
+    relayed, without_limit = RelayedStream(stream, Limit(duration=100)), RelayedStream(stream, Limit())
+    worn: list[bool] = []
+    for seconds in (49, 1, 10**6):
+        mock_clock.jump(seconds)
+        worn += [relayed.is_worn, without_limit.is_worn]
+    assert worn == [False, False, True, False, True, False]
 
 
 async def test_circuits_through_ourselves_lead_nowhere(three: Three) -> None:

@@ -198,6 +198,19 @@ def test_broken_promises_add_up(node: Node) -> None:
     assert node.router.scores.score(PEER) > -16
 
 
+def test_no_promise_counts_when_we_are_late_ourselves(node: Node) -> None:
+    for number in range(10):
+        node.receive(PEER, ihave(bytes([number]).ljust(32)))
+    node.router.heartbeat(NOW)
+    node.router.heartbeat(NOW + gossipsub.PROMISE_SECONDS)
+    assert node.router.scores.score(PEER) == 0
+    for number in range(10):
+        node.receive(PEER, ihave(bytes([number]).ljust(32)), NOW + gossipsub.PROMISE_SECONDS)
+    for second in range(1, 11):
+        node.router.heartbeat(NOW + gossipsub.PROMISE_SECONDS + second)
+    assert node.router.scores.score(PEER) == -16
+
+
 def test_a_promise_is_kept_by_one_message_from_anybody(node: Node) -> None:
     for number in range(10):
         kept = message_id(TOPIC, b"%d" % number)

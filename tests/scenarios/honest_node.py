@@ -66,28 +66,29 @@ class HonestNode:
     async def obey(self, command: dict[str, Any]) -> object:
         """Do one thing."""
         network = self._node.network
+        answer: object = None
         match command["do"]:
             case "begin":
                 self._published.clear()
                 self._counting = True
-                return None
             case "end":
                 self._counting = False
-                return self._published
+                answer = self._published
             case "heard":
-                return list(self._heard)
+                answer = list(self._heard)
             case "peers":
-                return [str(peer) for peer in network.peers]
+                answer = [str(peer) for peer in network.peers]
             case "refused":
-                return network.statistics().gossip_refused
+                answer = network.statistics().gossip_refused
             case "announce":
-                return await self._announce(bytes.fromhex(command["root"]))
+                answer = await self._announce(bytes.fromhex(command["root"]))
             case "get":
                 value = await network.get_record(command["key"])
-                return value.hex() if value is not None else None
+                answer = value.hex() if value is not None else None
             case other:
                 msg = f"unknown command {other!r}"
                 raise ValueError(msg)
+        return answer
 
     async def _announce(self, root: bytes) -> list[str]:
         record = make_capability(root, self._node.addresses)

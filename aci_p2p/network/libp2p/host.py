@@ -63,8 +63,9 @@ class Host:
     """Our end of every connection."""
 
     def __init__(self, key: KeyPair, nursery: trio.Nursery, config: NetworkConfig | None = None) -> None:
-        """`nursery` holds all tasks of the host; of `config`, the water marks are for here."""
+        """`nursery` holds all tasks of the host; of `config`, the water marks and whom to dial are for here."""
         config = config or NetworkConfig()
+        self._named_only = config.named_only
         self.node_id = key.node_id
         self.book = AddressBook(key.node_id, SystemRandom())
         self.connections = Connections(key.node_id, config.low_water, config.high_water)
@@ -140,8 +141,9 @@ class Host:
         return self.connections.preferred(peer)
 
     def learn(self, peer: NodeId, addresses: Sequence[TcpAddress], *, hearsay: bool = False) -> None:
-        """See `AddressBook.learn`."""
-        self.book.learn(peer, addresses, hearsay=hearsay)
+        """See `AddressBook.learn`; in vain when only named peers are dialled."""
+        if not self._named_only:
+            self.book.learn(peer, addresses, hearsay=hearsay)
 
     def known(self, peer: NodeId) -> tuple[TcpAddress, ...]:
         """See `AddressBook.known`."""

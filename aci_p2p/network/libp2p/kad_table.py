@@ -23,7 +23,7 @@ MAX_PER_NETWORK = 12
 MAX_STANDBYS = 5
 """Peers that wait for a place in one bucket, the latest of them."""
 
-_POSITIONS_CACHED = 8192
+_CACHED = 8192
 _PREFIX = {4: 24, 6: 48}
 
 
@@ -32,7 +32,7 @@ def position(key: bytes) -> int:
     return int.from_bytes(hashlib.sha256(key).digest())
 
 
-@lru_cache(_POSITIONS_CACHED)
+@lru_cache(_CACHED)
 def position_of(peer: NodeId) -> int:
     """Where a peer lies in the key space."""
     return position(peer.peer_id)
@@ -43,6 +43,7 @@ def closest(peers: Iterable[NodeId], target: int, count: int) -> list[NodeId]:
     return sorted(peers, key=lambda peer: position_of(peer) ^ target)[:count]
 
 
+@lru_cache(_CACHED)
 def network_of(source: str) -> str | None:
     """What the peers behind one operator have in common: the /24 (IPv6: /48) network of an address.
 

@@ -92,7 +92,8 @@ class Libp2pNetwork(Network):
             connection = await self._host.dialler.dial_anybody(target)
         else:
             connection = await self._host.dial(target.peer, (target,))
-        self._host.learn(connection.peer, (target,))
+        # Named by our user: remembered whatever the configuration says.
+        self._host.book.learn(connection.peer, (target,))
         return connection.peer
 
     def learn_addresses(self, peer: NodeId, addresses: Sequence[str]) -> None:
@@ -221,7 +222,7 @@ async def open_libp2p_network(
         host = Host(key, nursery, config)
         identify = Identify(host, nursery)
         gossip = Gossip(host, nursery, random)
-        kademlia = Kademlia(host, record_validator, record_selector, random)
+        kademlia = Kademlia(host, record_validator, record_selector, random, may_dial=not config.named_only)
         _introduce(identify, kademlia)
         traversal = Traversal(host, identify, key, config, nursery=nursery, random=random, clock=system_clock)
         host.connections.protected += [gossip.mesh_peers, kademlia.close_peers]

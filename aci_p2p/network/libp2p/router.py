@@ -84,8 +84,10 @@ RECENT_MESSAGES = 1_024
 """Recent messages that a new subscriber is sent unasked; its FloodGuard has room for them."""
 MAX_CACHE_BYTES = 8 << 20
 """Payload kept for neighbours that ask, bytes; beyond it the oldest messages go before their time."""
-PROMISE_SECONDS = 5.0
-"""Time for a neighbour to send one of the messages that it announced and we asked for, seconds."""
+PROMISE_SECONDS = 10.0
+"""Time for a neighbour to send one of the messages that it announced and we asked for, seconds; overload takes some."""
+LATE_SECONDS = 3.0
+"""After a pause of so many seconds between heartbeats we are overloaded, and hold no promise against anybody."""
 OPPORTUNISTIC_GRAFT_HEARTBEATS = 60
 """Heartbeats between two looks for better neighbours than the mesh has."""
 OPPORTUNISTIC_GRAFT_PEERS = 2
@@ -177,16 +179,17 @@ class Router:
         self._cache = _MessageCache()
         self._flood = FloodGuard()
         self._heartbeats = 0
+        self._last_heartbeat = float("inf")
         self.scores = PeerScores()
 
     def mesh(self, topic: str) -> frozenset[NodeId]:
         """Neighbours in the topic's mesh."""
-        return frozenset(self._mesh.get(topic, ()))
+        return frozenset(self._mesh.get(topic, set[NodeId]()))
 
     @property
     def mesh_peers(self) -> frozenset[NodeId]:
         """Neighbours in any mesh."""
-        return frozenset().union(*self._mesh.values())
+        return frozenset[NodeId]().union(*self._mesh.values())
 
     def add_peer(self, peer: NodeId, address: str, now: float) -> None:
         """A peer has connected from an IP address (empty when it is not the peer's own)."""
@@ -297,9 +300,13 @@ class Router:
     def heartbeat(self, now: float) -> None:
         """Repair the meshes and announce recent messages outside them; to be called every HEARTBEAT_SECONDS."""
         self._heartbeats += 1
+        is_late = now - self._last_heartbeat > LATE_SECONDS
+        self._last_heartbeat = now
         self.scores.heartbeat(now)
         for peer, neighbour in self._neighbours.items():
             neighbour.ihaves = neighbour.wanted = 0
+            if is_late:
+                neighbour.promises.clear()
             self._check_promises(peer, neighbour, now)
         self._backoff = {key: until for key, until in self._backoff.items() if until > now}
         for topic, mesh in self._mesh.items():

@@ -42,6 +42,8 @@ class Traversal:
         self._host = host
         self._identify = identify
         self._config = config
+        # Dialling back and punching holes are dialling where peers say.
+        self._punches = config.hole_punching and not config.named_only
         self.autonat = AutoNat(host, Security(key), random, identify.identity)
         self.server = RelayServer(host, key, clock)
         self.client = RelayClient(host, clock, random, self._serves_hop)
@@ -55,12 +57,13 @@ class Traversal:
     def serving(self) -> Generator[None]:
         """Serve the protocols of NAT traversal within the block."""
         with ExitStack() as stack:
-            stack.enter_context(self._host.serve(autonat_module.PROTOCOL, self.autonat.serve))
+            if not self._config.named_only:
+                stack.enter_context(self._host.serve(autonat_module.PROTOCOL, self.autonat.serve))
             if self._config.relay_server:
                 stack.enter_context(self._host.serve(HOP, self.server.serve))
             if self._config.relay_client:
                 stack.enter_context(self._host.serve(STOP, self.client.serve_stop))
-            if self._config.hole_punching:
+            if self._punches:
                 stack.enter_context(self._host.serve(dcutr_module.PROTOCOL, self.puncher.serve))
             yield
 
@@ -82,7 +85,7 @@ class Traversal:
     def _on_identified(self, peer: NodeId, identity: Identity) -> None:
         self.autonat.wake()
         self.client.wake()
-        if self._config.hole_punching:
+        if self._punches:
             self.puncher.identified(peer, identity)
 
     def _needed(self) -> Iterable[NodeId]:

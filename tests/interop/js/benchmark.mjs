@@ -158,6 +158,7 @@ async function measureGossip (count) {
 
 async function openSwarm (count, services) {
   const [first, ...others] = await openHosts(count, services)
+  // One after the other: an upgrade must take no longer than two seconds.
   for (const host of others) await dial(host, first)
   return [first, ...others]
 }

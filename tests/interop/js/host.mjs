@@ -33,10 +33,10 @@ export const dht = kadDHT({
   selectors: { aci: () => 0 }
 })
 
-// `services` are added to identify and ping. With `relay` it relays for others and can be reached through others.
-export async function createHost ({ services = {}, listen = [LOOPBACK], relay = false } = {}) {
+// `services` are added to identify and ping. With `relay` it relays for others, and can be reached through the `circuits`.
+export async function createHost ({ services = {}, circuits = [], relay = false } = {}) {
   return createLibp2p({
-    addresses: { listen },
+    addresses: { listen: [LOOPBACK, ...circuits] },
     transports: relay ? [tcp(), circuitRelayTransport()] : [tcp()],
     connectionEncrypters: [noise()],
     streamMuxers: [yamux()],

@@ -1,5 +1,6 @@
 // A js-libp2p host driven by JSON lines: {"id": 1, "op": "dial", ...} on standard input is answered with
 // {"id": 1, "ok": {...}} or {"id": 1, "error": "..."}; gossip arrives as {"topic": ..., "data": ...}. Bytes are hex.
+// Arguments: multiaddrs to listen on besides loopback, such as circuits through relays.
 import { createInterface } from 'node:readline'
 import { lpStream, pipe } from '@libp2p/utils'
 import { peerIdFromString } from '@libp2p/peer-id'
@@ -13,8 +14,11 @@ const TIMEOUT_MS = 10_000
 const SHA2_256 = 0x12
 const RAW = 0x55
 
-const host = await createHost({ services: { pubsub, dht }, relay: true })
-await host.handle(ECHO, stream => pipe(stream, stream).catch(() => {}))
+// Streams may go through relays.
+const LIMITED = { runOnLimitedConnection: true }
+
+const host = await createHost({ services: { pubsub, dht }, circuits: process.argv.slice(2), relay: true })
+await host.handle(ECHO, stream => pipe(stream, stream).catch(() => {}), LIMITED)
 host.services.pubsub.addEventListener('message', ({ detail: { topic, data } }) => print({ topic, data: hex(data) }))
 print({ peer: String(host.peerId), addresses: host.getMultiaddrs().map(String) })
 
@@ -66,7 +70,7 @@ const operations = {
     return { ms: await host.services.ping.ping(peerIdFromString(peer), options()) }
   },
   async echo ({ peer, data }) {
-    const stream = await host.dialProtocol(peerIdFromString(peer), ECHO, options())
+    const stream = await host.dialProtocol(peerIdFromString(peer), ECHO, { ...options(), ...LIMITED })
     const frames = lpStream(stream)
     await frames.write(bytes(data), options())
     const answer = await frames.read(options())
@@ -106,8 +110,8 @@ const operations = {
     }
     return { addresses: [] }
   },
-  async connections () {
-    return { peers: host.getConnections().map(({ remotePeer }) => String(remotePeer)) }
+  async addresses () {
+    return { addresses: host.getMultiaddrs().map(String) }
   }
 }
 

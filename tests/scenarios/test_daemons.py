@@ -1,0 +1,106 @@
+"""Twenty daemons on one machine: a rare model is found soon, the bootstrap node is not missed, and nodes come back."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import quantiles
+
+import pytest
+
+from aci_p2p.protocol.proof import verify_proof
+from tests.scenarios.daemons import Daemon, add_tiny_model, killed_at_the_end, run_command, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+DAEMONS = 20
+"""All together."""
+RESTARTED = 10
+"""Those that are killed and come back."""
+FIND_S = 2.0
+"""Within which 95% of the daemons find the only provider, seconds."""
+BACK_S = 10.0
+"""Within which those that were killed are back, the start of their processes included, seconds."""
+NEIGHBOURS = 3
+"""Connections of a node that is back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swarm:
+    """The daemons of one test."""
+
+    bootstrap: Daemon
+    """Whom all others were told of."""
+    provider: Daemon
+    """Who alone serves the rare model."""
+    others: list[Daemon]
+    """The rest."""
+    root: str
+    """Weights root of the rare model, in hex."""
+
+    def finds_the_provider(self, daemon: Daemon, provider: str) -> bool:
+        """Whether a daemon has neighbours and finds the provider."""
+        return is_connected(daemon) and daemon.find(self.root)[0] == [provider]
+
+
+def is_connected(daemon: Daemon) -> bool:
+    """Whether a daemon is up and has neighbours."""
+    return daemon.is_up and len(daemon.peers) >= NEIGHBOURS
+
+
+@pytest.fixture
+def swarm(tmp_path: Path) -> Iterator[Swarm]:
+    """Daemons that are all up and know each other."""
+    bootstrap = Daemon(tmp_path / "bootstrap", "--no-serve")
+    bootstrap.start()
+    with killed_at_the_end([bootstrap]):
+        until(lambda: bootstrap.is_up)
+        arguments = ("--bootstrap", bootstrap.address)
+        provider = Daemon(tmp_path / "provider", *arguments)
+        root = add_tiny_model(provider.home, tmp_path / "tiny")
+        others = [Daemon(tmp_path / f"node-{number}", *arguments, "--no-serve") for number in range(DAEMONS - 2)]
+        with killed_at_the_end([provider, *others]):
+            for daemon in (provider, *others):
+                daemon.start()
+            for daemon in (provider, *others):
+                until(partial(is_connected, daemon))
+            yield Swarm(bootstrap, provider, others, root)
+
+
+def test_a_swarm_without_its_bootstrap_node(
+    swarm: Swarm, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    provider = swarm.provider.ask("status")["node"]["id"]
+
+    latencies: list[float] = []
+    for daemon in (swarm.bootstrap, *swarm.others):
+        found, took = daemon.find(swarm.root)
+        assert found == [provider], daemon.log
+        latencies.append(took)
+    record_property("find_p95_s", quantiles(latencies, n=20)[-1])
+    assert quantiles(latencies, n=20)[-1] < FIND_S
+
+    swarm.bootstrap.kill()
+    asked = swarm.others[0]
+    proof = tmp_path / "answer.aciproof"
+    ask = ("infer", "--bootstrap", asked.address, "--model", swarm.root, "--max-tokens", "8", "--json")
+    result = run_command(tmp_path / "consumer", *ask, "--proof", str(proof), "Hello!")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["provider"] == provider
+    assert str(verify_proof(proof.read_bytes()).proof.sender) == provider
+
+    restarted = swarm.others[-RESTARTED:]
+    for daemon in restarted:
+        daemon.kill()
+    began = time.monotonic()
+    for daemon in restarted:
+        daemon.start()
+    for daemon in restarted:
+        until(partial(swarm.finds_the_provider, daemon, provider))
+    back = time.monotonic() - began
+    record_property("back_s", back)
+    assert back < BACK_S
