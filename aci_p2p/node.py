@@ -226,7 +226,7 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
         role = ProviderRole(
             network=node.network, market=node.market, executor=executor, store=node.store, sealer=sealer,
             clock=parts.clock, entropy=parts.entropy, offerings=await _offerings(executor, models, config),
-            slots=config.slots,
+            slots=config.slots, on_change=node.discovery.look_again,
         )  # fmt: skip
         node.provider, node.executor = role, executor
         with node.network.serve(JOB_PROTOCOL, role.serve):

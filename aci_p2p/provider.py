@@ -125,8 +125,9 @@ class ProviderRole:
         entropy: Callable[[int], bytes],
         offerings: Sequence[Offering],
         slots: int,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`entropy(n)` gives n random bytes; `slots` jobs run at once."""
+        """`entropy(n)` gives n random bytes; `slots` jobs run at once; `on_change`: our `capabilities` may differ."""
         self._network = network
         self._market = market
         self._executor = executor
@@ -135,6 +136,7 @@ class ProviderRole:
         self._clock = clock
         self._entropy = entropy
         self._book = BidBook(sealer, offerings, slots)
+        self._on_change = on_change
         self._jobs: dict[trio.CancelScope, _ServedJob] = {}
         self._idle = trio.Event()
         self._idle.set()
@@ -197,6 +199,7 @@ class ProviderRole:
     async def drain(self, grace_s: float) -> None:
         """Take no more jobs, and wait until those that run have ended, `grace_s` seconds at most."""
         self._book.draining = True
+        self._on_change()
         with trio.move_on_after(grace_s):
             await self._idle.wait()
 
@@ -228,10 +231,12 @@ class ProviderRole:
             if not self._jobs:
                 self._idle = trio.Event()
             self._jobs[scope] = job = self._take(taken)
+            self._on_change()
             try:
                 await self._run(stream, frame, job)
             finally:
                 del self._jobs[scope]
+                self._on_change()
                 if not self._jobs:
                     self._idle.set()
 

@@ -1,4 +1,4 @@
-"""Background tasks that serve a block and end with it."""
+"""Background tasks that serve a block and end with it, and how they hear of changes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ from contextlib import asynccontextmanager
 from typing import cast
 
 import trio
+
+
+class Notice:
+    """Wakes those who wait for a change. Who looks first, and then waits without a checkpoint between, misses none."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def notify(self) -> None:
+        """Something has changed."""
+        if self._event.statistics().tasks_waiting:
+            self._event.set()
+            self._event = trio.Event()
+
+    async def wait(self) -> None:
+        """Wait for the next `notify`."""
+        await self._event.wait()
 
 
 @asynccontextmanager

@@ -1,20 +1,22 @@
 """What to publish about ourselves, and when. No I/O: time and randomness are arguments.
 
 A record is published when it is new, renewed long before it expires, and published again when what it says has changed
-for those who read it, but not at every job that begins or ends.
+for those who read it, but not at every job that begins or ends. `next_due` says when to look again; before that only
+what was told to the announcer since can make something due.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from random import Random
 from typing import Final
 
 from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
 
-REANNOUNCE_S: Final = 600.0
-"""Seconds between announcements, on average; records live six times as long, so that four may be lost."""
+REANNOUNCE_S: Final = 3_600.0
+"""Seconds between announcements, on average; records live three times as long, so that one may be lost."""
 JITTER: Final = 0.2
 """Part of REANNOUNCE_S by which an announcement may come sooner or later, so that not all come at once."""
 CHANGE_GAP_S: Final = 10.0
@@ -35,7 +37,7 @@ Record = NodeRecord | CapabilityRecord
 class _Published:
     body: Record
     at: float
-    due: float
+    retry_at: float = inf
 
 
 class Announcer:
@@ -47,6 +49,7 @@ class Announcer:
         self._published: dict[bytes, _Published] = {}
         self._wanted: dict[bytes, Record] = {}
         self._reach = 0
+        self._renew_at = inf
 
     @property
     def current(self) -> tuple[Record, ...]:
@@ -61,11 +64,10 @@ class Announcer:
         """What to publish now, withdrawals first, with so many peers connected; all of it with `renew`."""
         if not peers:
             self._reach = 0
-        elif peers >= SPREAD_FACTOR * self._reach and self._published:
-            # When we published, few peers were there to hear it: many of those who look for it do not know them.
-            renew = renew or now >= max(published.at for published in self._published.values()) + SPREAD_GAP_S
+        renew = renew or now >= min(self._renew_at, self._spread_at(peers))
         if renew or not self._published:
             self._reach = peers
+            self._renew_at = now + REANNOUNCE_S * self._random.uniform(1 - JITTER, 1 + JITTER)
         chosen: list[Record] = [
             replace(published.body, slots=0, free_slots=0, addresses=(), price_curve=())
             for key, published in self._published.items()
@@ -73,12 +75,28 @@ class Announcer:
         ]
         self._published = {key: one for key, one in self._published.items() if key in self._wanted}
         for key, body in self._wanted.items():
-            published = self._published.get(key)
-            if published is None or renew or now >= published.due or self._has_changed(published, body, now):
+            if renew or now >= self._due_at(key, body):
                 chosen.append(body)
-                due = now + REANNOUNCE_S * self._random.uniform(1 - JITTER, 1 + JITTER)
-                self._published[key] = _Published(body, now, due)
+                self._published[key] = _Published(body, now)
         return chosen
+
+    def next_due(self, peers: int) -> float:
+        """When there is something to publish, seconds, unless something changes before; `inf` for never."""
+        wanted = (self._due_at(key, body) for key, body in self._wanted.items())
+        withdrawals = (-inf for key in self._published if key not in self._wanted)
+        return min(self._renew_at, self._spread_at(peers), *wanted, *withdrawals, inf)
+
+    def _spread_at(self, peers: int) -> float:
+        """When to publish all of it again: when we did, few peers were there, and those who look know others."""
+        if not peers or peers < SPREAD_FACTOR * self._reach or not self._published:
+            return inf
+        return max(published.at for published in self._published.values()) + SPREAD_GAP_S
+
+    def _due_at(self, key: bytes, body: Record) -> float:
+        published = self._published.get(key)
+        if published is None:
+            return -inf
+        return min(published.retry_at, published.at + CHANGE_GAP_S if is_material(published.body, body) else inf)
 
     def withdraw(self) -> list[Record]:
         """What to publish before we leave."""
@@ -89,10 +107,7 @@ class Announcer:
         """A record could not be published."""
         key = body.model_root if isinstance(body, CapabilityRecord) else b""
         if (published := self._published.get(key)) is not None:
-            published.due = min(published.due, now + RETRY_S)
-
-    def _has_changed(self, published: _Published, body: Record, now: float) -> bool:
-        return now >= published.at + CHANGE_GAP_S and is_material(published.body, body)
+            published.retry_at = now + RETRY_S
 
 
 def is_material(old: Record, new: Record) -> bool:

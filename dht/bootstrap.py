@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from random import Random
 from typing import Final
 
@@ -102,6 +103,7 @@ class _Candidate:
     address: str
     peer: NodeId | None
     due: float
+    """`inf` while its peer is connected."""
     is_lasting: bool = False
     """Named, or behind a named `/dnsaddr`: tried also while peers are not wanted."""
     depth: int = 0
@@ -163,22 +165,43 @@ class Joiner:
             # All are lost, and what failed while others were there may be all that is left.
             for candidate in self._candidates():
                 candidate.attempts = 0
-                candidate.due = min(candidate.due, now + self._random.uniform(0, MIN_BACK_OFF_S))
+                candidate.due = min(candidate.due, now + self._soon())
         self._had_peers = bool(peers)
         is_content = len(peers) >= self._wanted
+        self._note_connected(peers, now)
         free = MAX_DIALS - sum(candidate.is_busy for candidate in self._candidates())
         chosen: list[str] = []
         for candidate in self._candidates():
             if len(chosen) >= free or (is_content and not candidate.is_lasting):
                 break
-            if candidate.is_busy or candidate.due > now:
-                continue
-            if candidate.peer in peers:
-                self._succeed(candidate, now)
-                continue
-            candidate.is_busy = True
-            chosen.append(candidate.address)
+            if not candidate.is_busy and candidate.due <= now:
+                candidate.is_busy = True
+                chosen.append(candidate.address)
         return chosen
+
+    def next_due(self, peers: Collection[NodeId]) -> float:
+        """When there is an address to try, seconds, unless something changes before; `inf` for never.
+
+        To be asked after `next_attempts` with the same peers.
+        """
+        candidates = self._candidates()
+        if sum(candidate.is_busy for candidate in candidates) >= MAX_DIALS:
+            return inf
+        is_content = len(peers) >= self._wanted
+        waiting = (one.due for one in candidates if not one.is_busy and (one.is_lasting or not is_content))
+        return min(waiting, default=inf)
+
+    def _note_connected(self, peers: Collection[NodeId], now: float) -> None:
+        is_content = len(peers) >= self._wanted
+        for candidate in self._candidates():
+            if candidate.peer in peers:
+                if not candidate.is_busy and candidate.due < inf:
+                    self._succeed(candidate, now)
+                    candidate.due = inf
+            elif candidate.due == inf:
+                # Lost; others may have lost the same peer in this moment.
+                later = self._look_again() if candidate.is_lasting and is_content else self._soon()
+                candidate.due = now + later
 
     def connected(self, address: str, now: float) -> None:
         """Somebody answered there."""
@@ -252,5 +275,10 @@ class Joiner:
 
     def _succeed(self, candidate: _Candidate, now: float) -> None:
         candidate.is_busy, candidate.is_tried, candidate.attempts, candidate.failure = False, True, 0, None
-        wait = LOOK_AGAIN_S * self._random.uniform(0.5, 1.5) if candidate.is_lasting else MIN_BACK_OFF_S
-        candidate.due = now + wait
+        candidate.due = now + (self._look_again() if candidate.is_lasting else MIN_BACK_OFF_S)
+
+    def _look_again(self) -> float:
+        return LOOK_AGAIN_S * self._random.uniform(0.5, 1.5)
+
+    def _soon(self) -> float:
+        return self._random.uniform(0, MIN_BACK_OFF_S)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Final
@@ -14,8 +15,15 @@ import trio
 
 from aci_p2p.clock import Clock
 from aci_p2p.dht.announcing import Announcer, Record
-from aci_p2p.dht.bootstrap import BootstrapReport
-from aci_p2p.dht.exchange import MAX_MODELS, PUBLISH_S, SECOND_PUBLISH_S, RecordExchange, exchange_topic
+from aci_p2p.dht.bootstrap import WANTED_PEERS, BootstrapReport
+from aci_p2p.dht.exchange import (
+    MAX_MODELS,
+    PUBLISH_DELAY_S,
+    PUBLISH_GAP_S,
+    SECOND_PUBLISH_S,
+    RecordExchange,
+    exchange_topic,
+)
 from aci_p2p.dht.joining import CacheKeeper, Membership
 from aci_p2p.dht.records import RecordRules, capability_key, node_key
 from aci_p2p.dht.search import MAX_PROVIDERS, Searches
@@ -27,10 +35,10 @@ from aci_p2p.protocol.messages import SECOND, CapabilityRecord, NodeRecord
 from aci_p2p.protocol.validation import ACCEPTED, MessageRefused, Validation
 from aci_p2p.tasks import open_background
 
-TICK_S: Final = 1.0
-"""Seconds between looks at what there is to do: one timer for all of it."""
-RECORD_LIFETIME_MS: Final = 3_600 * SECOND
-"""An hour."""
+LOOK_S: Final = 900.0
+"""Longest time between looks at what there is to do, seconds: nobody tells of an interface's new address."""
+RECORD_LIFETIME_MS: Final = 3 * 3_600 * SECOND
+"""Three hours."""
 LEAVE_S: Final = 1.0
 """Seconds for taking our records back when we leave."""
 ANNOUNCE_WAIT_S: Final = 3.0
@@ -39,8 +47,6 @@ PUBLISH_AT_ONCE: Final = 8
 """Records that are being stored in the DHT at once."""
 EXCHANGE_QUEUE: Final = 64
 """Exchanged records waiting to be looked at; their contents are kept when they are checked."""
-EXCHANGE_JITTER: Final = 0.2
-"""Part of the time between publications by which one may come sooner or later."""
 
 log = logging.getLogger("aci_p2p.dht")
 
@@ -75,7 +81,7 @@ class Discovery:
         membership: Membership,
         exchange: RecordExchange | None,
         searches: Searches,
-        random: Random,
+        announcer: Announcer,
         nursery: trio.Nursery,
     ) -> None:
         """`sealer` signs our records; `rules` judge those of others; `nursery` holds what goes on in between."""
@@ -86,13 +92,13 @@ class Discovery:
         self._membership = membership
         self._exchange = exchange
         self._searches = searches
-        self._random = random
         self._nursery = nursery
-        self._announcer = Announcer(random)
+        self._announcer = announcer
         self._describe: Describe | None = None
         self._failing: set[bytes] = set()
         self._topic = exchange_topic(sealer.network)
-        self._next_exchange = 0.0
+        self._exchange_at = inf
+        self._exchanged_at = -inf
         self._exchanges = 0
         self._publishing = trio.CapacityLimiter(PUBLISH_AT_ONCE)
 
@@ -115,14 +121,17 @@ class Discovery:
     async def announce(self, describe: Describe) -> None:
         """Publish our records now; until the block of `open_discovery` ends they are renewed, and changes published.
 
-        Waits until they are stored, at most ANNOUNCE_WAIT_S. What `describe` says is looked at every second. A record
-        that cannot be published is logged, hinders no other, and is tried again. In the end they are taken back.
+        Waits until they are stored, at most ANNOUNCE_WAIT_S. `describe` is asked again after each `look_again`. What
+        cannot be published is logged, hinders nothing else, and is tried again. In the end all is taken back.
         """
         self._describe = describe
         self._announcer.update(*describe())
-        records = self._announcer.due(len(self._network.peers), trio.current_time(), renew=True)
+        now = trio.current_time()
+        records = self._announcer.due(len(self._network.peers), now, renew=True)
         published = trio.Event()
+        self._plan_exchange(now)
         self._nursery.start_soon(self._publish, records, published)
+        self.look_again()
         with trio.move_on_after(ANNOUNCE_WAIT_S):
             await published.wait()
 
@@ -138,21 +147,48 @@ class Discovery:
         """Nodes that have told of themselves over gossip, the latest first."""
         return self._exchange.nodes(self._clock()) if self._exchange else []
 
+    def look_again(self) -> None:
+        """What the node says of itself may have changed."""
+        self._membership.news.notify()
+
+    async def watch(self) -> None:
+        """Look at what there is to do whenever the network changes, until cancelled."""
+        while True:
+            await self._network.changed()
+            self._membership.news.notify()
+
     async def run(self) -> None:
         """Do what is due, until cancelled."""
         while True:
             now = trio.current_time()
             self._membership.tick(now)
+            due = min(now + LOOK_S, self._membership.next_due())
             if self._describe is not None:
-                self._announcer.update(*self._describe())
-                if records := self._announcer.due(len(self._network.peers), now):
-                    self._nursery.start_soon(self._publish, records)
-                if self._exchange and now >= self._next_exchange and self._network.topic_peers(self._topic):
-                    self._exchanges += 1
-                    gap = SECOND_PUBLISH_S if self._exchanges == 1 else PUBLISH_S
-                    self._next_exchange = now + gap * self._random.uniform(1 - EXCHANGE_JITTER, 1 + EXCHANGE_JITTER)
-                    self._nursery.start_soon(self._exchange_records)
-            await self._membership.wait(TICK_S)
+                due = min(due, self._announce_changes(self._describe, now))
+            with trio.move_on_at(due):
+                await self._membership.news.wait()
+
+    def _announce_changes(self, describe: Describe, now: float) -> float:
+        """Announce and exchange what is due; when there is more to do."""
+        self._announcer.update(*describe())
+        if records := self._announcer.due(len(self._network.peers), now):
+            self._plan_exchange(now)
+            self._nursery.start_soon(self._publish, records)
+        due = self._announcer.next_due(len(self._network.peers))
+        if not self._network.topic_peers(self._topic):
+            return due
+        if now >= self._exchange_at:
+            self._exchanges += 1
+            self._exchanged_at = now
+            # Soon after the first publication the neighbours have neighbours.
+            self._exchange_at = now + SECOND_PUBLISH_S if self._exchanges == 1 else inf
+            self._nursery.start_soon(self._exchange_records)
+        return min(due, self._exchange_at)
+
+    def _plan_exchange(self, now: float) -> None:
+        """What is announced is told to our neighbours, too, but not each time."""
+        if self._exchange is not None:
+            self._exchange_at = min(self._exchange_at, max(now + PUBLISH_DELAY_S, self._exchanged_at + PUBLISH_GAP_S))
 
     async def leave(self) -> None:
         """Take back what we said we serve, and write the address cache."""
@@ -206,10 +242,11 @@ class Discovery:
 class _Listener:
     """Hears what others exchange, and remembers where they can be dialled."""
 
-    def __init__(self, network: Network, exchange: RecordExchange, clock: Clock) -> None:
+    def __init__(self, network: Network, exchange: RecordExchange, clock: Clock, membership: Membership) -> None:
         self._network = network
         self._exchange = exchange
         self._clock = clock
+        self._membership = membership
 
     def validate(self, forwarder: NodeId, data: bytes) -> Validation:
         """Judge a message; what it says is kept at once, since the queue behind may overflow."""
@@ -219,6 +256,8 @@ class _Listener:
             return error.validation
         if node is not None:
             self._network.learn_addresses(node.sender, node.body.addresses)
+            if len(self._network.peers) < WANTED_PEERS:
+                self._membership.news.notify()
         return ACCEPTED
 
     async def run(self, subscription: Subscription) -> None:
@@ -257,11 +296,11 @@ async def open_discovery(
         searches = Searches(network, rules, exchange, clock, nursery, may_dial=not options.offline)
         discovery = Discovery(
             network, sealer, rules, clock, membership=membership, exchange=None if options.offline else exchange,
-            searches=searches, random=random, nursery=nursery,
+            searches=searches, announcer=Announcer(random), nursery=nursery,
         )  # fmt: skip
         await membership.load()
         if not options.offline:
-            listener = _Listener(network, exchange, clock)
+            listener = _Listener(network, exchange, clock, membership)
             topic = exchange_topic(sealer.network)
             subscription = await stack.enter_async_context(
                 network.subscribe(topic, listener.validate, capacity=EXCHANGE_QUEUE)
@@ -272,6 +311,7 @@ async def open_discovery(
             from aci_p2p.dht.mdns import open_mdns  # noqa: PLC0415
 
             await stack.enter_async_context(open_mdns(network, membership.offer, random))
+        nursery.start_soon(discovery.watch)
         nursery.start_soon(discovery.run)
         try:
             yield discovery

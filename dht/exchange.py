@@ -27,8 +27,11 @@ MAX_CAPABILITIES: Final = 1_024
 """Models of providers that are kept."""
 MIN_GAP_S: Final = 30.0
 """Seconds between two records of one node about the same thing; what comes sooner is not passed on."""
-PUBLISH_S: Final = 300.0
-"""Seconds between publications of our own records: ten thousand nodes make 33 messages a second of it."""
+PUBLISH_GAP_S: Final = 300.0
+"""Least seconds between publications of our own records, which follow announcements: if all of ten thousand nodes were
+so busy, that would make 33 messages a second."""
+PUBLISH_DELAY_S: Final = 1.0
+"""Seconds from an announcement to its publication among neighbours: what changes at once is told at once."""
 SECOND_PUBLISH_S: Final = 60.0
 """Seconds from the first publication to the second: by then the neighbours have neighbours."""
 MAX_MODELS: Final = 16

@@ -1,9 +1,14 @@
-"""Getting into the network and staying in it: the trio shell around `Joiner` and the address cache."""
+"""Getting into the network and staying in it: the trio shell around `Joiner` and the address cache.
+
+Nothing is looked at by the clock: `Membership.tick` does what is due, `Membership.next_due` says when to come back, and
+`Membership.news` tells of what happens before.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import Final, TypeVar
@@ -18,6 +23,7 @@ from aci_p2p.files import write_atomically
 from aci_p2p.network.api import DialledOurselves, Network
 from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
 from aci_p2p.protocol.identity import NodeId
+from aci_p2p.tasks import Notice
 
 DIAL_TIMEOUT_S: Final = 5.0
 """Seconds for connecting to one address, name resolution and handshake included."""
@@ -50,7 +56,9 @@ class CacheKeeper:
         self._cache = AddressCache()
         self._saved: dict[NodeId, tuple[str, ...]] = {}
         self._gap = FIRST_SAVE_S
-        self._next_save: float | None = None
+        self._next_save = 0.0
+        self.next_due = inf
+        """When to write, seconds: soon after something has changed, but not at every change; `inf` for never."""
 
     @property
     def addresses(self) -> list[str]:
@@ -75,18 +83,15 @@ class CacheKeeper:
         for known in network.known_peers():
             if known.peer in connected:
                 self._cache.note(known.peer, known.addresses, self._clock())
-
-    def is_due(self, now: float) -> bool:
-        """Whether it is time to write: soon after something has changed, but not at every change."""
         if self._saved == self._places():
-            return False
-        if self._next_save is None:
-            self._next_save = now + self._gap
-        return now >= self._next_save
+            self.next_due = inf
+        elif self.next_due == inf:
+            self.next_due = max(self._next_save, trio.current_time() + FIRST_SAVE_S)
 
     async def save(self) -> None:
         """Write the file."""
         self._saved = self._places()
+        self.next_due = inf
         self._gap = min(2 * self._gap, SAVE_S)
         self._next_save = trio.current_time() + self._gap
         data = self._cache.encode()
@@ -133,7 +138,8 @@ class Membership:
         self._cache = cache
         self._hints = hints
         self._joiner = Joiner(network.node_id, random)
-        self._changed = trio.Event()
+        self.news = Notice()
+        """Tells that an attempt has ended, or that the caller has to look for another reason."""
         self._is_saving = False
         self._noted: frozenset[NodeId] = frozenset()
 
@@ -144,10 +150,10 @@ class Membership:
     async def join(self, bootstrap: Sequence[str], *, require: bool) -> None:
         """See `Discovery.join`."""
         self._joiner.name(bootstrap, trio.current_time())
-        self._notify()
+        self.news.notify()
         with trio.move_on_after(JOIN_TIMEOUT_S if require else START_WAIT_S) as scope:
             while not self._joiner.is_settled(trio.current_time()):
-                await self._changed.wait()
+                await self.news.wait()
                 self._refuse_malformed(bootstrap)
                 if self._network.peers:
                     scope.deadline = min(scope.deadline, trio.current_time() + GRACE_S)
@@ -171,7 +177,7 @@ class Membership:
     def offer(self, addresses: Sequence[str]) -> None:
         """Addresses that are worth a try when peers are wanted."""
         self._joiner.offer(addresses, trio.current_time())
-        self._notify()
+        self.news.notify()
 
     async def load(self) -> None:
         """Read the address cache."""
@@ -186,18 +192,21 @@ class Membership:
             self._joiner.offer(self._hints()[:HINTS], now)
         for address in self._joiner.next_attempts(peers, now):
             self._nursery.start_soon(self._attempt, address)
+        if self._joiner.is_settled(now):
+            # Without an attempt, if all that is named is connected.
+            self.news.notify()
         if self._cache is not None:
             if (connected := frozenset(peers)) != self._noted:
                 self._cache.note(self._network)
                 self._noted = connected
-            if not self._is_saving and self._cache.is_due(now):
+            if not self._is_saving and now >= self._cache.next_due:
                 self._is_saving = True
                 self._nursery.start_soon(self._save, self._cache)
 
-    async def wait(self, timeout_s: float) -> None:
-        """Wait until an attempt has ended, at most so many seconds."""
-        with trio.move_on_after(timeout_s):
-            await self._changed.wait()
+    def next_due(self) -> float:
+        """When there is something to do, seconds, unless there are `news` before; right after a `tick`."""
+        save = inf if self._cache is None or self._is_saving else self._cache.next_due
+        return min(save, self._joiner.next_due(self._network.peers))
 
     async def leave(self) -> None:
         """Write the address cache."""
@@ -212,6 +221,7 @@ class Membership:
             await cache.save()
         finally:
             self._is_saving = False
+            self.news.notify()
 
     async def _attempt(self, address: str) -> None:
         try:
@@ -227,11 +237,7 @@ class Membership:
         except AciError as error:
             log.debug("%s: %s", address, error)
             self._joiner.failed(address, error, trio.current_time())
-        self._notify()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        self.news.notify()
 
 
 async def dial(network: Network, address: str) -> NodeId:

@@ -27,8 +27,6 @@ MAX_WAITING_JOBS: Final = 1_024
 """Jobs of ours that wait for bids at once."""
 RECENT_OFFERS: Final = 16
 """Offers kept to be shown: more than a screen has room for."""
-READY_POLL_S: Final = 0.02
-"""Seconds between looks at who has joined a topic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +149,8 @@ class Market:
     async def wait_until_reachable(self, peers: Sequence[NodeId], timeout_s: float) -> None:
         """Wait until `peers` have joined the offers' topic and we know it, or `timeout_s` seconds are over."""
         with trio.move_on_after(timeout_s):
-            while not set(peers) <= set(self._network.topic_peers(self.offer_topic)):  # noqa: ASYNC110 - no notice comes
-                await trio.sleep(READY_POLL_S)
+            while not set(peers) <= set(self._network.topic_peers(self.offer_topic)):
+                await self._network.changed()
 
     def statistics(self) -> MarketStatistics:
         """A snapshot of the queues."""

@@ -438,8 +438,8 @@ KINDS: Final[dict[Kind, KindRules]] = {
     Kind.RECEIPT: KindRules(Receipt, 16_384, 10 * _YEAR),
     Kind.ABORT: KindRules(Abort, 2_048, 60 * SECOND),
     Kind.PROOF: KindRules(Proof, MAX_ENVELOPE_BYTES, 10 * _YEAR),
-    Kind.NODE_RECORD: KindRules(NodeRecord, 4_096, 3_600 * SECOND),
-    Kind.CAPABILITY_RECORD: KindRules(CapabilityRecord, 4_096, 3_600 * SECOND),
+    Kind.NODE_RECORD: KindRules(NodeRecord, 4_096, 3 * 3_600 * SECOND),
+    Kind.CAPABILITY_RECORD: KindRules(CapabilityRecord, 4_096, 3 * 3_600 * SECOND),
 }
 """Sizes bound memory before decoding; lifetimes bound how long a replay must be remembered."""
 

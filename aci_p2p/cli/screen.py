@@ -120,6 +120,7 @@ def _header(view: View, rows: int, frame: box.Box) -> Panel:
     if more > 0:
         address.append(f"  and {more} more", "dim")
     facts = Text.assemble(
+        "reachability ",
         (reachability["state"], _REACHABILITY.get(reachability["state"], "")),
         *([f" through {plural(len(reachability['relays']), 'relay')}"] if reachability["relays"] else []),
         _bootstrap(status),

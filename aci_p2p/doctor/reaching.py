@@ -28,8 +28,6 @@ REACHABILITY_S: Final = 25.0
 """Seconds for peers to dial back: the network's own round, with few peers to ask, takes 15."""
 RELAY_S: Final = 6.0
 """Seconds for a relay's reservation after that."""
-POLL_S: Final = 0.1
-"""Seconds between looks at what the network has found out."""
 MAX_ADDRESSES: Final = 32
 """Addresses that are dialled, those behind `/dnsaddr` included."""
 
@@ -197,10 +195,10 @@ async def find_standing(subject: Subject, probe: Probe) -> Standing:
     has_peers = bool(network.peers)
     if has_peers and network.addresses and probe.refusal is None:
         with trio.move_on_after(REACHABILITY_S):
-            while network.reachability is Reachability.UNKNOWN and network.peers:  # noqa: ASYNC110 - no notice comes
-                await trio.sleep(POLL_S)
+            while network.reachability is Reachability.UNKNOWN and network.peers:
+                await network.changed()
         if network.reachability is Reachability.PRIVATE and subject.config.p2p.relay_client:
             with trio.move_on_after(RELAY_S):
-                while not any(_CIRCUIT in address for address in network.addresses):  # noqa: ASYNC110 - the same
-                    await trio.sleep(POLL_S)
+                while not any(_CIRCUIT in address for address in network.addresses):
+                    await network.changed()
     return Standing(network.reachability, tuple(network.addresses), has_peers, probe.refusal is None)

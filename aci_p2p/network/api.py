@@ -228,6 +228,14 @@ class Network(ABC):
         """Whether others can open connections to us, as far as we know."""
 
     @abstractmethod
+    async def changed(self) -> None:
+        """Wait until the peers, the topics that they have joined, our addresses or our reachability change.
+
+        What changes while nobody waits is not told: look first, and then wait, without a checkpoint between. May return
+        for less than a change.
+        """
+
+    @abstractmethod
     def connections(self) -> Sequence[ConnectionInfo]:
         """All connections, the oldest first."""
 
@@ -284,7 +292,7 @@ class Network(ABC):
     async def put_record(self, key: str, value: bytes) -> None:
         """Store a value of at most MAX_RECORD_BYTES under `/aci/...` at the closest DHT nodes. Best effort.
 
-        It is kept for an hour at most: repeat it some times within.
+        It is kept for RECORD_SECONDS (`limits`) at most: repeat it some times within.
         """
 
     @abstractmethod
@@ -295,7 +303,7 @@ class Network(ABC):
     async def provide(self, key: bytes) -> None:
         """Announce in the DHT that we provide `key` (a SHA-256 digest, 32 bytes). Best effort.
 
-        It is kept for an hour: repeat it some times within.
+        It is kept for PROVIDER_SECONDS (`limits`): repeat it some times within.
         """
 
     @abstractmethod

@@ -19,7 +19,9 @@ MAX_KNOWN_PEERS = 4096
 """Peers whose addresses are remembered; the oldest are forgotten first."""
 MAX_ADDRESSES_PER_PEER = 8
 """Addresses remembered for one peer; the newest are kept."""
-PROVIDER_SECONDS = 3600.0
+RECORD_SECONDS = 3 * 3600.0
+"""How long a DHT value is kept, seconds: as long as the signed records in it hold."""
+PROVIDER_SECONDS = RECORD_SECONDS
 """How long an announcement that somebody provides a key is kept, seconds: as long as the provider's signed record."""
 MAX_TOPICS_PER_PEER = 128
 """Topics that one neighbour may subscribe to."""

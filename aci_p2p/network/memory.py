@@ -43,7 +43,7 @@ from aci_p2p.network.memory_stream import MemoryStream, Pipe
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import Decision, Validation
-from aci_p2p.tasks import open_background
+from aci_p2p.tasks import Notice, open_background
 from aci_p2p.version import SOFTWARE
 
 INBOX_MESSAGES = 4096
@@ -152,6 +152,7 @@ class MemoryNetwork(Network):
         self._seen = SeenCache()
         self._inbox: deque[tuple[float, NodeId, str, bytes]] = deque()
         self._inbox_changed = trio.Event()
+        self._changes = Notice()
         self.shelf = RecordShelf(rules)
 
     @property
@@ -169,6 +170,9 @@ class MemoryNetwork(Network):
     @property
     def reachability(self) -> Reachability:
         return Reachability.PUBLIC
+
+    async def changed(self) -> None:
+        await self._changes.wait()
 
     def connections(self) -> Sequence[ConnectionInfo]:
         now = trio.current_time()
@@ -239,12 +243,14 @@ class MemoryNetwork(Network):
         self._connected[peer] = tuple(addresses)
         if len(self._connected) > MAX_KNOWN_PEERS:
             del self._connected[next(iter(self._connected))]
+        self._changes.notify()
 
     def drop_link(self, peer: NodeId) -> None:
         """Lose the connection to a peer and the streams on it."""
         link = self._links.pop(peer, None)
         for stream in link.streams if link else ():
             stream.reset()
+        self._changes.notify()
 
     @asynccontextmanager
     async def open_stream(self, peer: NodeId, protocol: str) -> AsyncGenerator[Stream]:
@@ -328,10 +334,18 @@ class MemoryNetwork(Network):
             raise LocalError(msg)
         subscription = QueuedSubscription(validator, capacity)
         self._subscriptions[topic] = subscription
+        self._tell_neighbours()
         try:
             yield subscription
         finally:
             del self._subscriptions[topic]
+            self._tell_neighbours()
+
+    def _tell_neighbours(self) -> None:
+        """Our subscriptions have changed."""
+        for peer in self._links:
+            if (remote := self._hub.endpoint(peer)) is not None:
+                remote._changes.notify()  # noqa: SLF001 - the other end of one connection
 
     def topic_peers(self, topic: str) -> Sequence[NodeId]:
         remotes = ((peer, self._hub.endpoint(peer)) for peer in self._links)

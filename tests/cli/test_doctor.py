@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -117,7 +118,6 @@ async def test_a_healthy_node(subject: Subject, hub: MemoryHub, tmp_path: Path) 
 async def test_a_check_that_fails_or_hangs_is_a_finding(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     async def hang(_: Subject) -> list[Finding]:
         await trio.sleep_forever()
-        return []
 
     async def fail(_: Subject) -> list[Finding]:
         await trio.lowlevel.checkpoint()
@@ -179,8 +179,7 @@ async def test_the_clock_without_peers(subject: Subject, tmp_path: Path) -> None
     changed = int((await written.stat()).st_mtime * 1_000)
     async with open_probe(subject) as probe:
         for behind_ms, level in ((0, Level.OK), (20_000, Level.OK), (90_000, Level.PROBLEM)):
-            at = replace(subject, clock=lambda behind_ms=behind_ms: changed - behind_ms)
-            found = await check_clock(at, probe)
+            found = await check_clock(replace(subject, clock=partial(int, changed - behind_ms)), probe)
             assert found[0].level is level
         assert found[0].message == f"it is 90.0 s behind the last change of {subject.config.database_path}"
 
@@ -315,12 +314,18 @@ async def test_models(subject: Subject, tmp_path: Path, monkeypatch: pytest.Monk
     ("free", "level"), [(10**10, Level.OK), (10**9, Level.WARNING), (60 << 20, Level.PROBLEM), (0, Level.PROBLEM)]
 )
 async def test_disks(subject: Subject, monkeypatch: pytest.MonkeyPatch, free: int, level: Level) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    def usage(_: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
     only(await machine_checks.check_disk(subject), level, "free at")
 
 
 async def test_a_disk_that_cannot_be_written(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    def access(_path: Path, _mode: int) -> bool:
+        return False
+
+    monkeypatch.setattr(os, "access", access)
     only(await machine_checks.check_disk(subject), Level.PROBLEM, "cannot be written")
 
 
@@ -347,7 +352,10 @@ async def test_gpus(
 
 
 async def test_too_many_threads(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    def cores(_: int) -> set[int]:
+        return {0, 1, 2, 3}
+
+    monkeypatch.setattr(os, "sched_getaffinity", cores, raising=False)
     many = replace(subject, config=replace(subject.config, provider=ProviderConfig(threads=5)))
     only((await machine_checks.check_compute(many))[:1], Level.WARNING, "5 threads on 4 cores", "--threads 3")
 
@@ -404,7 +412,11 @@ async def test_ways_around_a_nat_that_are_off(subject: Subject) -> None:
 async def test_connections_that_stay_at_a_relay(subject: Subject) -> None:
     private = Standing(PRIVATE, (RELAYED,), has_peers=True)
     connections = [peer(), peer(relay=NODE, age_s=61.0), peer(relay=NODE, age_s=59.0)]
-    running = replace(subject, status=status(), ask=lambda *_: PeersReport(peers=connections))
+
+    def answer(_path: Path, _command: str) -> object:
+        return PeersReport(peers=connections)
+
+    running = replace(subject, status=status(), ask=answer)
     only(await check_hole_punching(running, private), Level.WARNING, "1 of 3 connections stay at a relay")
     connections.pop(1)
     only(await check_hole_punching(running, private), Level.OK, "none of 2 connections")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from aci_p2p import control
 from aci_p2p.cli.peers import peers_table
 from aci_p2p.cli.status import bootstrap_line, status_rows
 from aci_p2p.cli.texts import duration, print_table
+from aci_p2p.control import StatusReport
 from tests.cli.conftest import LOOPBACK, Cli, Start, finish, one_line, wait_for
 from tests.cli.views import CONSUMER, HOSTILE, NODE, peer, status
 
@@ -100,10 +102,10 @@ def test_no_node(cli: Cli, home: Path, command: str) -> None:
         assert line.endswith("start one with: aci-p2p join")
 
 
-def ask(cli: Cli, *arguments: str) -> dict[str, object]:
+def ask(cli: Cli, *arguments: str) -> dict[str, Any]:
     result = cli(*arguments, "--json")
     assert result.returncode == 0, result.stderr
-    document: dict[str, object] = json.loads(result.stdout)
+    document: dict[str, Any] = json.loads(result.stdout)
     return document
 
 
@@ -121,7 +123,6 @@ def test_two_nodes_of_one_machine(cli: Cli, start: Start, home: Path, tmp_path: 
     assert "  1 connected (1 in, 0 out)\n" in text
     assert [len(line) for line in text.splitlines()] == [len(line.rstrip()) for line in text.splitlines()]
     peers = ask(cli, "peers", "--home", str(other))["peers"]
-    assert isinstance(peers, list)
     assert [(entry["peer"], entry["direction"]) for entry in peers] == [(address.rpartition("/")[2], "out")]
     assert address.rpartition("/")[2] in cli("peers", "--home", str(other)).stdout
     # Each home has a node of its own, and one that ends takes its socket with it.
@@ -144,33 +145,21 @@ def test_what_kill_leaves(cli: Cli, start: Start, home: Path) -> None:
     assert "the node that made it is gone" in one_line(cli("status"), 4)
     wait_for(start("join", "--no-serve", *LOOPBACK), "listening on ")
     after = ask(cli, "status")
-    assert processes(before) != processes(after)
-
-
-def processes(*documents: dict[str, object]) -> Sequence[object]:
-    found: list[object] = []
-    for document in documents:
-        process = document["process"]
-        assert isinstance(process, dict)
-        found.append(process["pid"])
-    return found
+    assert before["process"]["pid"] != after["process"]["pid"]
 
 
 def test_many_questions_leave_nothing_behind(cli: Cli, start: Start, home: Path) -> None:
-    from aci_p2p.control import ask as ask_socket  # noqa: PLC0415 - the name is taken here
-
     wait_for(start("join", "--no-serve", *LOOPBACK), "listening on ")
     path = home / "run" / "node.sock"
 
     def figures() -> tuple[int, int]:
-        status = ask_socket(path, "status")
-        assert isinstance(status, dict)
-        return status["process"]["file_descriptors"], status["process"]["tasks"]
+        process = cast("StatusReport", control.ask(path, "status"))["process"]
+        return process["file_descriptors"], process["tasks"]
 
     figures()
     time.sleep(1)
     before = figures()
     for _ in range(200):
-        ask_socket(path, "peers")
+        control.ask(path, "peers")
     time.sleep(0.1)
     assert figures() == before

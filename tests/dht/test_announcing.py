@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from random import Random
 from typing import Final
 
@@ -34,6 +35,48 @@ def test_published_once_and_renewed_in_time(announcer: Announcer) -> None:
     assert sorted(map(str, announcer.due(8, LATEST))) == sorted(map(str, [NODE, MODEL]))
     assert announcer.due(8, LATEST, renew=True) == [NODE, MODEL]
     assert announcer.current == (NODE, MODEL)
+
+
+def test_all_is_renewed_together(announcer: Announcer) -> None:
+    """So that an idle node wakes once for it."""
+    announcer.due(8, 0)
+    announcer.update(NODE, [replace(MODEL, free_slots=0)])
+    announcer.due(8, REANNOUNCE_S / 2)
+    assert len(announcer.due(8, LATEST)) == 2
+    assert REANNOUNCE_S * (1 - JITTER) <= announcer.next_due(8) - LATEST <= LATEST
+
+
+def test_it_says_when_to_look_again(announcer: Announcer) -> None:
+    assert announcer.next_due(8) == -inf
+    announcer.due(8, 0)
+    assert REANNOUNCE_S * (1 - JITTER) <= announcer.next_due(8) <= LATEST
+    # So many connections that all is told again.
+    assert announcer.next_due(31) > SPREAD_GAP_S
+    assert announcer.next_due(32) == SPREAD_GAP_S
+    # A change that others should hear of, when they have heard of the last for a while.
+    announcer.update(NODE, [replace(MODEL, free_slots=7)])
+    assert announcer.next_due(8) > CHANGE_GAP_S
+    announcer.update(NODE, [replace(MODEL, free_slots=0)])
+    assert announcer.next_due(8) == CHANGE_GAP_S
+    announcer.due(8, CHANGE_GAP_S)
+    announcer.failed(NODE, CHANGE_GAP_S)
+    assert announcer.next_due(8) == CHANGE_GAP_S + RETRY_S
+    # A model that is new, one that is not served any more.
+    announcer.update(NODE, [replace(MODEL, free_slots=0), OTHER])
+    assert announcer.next_due(8) == -inf
+    announcer.due(8, CHANGE_GAP_S)
+    announcer.update(NODE, [OTHER])
+    assert announcer.next_due(8) == -inf
+    assert Announcer(Random(5)).next_due(8) == inf  # noqa: S311 - no secret
+
+
+def test_nothing_is_due_before_it_says_so(announcer: Announcer) -> None:
+    now = 0.0
+    announcer.due(8, now)
+    for _ in range(20):
+        due = announcer.next_due(8)
+        assert announcer.due(8, due - 1e-3) == []
+        assert announcer.due(8, due) == [NODE, MODEL]
 
 
 def test_a_new_model_is_published_at_once(announcer: Announcer) -> None:

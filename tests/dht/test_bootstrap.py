@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from random import Random
 from typing import Final
 
@@ -107,7 +108,9 @@ def test_success_ends_the_back_off(joiner: Joiner) -> None:
     assert joiner.next_attempts((), 5_000) == [at(1)]
     joiner.connected(at(1), 5_000)
     assert joiner.next_attempts({node(1)}, 5_010) == []
-    assert joiner.next_attempts({node(9)}, 5_020) == [at(1)]
+    # Lost, but perhaps by many others, too.
+    assert joiner.next_attempts({node(9)}, 5_020) == []
+    assert joiner.next_attempts({node(9)}, 5_020 + MIN_BACK_OFF_S) == [at(1)]
 
 
 def test_when_all_peers_are_lost_everything_is_tried_again_soon(joiner: Joiner) -> None:
@@ -141,6 +144,46 @@ def test_who_is_connected_is_not_dialled(joiner: Joiner) -> None:
     joiner.name([at(1)], 0)
     assert joiner.next_attempts({node(1)}, 0) == []
     assert joiner.report() == (BootstrapReport(at(1), reached=True, attempts=0, failures=()),)
+
+
+def test_it_says_when_to_look_again(joiner: Joiner) -> None:
+    assert joiner.next_due(()) == inf
+    joiner.name([at(1)], 0)
+    joiner.offer([at(2)], 5)
+    assert joiner.next_due(()) == 0
+    joiner.next_attempts((), 5)
+    # All are under way.
+    assert joiner.next_due(()) == inf
+    joiner.failed(at(1), ERROR, 6)
+    joiner.failed(at(2), ERROR, 6)
+    due = joiner.next_due(())
+    assert 6 + MIN_BACK_OFF_S <= due <= 6 + 2 * MIN_BACK_OFF_S
+    assert joiner.next_attempts((), due - 1e-3) == []
+    assert joiner.next_attempts((), due) != []
+
+
+def test_who_is_connected_and_who_is_not_wanted_makes_nobody_look(joiner: Joiner) -> None:
+    joiner.name([at(1)], 0)
+    joiner.offer([at(2)], 0)
+    peers = {node(1), *ENOUGH}
+    assert joiner.next_attempts(peers, 0) == []
+    assert joiner.next_due(peers) == inf
+    # Lost while there are others: as after any success.
+    assert joiner.next_attempts(ENOUGH, 1e6) == []
+    assert LOOK_AGAIN_S / 2 <= joiner.next_due(ENOUGH) - 1e6 <= LOOK_AGAIN_S * 1.5
+    # Lost when peers are wanted: soon.
+    joiner.next_attempts(peers, 1e6)
+    few = set(list(ENOUGH)[1:])
+    assert joiner.next_attempts(few, 2e6) == [at(2)]
+    assert joiner.next_due(few) - 2e6 <= MIN_BACK_OFF_S
+
+
+def test_with_all_attempts_under_way_there_is_nothing_to_look_for(joiner: Joiner) -> None:
+    joiner.offer([at(number) for number in range(1, MAX_DIALS + 2)], 0)
+    joiner.next_attempts((), 0)
+    assert joiner.next_due(()) == inf
+    joiner.failed(at(1), ERROR, 0)
+    assert joiner.next_due(()) == 0
 
 
 def test_candidates_are_bounded_and_those_that_fail_go_first(joiner: Joiner) -> None:

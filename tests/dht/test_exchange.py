@@ -23,7 +23,7 @@ CAPABILITY: Final = CapabilityRecord(
     model_root=ROOT, model_name="model", context=8_192, engine=ENGINE, **PRICES, slots=4, addresses=("/a",),
     free_slots=4, price_curve=(),
 )  # fmt: skip
-HOUR: Final = 3_600_000
+LIFETIME: Final = 3 * 3_600_000
 
 
 def seal(body: Any, number: int = 3, *, at: int = NOW) -> Envelope[Any]:  # noqa: ANN401 - any message
@@ -51,11 +51,11 @@ def test_records_of_both_kinds_are_kept_until_they_expire(heard: RecordExchange)
     node, capability = seal(NODE), seal(CAPABILITY, 4)
     assert heard.hear(NEIGHBOUR, node.data, NOW, 0) == node
     assert heard.hear(NEIGHBOUR, capability.data, NOW, 0) is None
-    assert heard.nodes(NOW + HOUR - 1) == [node]
-    assert heard.providers(ROOT, NOW + HOUR - 1) == [capability]
+    assert heard.nodes(NOW + LIFETIME - 1) == [node]
+    assert heard.providers(ROOT, NOW + LIFETIME - 1) == [capability]
     assert heard.providers(bytes(32), NOW) == []
-    assert heard.nodes(NOW + HOUR) == []
-    assert heard.providers(ROOT, NOW + HOUR) == []
+    assert heard.nodes(NOW + LIFETIME) == []
+    assert heard.providers(ROOT, NOW + LIFETIME) == []
 
 
 def test_the_latest_heard_come_first(heard: RecordExchange) -> None:
@@ -95,7 +95,7 @@ def test_what_no_honest_node_forwards(heard: RecordExchange) -> None:
 
 
 def test_what_is_late_or_early_is_ignored(heard: RecordExchange) -> None:
-    refused(heard, seal(NODE, at=NOW - HOUR).data, Decision.IGNORE, Reason.EXPIRED)
+    refused(heard, seal(NODE, at=NOW - LIFETIME).data, Decision.IGNORE, Reason.EXPIRED)
     refused(heard, seal(NODE, at=NOW + 60_000).data, Decision.IGNORE, Reason.FROM_FUTURE)
 
 

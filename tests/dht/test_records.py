@@ -20,7 +20,7 @@ KEY: Final = KeyPair(bytes([1]) * 32)
 NODE: Final = KEY.node_id
 OTHER: Final = KeyPair(bytes([2]) * 32)
 ROOT: Final = bytes([255]) * 32
-HOUR: Final = 3_600_000
+LIFETIME: Final = 3 * 3_600_000
 """Milliseconds; the longest life of a record."""
 NODE_RECORD: Final = NodeRecord(("/ip4/127.0.0.1/tcp/1",), ("provider",), "aci-p2p/1")
 CAPABILITY: Final = CapabilityRecord(
@@ -70,8 +70,8 @@ def test_a_record_under_its_key(key: str, body: Any) -> None:  # noqa: ANN401 - 
     assert RULES.open(key, record.data) == record
     # A clock may be late by the skew; a record lives for an hour, and no longer.
     assert RecordRules(NETWORK, lambda: NOW - MAX_SKEW_MS).open(key, record.data) == record
-    assert RecordRules(NETWORK, lambda: NOW + HOUR - 1).open(key, record.data) == record
-    refused(key, record.data, Decision.IGNORE, Reason.EXPIRED, RecordRules(NETWORK, lambda: NOW + HOUR))
+    assert RecordRules(NETWORK, lambda: NOW + LIFETIME - 1).open(key, record.data) == record
+    refused(key, record.data, Decision.IGNORE, Reason.EXPIRED, RecordRules(NETWORK, lambda: NOW + LIFETIME))
     refused(key, record.data, Decision.IGNORE, Reason.FROM_FUTURE, RecordRules(NETWORK, lambda: NOW - MAX_SKEW_MS - 1))
     refused(key, record.data, Decision.REJECT, Reason.WRONG_NETWORK, RecordRules("aci-other", lambda: NOW))
     refused(key, seal(body, network="aci-other").data, Decision.REJECT, Reason.WRONG_NETWORK)
@@ -144,11 +144,11 @@ def test_of_equals_the_last_is_chosen() -> None:
 
 def test_what_is_refused_is_not_chosen() -> None:
     key = node_key(NODE)
-    good = seal(NODE_RECORD, at=NOW - HOUR + 1).data
+    good = seal(NODE_RECORD, at=NOW - LIFETIME + 1).data
     bad = [
         b"",
         seal(NODE_RECORD, OTHER).data,
-        seal(NODE_RECORD, at=NOW - HOUR).data,
+        seal(NODE_RECORD, at=NOW - LIFETIME).data,
         seal(NODE_RECORD, at=NOW + MAX_SKEW_MS + 1).data,
         seal(NODE_RECORD, network="aci-other").data,
         seal(CAPABILITY).data,

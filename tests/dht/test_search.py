@@ -9,7 +9,6 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from aci_p2p.dht.discovery import TICK_S
 from aci_p2p.dht.search import PATIENCE_S
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.messages import NodeRecord
@@ -91,6 +90,7 @@ async def test_what_changes_is_announced(autojump_clock: MockClock, open_peers: 
         await provider.discovery.announce(lambda: (NodeRecord((), (), "aci-p2p/1"), (current,)))
         await trio.sleep(20)
         current = replace(current, free_slots=0)
-        await trio.sleep(2 * TICK_S)
+        provider.discovery.look_again()
+        await trio.sleep(2)
         (record,) = await consumer.discovery.find_providers(ROOT)
         assert record.body.free_slots == 0

@@ -65,6 +65,13 @@ async def eventually(condition: Callable[[], object]) -> None:
             await trio.sleep(0.005)
 
 
+async def told(network: Network, condition: Callable[[], object]) -> None:
+    """Wait until a condition holds, looking only when the network says that something has changed."""
+    with trio.fail_after(5):
+        while not condition():
+            await network.changed()
+
+
 async def joined(publisher: Network, *others: Network) -> None:
     """Wait until the publisher knows that the others have joined the tests' topic."""
     await eventually(lambda: {other.node_id for other in others} <= set(publisher.topic_peers(TOPIC)))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 import trio
+import trio.testing
 
 from aci_p2p.network import MAX_FRAME_BYTES, DialledOurselves, PeerUnreachable, Stream, StreamClosed
 from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.version import SOFTWARE
-from tests.network.driver import ECHO, STRANGER, Opener, OpenLine, echo, eventually, make_key
+from tests.network.driver import ECHO, STRANGER, Opener, OpenLine, echo, eventually, make_key, told
 
 
 async def test_address_names_the_node(open_network: Opener) -> None:
@@ -26,6 +28,35 @@ async def test_connection_is_known_on_both_sides(open_line: OpenLine) -> None:
         await eventually(lambda: list(a.peers) == [b.node_id])
         assert list(b.peers) == [a.node_id]
         assert a.statistics().peers == 1
+
+
+async def test_connections_are_told_to_who_waits_on_both_sides(open_network: Opener) -> None:
+    async with open_network(1) as a, trio.open_nursery() as nursery, open_network(2) as b:
+        for one, other in ((a, b), (b, a)):
+            nursery.start_soon(told, one, partial(lambda *nodes: nodes[1].node_id in nodes[0].peers, one, other))
+        await trio.testing.wait_all_tasks_blocked()
+        await b.connect(a.addresses[0])
+        while nursery.child_tasks:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.start_soon(told, a, lambda: not a.peers)
+        await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_nothing_is_told_while_nothing_changes(open_line: OpenLine) -> None:
+    async with open_line(2) as (a, b):
+        with b.serve(ECHO, echo):
+            # Whatever connecting brings about.
+            with trio.move_on_after(2) as scope:
+                while True:
+                    await a.changed()
+                    scope.deadline = trio.current_time() + 0.3
+            with trio.move_on_after(0.3) as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(a.changed)
+                    async with a.open_stream(b.node_id, ECHO) as stream:
+                        await stream.send(b"x")
+                        await stream.receive()
+            assert scope.cancelled_caught
 
 
 async def test_connecting_again_changes_nothing(open_line: OpenLine) -> None:

@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 import trio
+import trio.testing
 
 from aci_p2p.network import MAX_GOSSIP_BYTES, GossipMessage
 from aci_p2p.network.limits import MAX_REJECTS_PER_MINUTE
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import ACCEPTED, Decision, Reason, Validation
-from tests.network.driver import TOPIC, Opener, OpenLine, eventually, joined
+from tests.network.driver import TOPIC, Opener, OpenLine, eventually, joined, told
 
 
 def accept(_forwarder: NodeId, _data: bytes) -> Validation:
@@ -206,6 +207,17 @@ async def test_leaving_a_topic_ends_delivery(open_line: OpenLine) -> None:
             with trio.fail_after(5):
                 while (await subscription.receive()).data != b"hello again":
                     pass
+
+
+async def test_topics_that_peers_join_and_leave_are_told(open_line: OpenLine) -> None:
+    async with open_line(2) as (a, b), trio.open_nursery() as nursery:
+        nursery.start_soon(told, a, lambda: list(a.topic_peers(TOPIC)) == [b.node_id])
+        await trio.testing.wait_all_tasks_blocked()
+        async with b.subscribe(TOPIC, accept, capacity=8):
+            while nursery.child_tasks:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.start_soon(told, a, lambda: not a.topic_peers(TOPIC))
+            await trio.testing.wait_all_tasks_blocked()
 
 
 async def test_one_subscription_a_topic(open_network: Opener) -> None:

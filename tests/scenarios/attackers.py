@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Seque
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, Final, TypeVar
 
 import trio
@@ -239,15 +240,21 @@ async def asks_and_does_not_read(arena: Arena) -> None:
     await at_once(one, arena.some(2))
 
 
-def stream_garbage(protocol: str, cases: Iterable[bytes]) -> Attack:
-    """Authenticated peers that send garbage on the streams of a protocol, again and again until disconnected."""
+def stream_garbage(protocol: str, cases: Iterable[bytes | Callable[[int], bytes]]) -> Attack:
+    """Authenticated peers that send garbage on the streams of a protocol, again and again until disconnected.
+
+    A case is the same each time, or depends on how often it was sent before.
+    """
 
     async def attack(arena: Arena) -> None:
-        async def one(number: int, data: bytes) -> None:
+        async def one(number: int, case: bytes | Callable[[int], bytes]) -> None:
             (target,) = arena.some(1)
             async with target.attacked_by_host(arena.key(number)) as host:
                 with trio.fail_after(DISCONNECT_S):
-                    while host.peers:
+                    for sent in count():
+                        if not host.peers:
+                            return
+                        data = case if isinstance(case, bytes) else case(sent)
                         await _send_and_hear(host, target.node_id, protocol, data)
 
         await at_once(one, cases)

@@ -40,9 +40,19 @@ Author = Callable[[KeyPair, int], bytes]
 """Makes a flooder's message from its key and the message's number."""
 
 
-def publication(data: bytes) -> bytes:
+def publication(data: bytes, **fields: bytes) -> bytes:
     """An RPC with one message for the offers' topic."""
-    return prefixed(RPC(publish=[GossipMessage(topicIDs=[OFFERS_TOPIC], data=data)]).SerializeToString())
+    message = GossipMessage(topicIDs=[OFFERS_TOPIC], data=data, **fields)  # type: ignore[arg-type]
+    return prefixed(RPC(publish=[message]).SerializeToString())
+
+
+INVALID_MESSAGES: Final[tuple[Callable[[int], bytes], ...]] = (
+    lambda number: publication(b"with an author %d" % number, from_id=b"\x12\x20" + bytes(32), seqno=b"1"),
+    lambda number: publication(b"with a bad key %d" % number, signature=b"s" * 64, key=b"\xff\xff\xff"),
+    lambda number: publication(b"no offer %d" % number),
+    lambda number: publication(b"%20000d" % number),
+)
+"""Another one each time: the same again would be known already."""
 
 
 def forged(key: KeyPair, number: int) -> bytes:

@@ -8,7 +8,7 @@ rejected, is ignored more and more and thrown out in the end (`score`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from random import Random
 
@@ -123,6 +123,8 @@ class Gossip:
         self._readers: dict[NodeId, trio.CancelScope] = {}
         self._subscriptions: dict[str, QueuedSubscription] = {}
         self.journal = GossipJournal()
+        self.on_subscriptions: list[Callable[[], None]] = []
+        """Called when a neighbour may have joined or left topics."""
         host.on_connected.append(self._on_connected)
         host.on_disconnected.append(self._on_disconnected)
         host.on_moved.append(lambda peer: self._outboxes[peer].move())
@@ -229,8 +231,12 @@ class Gossip:
                 self.journal.refused[Reason.FLOODED] += max(1, len(rpc.publish))
                 await trio.lowlevel.checkpoint()
                 continue
-            for incoming in self._router.receive(peer, rpc, now):
-                await self._judge(peer, incoming)
+            incoming = self._router.receive(peer, rpc, now)
+            if rpc.subscriptions:
+                for notify in self.on_subscriptions:
+                    notify()
+            for message in incoming:
+                await self._judge(peer, message)
 
     async def _judge(self, peer: NodeId, incoming: Incoming) -> None:
         # Signatures are checked here: let other tasks run between two messages of a batch.

@@ -44,7 +44,7 @@ TRIM_SECONDS = 10.0
 FAILED_STREAMS_PER_SECOND = 1.0
 """Inbound streams of one peer that may come to nothing in the long run, per second: garbage, protocols that nobody
 agrees on, more streams than it may have. Honest peers of other versions ask in vain now and then."""
-FAILED_STREAMS_BURST = 256.0
+FAILED_STREAMS_BURST = 128.0
 """Inbound streams of one peer that may come to nothing at once: a busy consumer meets the limit of streams."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""

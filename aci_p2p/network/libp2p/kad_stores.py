@@ -10,13 +10,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 from aci_p2p.network.libp2p.kad_table import position
-from aci_p2p.network.limits import PROVIDER_SECONDS
+from aci_p2p.network.limits import PROVIDER_SECONDS, RECORD_SECONDS
 from aci_p2p.protocol.identity import NodeId
 
 MAX_RECORDS = 8192
 """Values kept for the network: 32 MiB of the largest."""
-RECORD_SECONDS = 3600.0
-"""How long a value is kept, seconds: as long as the signed records in it hold."""
 MAX_RECORDS_PER_PUBLISHER = 129
 """Values kept of one publisher: 128 models and itself."""
 MAX_PROVIDER_KEYS = 4096

@@ -42,7 +42,7 @@ from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import Validation
-from aci_p2p.tasks import open_background
+from aci_p2p.tasks import Notice, open_background
 
 CLOSE_SECONDS = 0.5
 """How long leaving waits for queued frames to reach the peers, seconds."""
@@ -57,6 +57,11 @@ class Libp2pNetwork(Network):
         self._kademlia = kademlia
         self._traversal = traversal
         self._streams = 0
+        self._changes = Notice()
+        host.on_connected.append(lambda _connection: self._changes.notify())
+        host.on_disconnected.append(lambda _peer: self._changes.notify())
+        host.on_changed.append(self._changes.notify)
+        gossip.on_subscriptions.append(self._changes.notify)
 
     @property
     def node_id(self) -> NodeId:
@@ -73,6 +78,9 @@ class Libp2pNetwork(Network):
     @property
     def reachability(self) -> Reachability:
         return self._host.reachability
+
+    async def changed(self) -> None:
+        await self._changes.wait()
 
     def connections(self) -> Sequence[ConnectionInfo]:
         return tuple(replace(one, score=self._gossip.score(one.peer)) for one in self._host.connections.describe())
