@@ -61,6 +61,8 @@ CREATE TABLE keys (
     last_used_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
+_TOTALS_INDEX: Final = "CREATE INDEX IF NOT EXISTS jobs_totals ON jobs (node, role, state, price)"
+"""Holds all that `totals` reads: the jobs themselves, with their proofs, are a hundred times as large."""
 _OPEN_STATES: Final = tuple(state.value for state in LIMITS)
 """States that something still leaves."""
 _COLUMNS: Final = "node, job_id, role, state, updated_at, model_root, peer, price, blame, detail, proof, receipt"
@@ -241,6 +243,7 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     elif version != SCHEMA_VERSION:
         msg = f"{path} is of version {version}, this program knows {SCHEMA_VERSION}"
         raise StoreError(msg, hint="use the program that wrote it, or another --home")
+    connection.execute(_TOTALS_INDEX)
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import IO, Final, TextIO
 
 import trio
@@ -118,7 +119,9 @@ async def _run(observer: Observer, journal: Journal, terminal: Terminal, descrip
         except AciError as error:
             log.warning("the view is not current", extra={"fields": {"error": error}})
         else:
-            terminal.show(render(view, _size(descriptor), utf8=utf8))
+            # In a thread: it takes milliseconds, in which the node has others to serve.
+            draw = partial(render, view, _size(descriptor), utf8=utf8)
+            terminal.show(await trio.to_thread.run_sync(draw))
         await trio.sleep(FRAME_S)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from rich import box
@@ -64,6 +64,9 @@ class _Section:
 def draw(view: View, width: int, height: int, *, utf8: bool = True) -> RenderableType:
     """The screen, of exactly that size."""
     frame = box.ROUNDED if utf8 else box.ASCII
+    # Laying out what has no room would take most of the time.
+    newest = sorted(view.peers, key=lambda peer: peer["age_s"])[:height]
+    view = replace(view, peers=newest, events=view.events[-height:])
     header = _header(view, min(HEADER_ROWS, height), frame)
     jobs, market, peers, log = _jobs(view), _market(view), _peers(view), _log(view)
     left = height - HEADER_ROWS
@@ -144,7 +147,7 @@ def _jobs(view: View) -> _Section:
     checkpoints = _plain("checkpoints  none: no chain configured", "dim")
     if provider is None:
         return _Section("jobs", [_plain("it serves no model: it helps others to find each other"), checkpoints])
-    busy = provider["slots"] - provider["free_slots"]
+    busy = len(provider["running"])
     counts = f"{provider['finished']} done, {provider['failed']} failed, {amount(provider['earned'])} earned"
     counts += f"; {amount(view.status['earned'])} with all jobs"
     models = ", ".join(model["name"] for model in provider["models"]) or "no model"
@@ -206,7 +209,7 @@ def _peers(view: View) -> _Section:
             peer["agent"] or "-",
             peer["address"].partition("/p2p/")[0],
         )
-        for peer in sorted(view.peers, key=lambda peer: peer["age_s"])
+        for peer in view.peers
     ]
     titles = [("peer", "", "way", "rtt", "age", "score", "program", "address")] if cells else []
     lines = list(_rows([*titles, *cells], "", right=(3, 4, 5), heading=True))

@@ -21,8 +21,10 @@ FILE_VARIABLE: Final = "ACI_CONFIG"
 """Names the file, as `--config` does."""
 MAX_FILE_BYTES: Final = 1 << 20
 """Bytes; a file with every setting and a thousand addresses has a tenth of it. More is something else."""
-OTHER_VARIABLES: Final = frozenset({FILE_VARIABLE, "ACI_DEBUG", "ACI_DEMO_PROMPT", "ACI_REQUIRE_MODEL"})
+OTHER_VARIABLES: Final = frozenset({FILE_VARIABLE, "ACI_DEBUG", "ACI_DEMO_PROMPT"})
 """Variables of ours that are no settings."""
+TESTS_PREFIX: Final = "ACI_REQUIRE_"
+"""How variables begin that tell the tests what must not be missing."""
 
 _HEADER: Final = re.compile(r"\s*\[\s*([A-Za-z0-9_-]+)\s*\]")
 _ASSIGNMENT: Final = re.compile(r"\s*([A-Za-z0-9_.-]+)\s*=")
@@ -99,7 +101,7 @@ def unknown_variables() -> Iterator[str]:
     """Names that begin like ours in the environment and are none, each with what may be meant."""
     known = {setting.variable for setting in SETTINGS} | OTHER_VARIABLES
     for name in sorted(os.environ):
-        if name.startswith("ACI_") and name not in known:
+        if name.startswith("ACI_") and name not in known and not name.startswith(TESTS_PREFIX):
             yield f"{name} is no setting{_suggest(name, sorted(known))}"
 
 

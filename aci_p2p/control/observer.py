@@ -242,7 +242,7 @@ class Observer:
                 for record in role.capabilities()
             ],
             slots=statistics.slots,
-            free_slots=max(statistics.slots - statistics.running, 0),
+            free_slots=0 if statistics.draining else max(statistics.slots - statistics.running, 0),
             running=[
                 {
                     "job": job.job_id.hex(),

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final, NoReturn
@@ -40,8 +40,10 @@ FINDS: Final = 5
 """Keys provided, and as many records stored, each looked up once."""
 QUIET_SHARE: Final = 0.1
 """Of a core: below it, a network that was just put together has come to rest."""
-QUIET_SECONDS: Final = 3.0
+QUIET_SECONDS: Final = 5.0
 """How long to wait for that."""
+AT_ONCE: Final = 4
+"""Nodes that join a swarm at the same time."""
 POLL_SECONDS: Final = 0.001
 """Between looks at whether a peer is identified: not every library tells."""
 
@@ -130,6 +132,19 @@ def resident_bytes() -> int:
     """Memory that the process occupies."""
     gc.collect()
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def join_all(steps: Iterable[Step]) -> None:
+    """Let nodes join, some at a time."""
+    waiting = iter(steps)
+
+    async def work() -> None:
+        for step in waiting:
+            await step()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(AT_ONCE):
+            nursery.start_soon(work)
 
 
 async def settle() -> None:

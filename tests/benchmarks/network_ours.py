@@ -24,6 +24,7 @@ from tests.benchmarks.network_common import (
     Pair,
     Step,
     Swarm,
+    join_all,
     key_of,
     record_of,
     run_worker,
@@ -162,9 +163,7 @@ class Ours(Library):
     async def open_swarm(self, count: int) -> AsyncGenerator[Swarm]:
         async with AsyncExitStack() as stack:
             newcomer, first, *others = await open_hosts(stack, count + 1)
-            async with trio.open_nursery() as nursery:
-                for host in others:
-                    nursery.start_soon(host.connect, first.addresses[0])
+            await join_all(partial(connect, host, first) for host in others)
             yield OurSwarm([first, *others], newcomer)
 
 

@@ -45,6 +45,7 @@ from tests.benchmarks.network_common import (
     Pair,
     Step,
     Swarm,
+    join_all,
     key_of,
     record_of,
     run_worker,
@@ -260,9 +261,7 @@ class Stock(Library):
         async with AsyncExitStack() as stack:
             hosts = await open_hosts(stack, count + 1)
             nodes = [await stack.enter_async_context(open_node(host)) for host in hosts]
-            async with trio.open_nursery() as nursery:
-                for host in hosts[1:-1]:
-                    nursery.start_soon(dial, host, hosts[0])
+            await join_all(partial(dial, host, hosts[0]) for host in hosts[1:-1])
             for node in nodes[1:-1]:
                 await node.add_peer(hosts[0].get_id())
             yield StockSwarm(hosts, nodes)

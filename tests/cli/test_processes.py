@@ -186,14 +186,15 @@ def test_a_provider_that_is_stopped_finishes_its_jobs(start: Start, cli: Cli, mo
 
 
 @pytest.mark.slow
-def test_a_provider_that_is_stopped_twice_hands_its_jobs_back(start: Start, model_home: Path) -> None:
+def test_a_provider_that_is_stopped_twice_hands_its_jobs_back(start: Start, cli: Cli, model_home: Path) -> None:
     with no_orphans():
         provider = start("join", *LOOPBACK)
         address = wait_for(provider, "listening on ")
         consumer = start("infer", "--bootstrap", address, "--max-tokens", "2000", "Tell me a long story.")
         wait_for_text(consumer)
         provider.terminate()
-        time.sleep(0.3)
+        status = json.loads(cli("status", "--json").stdout)
+        assert (status["node"]["state"], status["provider"]["free_slots"]) == ("stopping", 0)
         assert consumer.poll() is None
         began = time.monotonic()
         provider.terminate()

@@ -490,3 +490,15 @@ async def test_totals_are_exact_and_of_one_node(path: Path) -> None:
     }
     async with open_store(path, OTHER) as store:
         assert await store.totals() == []
+
+
+async def test_totals_are_read_from_their_index_in_an_older_file_too(path: Path) -> None:
+    names = "SELECT name FROM sqlite_master WHERE type = 'index' AND name = 'jobs_totals'"
+    plan = "EXPLAIN QUERY PLAN SELECT role, state, COUNT(*), price FROM jobs WHERE node = x'' GROUP BY role, state"
+    async with open_store(path, NODE):
+        pass
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP INDEX jobs_totals")
+    async with open_store(path, NODE):
+        assert rows(path, names) == [("jobs_totals",)]
+        assert "COVERING INDEX jobs_totals" in str(rows(path, plan))
