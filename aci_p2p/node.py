@@ -40,8 +40,8 @@ log = logging.getLogger("aci_p2p.node")
 REACH_WAIT_S: Final = 2.0
 """Seconds until found providers must have joined our gossip; two heartbeats."""
 
-SETTLE_S: Final = 600.0
-"""Seconds between looks for jobs whose challenge window of a day is over."""
+SETTLE_S: Final = 3_600.0
+"""Seconds between looks for jobs whose challenge window of a day is over: nobody waits for it."""
 
 OpenNetwork: TypeAlias = Callable[[KeyPair, NetworkConfig, RecordRules], AbstractAsyncContextManager[Network]]
 """Opens a network for a key, what it is told, and the rules of DHT records."""

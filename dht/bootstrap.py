@@ -8,6 +8,7 @@ Others (from the address cache, other nodes, the local network) are tried while 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -19,8 +20,12 @@ from aci_p2p.protocol.identity import NodeId
 
 WANTED_PEERS: Final = 4
 """Peers with which a node is content; gossip and Kademlia bring the others."""
-MAX_DIALS: Final = 16
-"""Attempts at once."""
+MAX_DIALS: Final = 256
+"""Attempts at once at named addresses, and as many at others: a cache full of those who are gone hides nobody."""
+MAX_FRESH: Final = 16
+"""Those of them that have just begun."""
+FRESH_S: Final = 0.1
+"""Seconds after which an attempt that has not ended holds up the next ones no more."""
 MIN_BACK_OFF_S: Final = 1.0
 """Seconds until an address is tried again, at least; the longest wait doubles each time from here."""
 MAX_BACK_OFF_S: Final = 300.0
@@ -108,6 +113,7 @@ class _Candidate:
     """Named, or behind a named `/dnsaddr`: tried also while peers are not wanted."""
     depth: int = 0
     is_busy: bool = False
+    begun: float = -inf
     is_tried: bool = False
     attempts: int = 0
     failure: AciError | None = None
@@ -169,27 +175,42 @@ class Joiner:
         self._had_peers = bool(peers)
         is_content = len(peers) >= self._wanted
         self._note_connected(peers, now)
-        free = MAX_DIALS - sum(candidate.is_busy for candidate in self._candidates())
+        every = self._candidates()
+        free = MAX_FRESH - len(self._fresh(every, now))
+        busy = Counter(candidate.is_lasting for candidate in every if candidate.is_busy)
         chosen: list[str] = []
-        for candidate in self._candidates():
+        for candidate in every:
             if len(chosen) >= free or (is_content and not candidate.is_lasting):
                 break
-            if not candidate.is_busy and candidate.due <= now:
-                candidate.is_busy = True
+            if not candidate.is_busy and candidate.due <= now and busy[candidate.is_lasting] < MAX_DIALS:
+                candidate.is_busy, candidate.begun = True, now
+                busy[candidate.is_lasting] += 1
                 chosen.append(candidate.address)
         return chosen
 
-    def next_due(self, peers: Collection[NodeId]) -> float:
+    def next_due(self, peers: Collection[NodeId], now: float) -> float:
         """When there is an address to try, seconds, unless something changes before; `inf` for never.
 
-        To be asked after `next_attempts` with the same peers.
+        To be asked after `next_attempts` with the same peers and time.
         """
-        candidates = self._candidates()
-        if sum(candidate.is_busy for candidate in candidates) >= MAX_DIALS:
-            return inf
+        every = self._candidates()
         is_content = len(peers) >= self._wanted
-        waiting = (one.due for one in candidates if not one.is_busy and (one.is_lasting or not is_content))
-        return min(waiting, default=inf)
+        busy = Counter(candidate.is_lasting for candidate in every if candidate.is_busy)
+        waiting = (
+            one.due
+            for one in every
+            if not one.is_busy and busy[one.is_lasting] < MAX_DIALS and (one.is_lasting or not is_content)
+        )
+        due = min(waiting, default=inf)
+        fresh = self._fresh(every, now)
+        if len(fresh) < MAX_FRESH:
+            return due
+        return max(due, min(candidate.begun for candidate in fresh) + FRESH_S)
+
+    @staticmethod
+    def _fresh(candidates: Sequence[_Candidate], now: float) -> list[_Candidate]:
+        """Those of the candidates whose attempt has just begun."""
+        return [one for one in candidates if one.is_busy and one.begun + FRESH_S > now]
 
     def _note_connected(self, peers: Collection[NodeId], now: float) -> None:
         is_content = len(peers) >= self._wanted

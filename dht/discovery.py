@@ -97,6 +97,7 @@ class Discovery:
         self._describe: Describe | None = None
         self._failing: set[bytes] = set()
         self._topic = exchange_topic(sealer.network)
+        self._sealed: dict[bytes, tuple[Record, bytes]] = {}
         self._exchange_at = inf
         self._exchanged_at = -inf
         self._exchanges = 0
@@ -162,7 +163,7 @@ class Discovery:
         while True:
             now = trio.current_time()
             self._membership.tick(now)
-            due = min(now + LOOK_S, self._membership.next_due())
+            due = min(now + LOOK_S, self._membership.next_due(now))
             if self._describe is not None:
                 due = min(due, self._announce_changes(self._describe, now))
             with trio.move_on_at(due):
@@ -206,7 +207,7 @@ class Discovery:
 
     async def _publish_one(self, record: Record) -> None:
         async with self._publishing:
-            key = record.model_root if isinstance(record, CapabilityRecord) else b""
+            key = _key(record)
             try:
                 await self._put(record)
                 self._failing.discard(key)
@@ -220,6 +221,8 @@ class Discovery:
 
     async def _put(self, record: Record) -> None:
         data = self._seal(record)
+        if isinstance(record, NodeRecord) or record.slots:
+            self._sealed[_key(record)] = record, data
         if isinstance(record, NodeRecord):
             await self._network.put_record(node_key(self._network.node_id), data)
             return
@@ -230,13 +233,19 @@ class Discovery:
             await self._network.provide(record.model_root)
 
     async def _exchange_records(self) -> None:
-        """Tell our neighbours about ourselves."""
+        """Tell our neighbours about ourselves, each time in another envelope: gossip passes nothing on twice."""
         for record in self._announcer.current[: MAX_MODELS + 1]:
             if record.addresses:
-                await self._network.publish(self._topic, self._seal(record))
+                sealed, data = self._sealed.pop(_key(record), (None, b""))
+                await self._network.publish(self._topic, data if sealed == record else self._seal(record))
+        self._sealed.clear()
 
     def _seal(self, record: Record) -> bytes:
         return self._sealer.seal(record, self._clock(), lifetime_ms=RECORD_LIFETIME_MS).data
+
+
+def _key(record: Record) -> bytes:
+    return record.model_root if isinstance(record, CapabilityRecord) else b""
 
 
 class _Listener:

@@ -28,7 +28,7 @@ from aci_p2p.tasks import Notice
 DIAL_TIMEOUT_S: Final = 5.0
 """Seconds for connecting to one address, name resolution and handshake included."""
 JOIN_TIMEOUT_S: Final = 12.0
-"""Seconds for joining when peers are needed: two waves of addresses that do not answer."""
+"""Seconds for joining when peers are needed: two attempts at addresses that do not answer."""
 START_WAIT_S: Final = 1.0
 """Seconds that a node waits for its first peer before it goes on without."""
 GRACE_S: Final = 0.3
@@ -80,9 +80,10 @@ class CacheKeeper:
     def note(self, network: Network) -> None:
         """Remember who is connected."""
         connected = set(network.peers)
+        dialled = {connection.peer for connection in network.connections() if connection.outbound}
         for known in network.known_peers():
             if known.peer in connected:
-                self._cache.note(known.peer, known.addresses, self._clock())
+                self._cache.note(known.peer, known.addresses, self._clock(), dialled=known.peer in dialled)
         if self._saved == self._places():
             self.next_due = inf
         elif self.next_due == inf:
@@ -153,10 +154,11 @@ class Membership:
         self.news.notify()
         with trio.move_on_after(JOIN_TIMEOUT_S if require else START_WAIT_S) as scope:
             while not self._joiner.is_settled(trio.current_time()):
-                await self.news.wait()
-                self._refuse_malformed(bootstrap)
+                # Somebody may be connected already, whom the cache knew.
                 if self._network.peers:
                     scope.deadline = min(scope.deadline, trio.current_time() + GRACE_S)
+                await self.news.wait()
+                self._refuse_malformed(bootstrap)
         self._refuse_malformed(bootstrap)
         failures = [failure for report in self.report() for failure in report.failures]
         if require and failures and not self._network.peers:
@@ -203,10 +205,10 @@ class Membership:
                 self._is_saving = True
                 self._nursery.start_soon(self._save, self._cache)
 
-    def next_due(self) -> float:
-        """When there is something to do, seconds, unless there are `news` before; right after a `tick`."""
+    def next_due(self, now: float) -> float:
+        """When there is something to do, seconds, unless there are `news` before; right after a `tick(now)`."""
         save = inf if self._cache is None or self._is_saving else self._cache.next_due
-        return min(save, self._joiner.next_due(self._network.peers))
+        return min(save, self._joiner.next_due(self._network.peers, now))
 
     async def leave(self) -> None:
         """Write the address cache."""

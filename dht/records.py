@@ -6,6 +6,7 @@ The DHT is a hint, never an authority: every record is signed by the node it is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
@@ -21,13 +22,17 @@ from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, requir
 
 NODE_PREFIX: Final = "/aci/node/"
 CAPABILITY_PREFIX: Final = "/aci/capability/"
+MAX_KEYS: Final = 1_024
+"""Keys of either kind remembered: base58 takes longer than all else but the signature."""
 
 
+@lru_cache(maxsize=MAX_KEYS)
 def node_key(node: NodeId) -> str:
     """Where a node's record lies."""
     return f"{NODE_PREFIX}{node}"
 
 
+@lru_cache(maxsize=MAX_KEYS)
 def capability_key(model_root: bytes, node: NodeId) -> str:
     """Where a provider's record for one model lies."""
     return f"{CAPABILITY_PREFIX}{base58.b58encode(model_root).decode()}/{node}"

@@ -1,7 +1,9 @@
 """Catching up on a topic: whom to ask when, what to fetch, whom not to ask again, and how much to give. Pure.
 
-Gossip loses messages: to full queues, to partitions, to nodes that join late. So each node asks one neighbour at a
-time what its log has since last time, and fetches what it has not seen. Time is in seconds of any steady clock.
+Gossip loses messages: to full queues, to partitions, to nodes that join late. So each node tells some neighbours when
+its log has grown, and asks one at a time what its log has since last time, and fetches what it has not seen: a new
+neighbour at once, one that is ahead soon, and any now and then, the less often the longer nothing is new. Time is in
+seconds of any steady clock.
 """
 
 from __future__ import annotations
@@ -9,22 +11,32 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from random import Random
 from typing import Final
 
 from aci_p2p.network.buckets import TokenBucket
-from aci_p2p.protocol.catchup import MAX_FETCH, NO_EPOCH, News, Since
+from aci_p2p.protocol.catchup import MAX_FETCH, NO_EPOCH, Head, News, Since
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.wire import Malformed
 
 PULL_S: Final = 5.0
 """Seconds between two questions, give or take half of it, while they bring something."""
-MAX_PULL_S: Final = 15.0
-"""The same after several that brought nothing: a quarter of an offer's life."""
-PULL_GROWTH: Final = 1.5
-"""Factor from one to the other."""
+BUSY_PULL_S: Final = 15.0
+"""The same while gossip brings messages: a quarter of an offer's life."""
+MAX_PULL_S: Final = 1_800.0
+"""The same after many that brought nothing: who misses something is told of it anyway, by neighbours that have it."""
+PULL_GROWTH: Final = 2.0
+"""Factor from one to the next that brings nothing."""
 NEWCOMER_GAP_S: Final = 1.0
-"""Seconds between questions to new neighbours, which are asked at once otherwise: many may come together."""
+"""Seconds between questions to new neighbours and to those that are ahead, asked at once otherwise: many may be."""
+ANNOUNCE_DELAY_S: Final = 2.0
+"""Seconds from a message to the announcement of our log, give or take half of it: gossip is faster where it works."""
+ANNOUNCE_GAP_S: Final = 8.0
+"""Seconds from one announcement to the next."""
+ANNOUNCE_TO: Final = 4
+"""Neighbours that hear it. With as many from all sides, one in fifty nodes that missed a message is told by nobody, and
+learns of it from the next."""
 MIN_QUIET_S: Final = 10.0
 """Seconds for which a neighbour that failed us is left alone; doubled each time."""
 MAX_QUIET_S: Final = 600.0
@@ -33,9 +45,9 @@ MAX_NEIGHBOURS: Final = 512
 """Neighbours whose logs we remember our place in: as many as a node has connections."""
 
 EXCHANGES_PER_S: Final = 1.0
-"""Questions that one neighbour may ask on average; an honest one asks a fifth of it."""
+"""Questions and announcements of one neighbour on average; an honest one makes a third of it."""
 EXCHANGES_BURST: Final = 16.0
-"""Questions at once: a whole log in pages, twice over."""
+"""The same at once: a whole log in pages, twice over."""
 BYTES_PER_S: Final = 128 * 1024.0
 """Messages that one neighbour may fetch on average, bytes a second."""
 BYTES_BURST: Final = 4 * 1024 * 1024.0
@@ -46,6 +58,8 @@ BYTES_BURST: Final = 4 * 1024 * 1024.0
 class _Neighbour:
     epoch: bytes = NO_EPOCH
     sequence: int = 0
+    promised: int = 0
+    """What it said is the latest number in its epoch, when that made us ask."""
     failures: int = 0
     quiet_until: float = 0.0
 
@@ -58,25 +72,60 @@ class CatchUp:
         self._random = random
         self._neighbours: OrderedDict[NodeId, _Neighbour] = OrderedDict()
         self._asked: set[NodeId] = set()
+        self._ahead: set[NodeId] = set()
         self._pause = PULL_S
         self._last = float("-inf")
         self._due = float("-inf")
 
     def next_peer(self, peers: Sequence[NodeId], now: float) -> NodeId | None:
-        """Whom of the topic's connected peers to ask now, if anybody: a new one soon, else any when it is time."""
+        """Whom of the topic's connected peers to ask now, if anybody: new ones, those ahead, others in time."""
         self._asked.intersection_update(peers)
+        self._ahead.intersection_update(peers)
         ready = [peer for peer in peers if self._quiet_until(peer) <= now]
-        new = [peer for peer in ready if peer not in self._asked]
-        if new and now - self._last >= NEWCOMER_GAP_S:
+        new = [peer for peer in ready if self._is_urgent(peer)]
+        if new and now >= self._last + NEWCOMER_GAP_S:
             chosen = self._random.choice(new)
         elif ready and now >= self._due:
             chosen = self._random.choice(ready)
         else:
             return None
         self._asked.add(chosen)
+        self._ahead.discard(chosen)
         self._last = now
         self._schedule(now)
         return chosen
+
+    def next_due(self, peers: Sequence[NodeId]) -> float:
+        """When there is somebody to ask, seconds, unless something changes before; `inf` for never."""
+        urgent = [self._quiet_until(peer) for peer in peers if self._is_urgent(peer)]
+        every = [self._quiet_until(peer) for peer in peers]
+        return min(max(self._last + NEWCOMER_GAP_S, min(urgent, default=inf)), max(self._due, min(every, default=inf)))
+
+    def _is_urgent(self, peer: NodeId) -> bool:
+        return peer not in self._asked or peer in self._ahead
+
+    def heard(self, now: float) -> bool:
+        """Gossip has brought a message, so there may be others; whether the next question comes sooner for it."""
+        if self._pause <= BUSY_PULL_S:
+            return False
+        self._pause = BUSY_PULL_S
+        before = self._due
+        self._schedule(now)
+        self._due = min(before, self._due)
+        return self._due < before
+
+    def told(self, peer: NodeId, head: Head, is_known: Callable[[bytes], bool]) -> bool:
+        """A neighbour says how far its log is; whether that makes us ask it, soon."""
+        neighbour = self._neighbour(peer)
+        missing = head.sequence - neighbour.sequence if head.epoch == neighbour.epoch else head.sequence
+        if missing <= 0:
+            return False
+        if missing <= len(head.latest) and all(map(is_known, head.latest[-missing:])):
+            neighbour.epoch, neighbour.sequence = head.epoch, head.sequence
+            return False
+        neighbour.promised = head.sequence
+        self._ahead.add(peer)
+        return True
 
     def request(self, peer: NodeId) -> Since:
         """What to ask a neighbour."""
@@ -107,11 +156,12 @@ class CatchUp:
         """An exchange came to its end: `wanted` messages were new to us, `fetched` of them came.
 
         A neighbour that announces and then has nothing is left alone for a while: its messages may have expired in
-        between, or never existed.
+        between, or never existed; nor is a log shorter than it was said to be, unless its node has started again.
         """
         neighbour = self._neighbour(peer)
         neighbour.epoch, neighbour.sequence = news.epoch, news.sequence
-        if wanted and not fetched:
+        promised, neighbour.promised = neighbour.promised, 0
+        if (wanted and not fetched) or news.head < promised:
             self._leave_alone(neighbour, now)
             return
         neighbour.failures = 0
@@ -148,7 +198,7 @@ class Quotas:
         self._quotas: OrderedDict[NodeId, tuple[TokenBucket, TokenBucket]] = OrderedDict()
 
     def take_exchange(self, peer: NodeId, now: float) -> bool:
-        """Whether a neighbour may ask another question."""
+        """Whether a neighbour may ask another question, or announce its log."""
         exchanges, _ = self._quota(peer, now)
         return exchanges.take(1, now)
 

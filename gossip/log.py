@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
-from aci_p2p.protocol.catchup import MAX_NEWS, News, Since
+from aci_p2p.protocol.catchup import MAX_LATEST, MAX_NEWS, Head, News, Since
 
 MAX_LOG_MESSAGES: Final = 4_096
 """Messages kept of one topic: 60 s of 68 a second, the live offers that a node remembers."""
@@ -38,6 +38,11 @@ class TopicLog:
         return identifier in self._entries
 
     @property
+    def sequence(self) -> int:
+        """The latest number."""
+        return self._head
+
+    @property
     def payload_bytes(self) -> int:
         """Payload held, bytes."""
         return self._bytes
@@ -65,6 +70,11 @@ class TopicLog:
         """The payload of an unexpired message."""
         entry = self._entries.get(identifier)
         return entry.data if entry is not None and entry.expires_at > now else None
+
+    def head(self) -> Head:
+        """How far the log is, with the ids of its latest messages."""
+        latest = [identifier for identifier, _ in zip(reversed(self._entries), range(MAX_LATEST), strict=False)]
+        return Head(self._epoch, self._head, tuple(reversed(latest)))
 
     def since(self, request: Since, now: int) -> News:
         """The unexpired messages after a point, the oldest MAX_NEWS of them."""

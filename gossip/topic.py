@@ -1,8 +1,9 @@
 """A topic of signed envelopes: broadcast by gossip, and what gossip loses is fetched from neighbours' logs.
 
-Each node keeps a log of what it has accepted or published (`log`), serves it, and asks a neighbour now and then, and
-each new one at once, what it has missed (`catchup`). Whatever way a message comes, it passes the same check and is
-delivered once. What is fetched is not broadcast again: the others fetch it too.
+Each node keeps a log of what it has accepted or published (`log`), serves it, tells some neighbours when it has grown,
+and asks what it has missed: each new neighbour at once, those that are ahead soon, any now and then (`catchup`).
+Whatever way a message comes, it passes the same check and is delivered once. What is fetched is not broadcast again:
+the others fetch it too. While nothing is new, next to nothing happens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final, Generic, Self, TypeVar
 import trio
 
 from aci_p2p.clock import Clock
-from aci_p2p.gossip.catchup import CatchUp, Quotas
+from aci_p2p.gossip.catchup import ANNOUNCE_DELAY_S, ANNOUNCE_GAP_S, ANNOUNCE_TO, CatchUp, Quotas
 from aci_p2p.gossip.flooding import FloodWitness
 from aci_p2p.gossip.log import TopicLog
 from aci_p2p.network import Network, PeerUnreachable, Stream, StreamClosed, Subscription
@@ -29,6 +30,7 @@ from aci_p2p.protocol.catchup import (
     MAX_REQUEST_BYTES,
     Fetch,
     Fetched,
+    Head,
     News,
     Since,
     decode,
@@ -41,10 +43,12 @@ from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.replay import MAX_PER_SENDER
 from aci_p2p.protocol.validation import ACCEPTED, Decision, MessageRefused, Reason, Validation
 from aci_p2p.protocol.wire import Malformed
-from aci_p2p.tasks import open_background
+from aci_p2p.tasks import Notice, open_background
 
 PROTOCOL_PREFIX: Final = "/aci/catch-up/1.0.0"
 """Stream protocol id of a topic's log, followed by the topic's name."""
+HEAD_PROTOCOL_PREFIX: Final = "/aci/log-head/1.0.0"
+"""Stream protocol id of announcements of a topic's log, followed by the topic's name."""
 QUEUE: Final = 256
 """Messages waiting for their consumer, unless a topic says otherwise; the oldest make room."""
 MAX_REMEMBERED: Final = 16_384
@@ -53,12 +57,12 @@ MAX_PUBLISHED: Final = MAX_PER_SENDER * 3 // 4
 """Live messages that we publish ourselves; a quarter less than others allow us, since clocks differ."""
 MAX_REFUSED: Final = 1_024
 """Ids remembered of messages that the check refused, so that they are not fetched again."""
-POLL_S: Final = 1.0
-"""Seconds between looks at who has joined the topic."""
 MAX_PAGES: Final = 8
 """Answers of one neighbour read in a row: a whole log."""
 ANSWER_S: Final = 5.0
 """Time for a neighbour to answer, seconds; it has the messages in memory."""
+TURN_S: Final = 15.0
+"""Time for all answers of one neighbour in a row, seconds: while it takes them, no other is asked."""
 REQUEST_S: Final = 30.0
 """Time for a neighbour to ask its next question, seconds: it checks signatures in between."""
 
@@ -109,6 +113,7 @@ class Topic(Generic[T]):
         self._check = check
         self._clock = clock
         self._log = TopicLog(random.randbytes(EPOCH_BYTES))
+        self._random = random
         self._catchup = CatchUp(random)
         self._quotas = Quotas()
         self._witness = FloodWitness()
@@ -119,6 +124,8 @@ class Topic(Generic[T]):
         self._capacity = capacity
         self._queue: deque[Envelope[T]] = deque()
         self._queue_changed = trio.Event()
+        self._log_grew = Notice()
+        self._look = Notice()
         self._is_consumed = False
         self._dropped = self._exchanges = self._failed_exchanges = self._caught_up = self._served = 0
 
@@ -179,6 +186,8 @@ class Topic(Generic[T]):
             self._refuse(identifier)
             return self._blame(forwarder, data, error.validation)
         self._remember(identifier, envelope)
+        if self._catchup.heard(trio.current_time()):
+            self._look.notify()
         self._checked[identifier] = envelope
         if len(self._checked) > self._capacity:
             # As many as the subscription can hold; older ones were dropped there too.
@@ -214,6 +223,7 @@ class Topic(Generic[T]):
     def _remember(self, identifier: bytes, envelope: Envelope[T]) -> None:
         now, expires_at = self._clock(), envelope.header.expires_at
         self._log.add(identifier, envelope.data, expires_at, now)
+        self._log_grew.notify()
         self._remembered[identifier] = expires_at
         while len(self._remembered) > MAX_REMEMBERED or next(iter(self._remembered.values()), now + 1) <= now:
             self._remembered.popitem(last=False)
@@ -258,21 +268,69 @@ class Topic(Generic[T]):
         self._served += len(messages)
         return True
 
+    # Telling neighbours how far our log is.
+
+    async def announce(self) -> None:
+        """Tell some neighbours when our log has grown, until cancelled."""
+        told = 0
+        while True:
+            while self._log.sequence == told:
+                await self._log_grew.wait()
+            await trio.sleep(ANNOUNCE_DELAY_S * self._random.uniform(0.5, 1.5))
+            head, peers = self._log.head(), self._network.topic_peers(self.name)
+            told = head.sequence
+            for peer in self._random.sample(peers, min(ANNOUNCE_TO, len(peers))):
+                await self._tell(peer, head)
+            await trio.sleep(ANNOUNCE_GAP_S)
+
+    async def _tell(self, peer: NodeId, head: Head) -> None:
+        with trio.move_on_after(ANSWER_S):
+            try:
+                async with self._network.open_stream(peer, HEAD_PROTOCOL_PREFIX + self.name) as stream:
+                    await stream.send(encode(head))
+            except (StreamClosed, PeerUnreachable):
+                log.debug("%s cannot be told about %s", peer.short, self.name, exc_info=True)
+
+    async def hear(self, stream: Stream) -> None:
+        """Take note of how far a neighbour's log is (a `StreamHandler`)."""
+        peer = stream.peer
+        if not self._quotas.take_exchange(peer, trio.current_time()):
+            return
+        try:
+            with trio.fail_after(REQUEST_S):
+                head = decode(Head, await stream.receive(), max_bytes=MAX_REQUEST_BYTES)
+        except trio.TooSlowError:
+            log.debug("%s begins to tell about %s and falls asleep", peer.short, self.name)
+        except (CborError, Malformed):
+            await self._network.report(peer, self.name, _MALFORMED)
+        else:
+            if self._catchup.told(peer, head, self._is_known):
+                self._look.notify()
+
     # Asking neighbours.
 
     async def catch_up(self) -> None:
         """Ask neighbours what we have missed, until cancelled."""
         while True:
-            await trio.sleep(POLL_S)
-            peer = self._catchup.next_peer(self._network.topic_peers(self.name), trio.current_time())
-            if peer is not None:
+            peers = self._network.topic_peers(self.name)
+            if (peer := self._catchup.next_peer(peers, trio.current_time())) is not None:
                 await self._ask(peer)
+            else:
+                with trio.move_on_at(self._catchup.next_due(peers)):
+                    await self._look.wait()
+
+    async def watch(self) -> None:
+        """Look whom to ask when neighbours have changed, until cancelled."""
+        while True:
+            await self._network.changed()
+            self._look.notify()
 
     async def _ask(self, peer: NodeId) -> None:
+        turn = _Turn()
         try:
             for _ in range(MAX_PAGES):
                 self._exchanges += 1
-                if not await self._exchange(peer):
+                if not await self._exchange(peer, turn):
                     break
         except (StreamClosed, PeerUnreachable, MessageRefused, trio.TooSlowError):
             log.debug("%s does not answer about %s", peer.short, self.name, exc_info=True)
@@ -284,19 +342,19 @@ class Topic(Generic[T]):
         self._failed_exchanges += 1
         self._catchup.failed(peer, trio.current_time())
 
-    async def _exchange(self, peer: NodeId) -> bool:
+    async def _exchange(self, peer: NodeId, turn: _Turn) -> bool:
         """One question and what follows from its answer; whether there is more to ask at once."""
         request = self._catchup.request(peer)
         with trio.CancelScope() as opening:
             opening.deadline = trio.current_time() + ANSWER_S
             async with self._network.open_stream(peer, PROTOCOL_PREFIX + self.name) as stream:
                 opening.deadline = float("inf")
-                news = await _asked(stream, request, News)
+                news = await turn.ask(stream, request, News)
                 self._catchup.judge(request, news)
                 batches = self._catchup.batches(news, self._is_known)
                 fetched = 0
                 for batch in batches:
-                    fetched += await self._fetch(stream, batch)
+                    fetched += await self._fetch(stream, batch, turn)
             wanted = sum(map(len, batches))
             self._catchup.succeeded(peer, news, wanted=wanted, fetched=fetched, now=trio.current_time())
             return news.head > news.sequence and (fetched > 0 or not wanted)
@@ -305,9 +363,9 @@ class Topic(Generic[T]):
     def _is_known(self, identifier: bytes) -> bool:
         return self._is_remembered(identifier) or identifier in self._refused or identifier in self._log
 
-    async def _fetch(self, stream: Stream, batch: tuple[bytes, ...]) -> int:
+    async def _fetch(self, stream: Stream, batch: tuple[bytes, ...], turn: _Turn) -> int:
         """Fetch messages and treat each as if gossip had brought it; how many came."""
-        fetched = await _asked(stream, Fetch(batch), Fetched)
+        fetched = await turn.ask(stream, Fetch(batch), Fetched)
         missing = set(batch)
         for data in fetched.messages:
             identifier = message_id(self.name, data)
@@ -344,11 +402,20 @@ class Topic(Generic[T]):
                 self._is_consumed = False
 
 
-async def _asked(stream: Stream, question: Since | Fetch, answer: type[A]) -> A:
-    """Ask, and wait ANSWER_S for the answer. Raises TooSlowError, StreamClosed, CborError, Malformed."""
-    with trio.fail_after(ANSWER_S):
-        await stream.send(encode(question))
-        return decode(answer, await stream.receive(), max_bytes=MAX_ANSWER_BYTES)
+class _Turn:
+    """Questions to one neighbour, which may not make us wait for ever, however often it answers in time."""
+
+    def __init__(self) -> None:
+        self._left_s = TURN_S
+
+    async def ask(self, stream: Stream, question: Since | Fetch, answer: type[A]) -> A:
+        """Ask, and wait ANSWER_S for the answer. Raises TooSlowError, StreamClosed, CborError, Malformed."""
+        began = trio.current_time()
+        with trio.fail_after(min(ANSWER_S, self._left_s)):
+            await stream.send(encode(question))
+            frame = await stream.receive()
+        self._left_s -= trio.current_time() - began
+        return decode(answer, frame, max_bytes=MAX_ANSWER_BYTES)
 
 
 @asynccontextmanager
@@ -369,11 +436,13 @@ async def open_topic(
     moments; by default the system's. Raises LocalError when the topic is joined already.
     """
     topic = Topic(network, name, check, clock, capacity=capacity, random=random or SystemRandom())
-    with network.serve(PROTOCOL_PREFIX + name, topic.serve):
+    with network.serve(PROTOCOL_PREFIX + name, topic.serve), network.serve(HEAD_PROTOCOL_PREFIX + name, topic.hear):
         async with (
             network.subscribe(name, topic.validate, capacity=capacity) as subscription,
             open_background() as tasks,
         ):
             tasks.start_soon(topic.deliver, subscription)
+            tasks.start_soon(topic.watch)
             tasks.start_soon(topic.catch_up)
+            tasks.start_soon(topic.announce)
             yield topic

@@ -22,6 +22,8 @@ MAX_FETCH: Final = 32
 """Messages fetched at once: at most 512 KiB, so that a frame holds them."""
 MAX_MESSAGE_BYTES: Final = 16 << 10
 """Largest message, bytes: what gossip carries."""
+MAX_LATEST: Final = 16
+"""Message ids in one announcement: a busy topic's of two seconds."""
 MAX_REQUEST_BYTES: Final = MAX_FETCH * (DIGEST_BYTES + 2) + 64
 """Largest request, bytes."""
 MAX_ANSWER_BYTES: Final = MAX_FETCH * (MAX_MESSAGE_BYTES + 3) + 64
@@ -70,7 +72,19 @@ class Fetched:
     """Payloads as gossip carries them."""
 
 
-def encode(message: Since | News | Fetch | Fetched) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Head:
+    """On a stream of its own: this is how far our log is by now."""
+
+    epoch: Annotated[bytes, Wire(1, Bytes(EPOCH_BYTES))]
+    """Of the log."""
+    sequence: Annotated[int, Wire(2, Uint())]
+    """The log's latest number."""
+    latest: Annotated[tuple[bytes, ...], Wire(3, ListOf(DIGEST, MAX_LATEST))]
+    """Ids of the messages with the numbers up to it, the latest last: who knows them need not ask."""
+
+
+def encode(message: Since | News | Fetch | Fetched | Head) -> bytes:
     """A message as a frame; raises LocalError when a field is out of bounds."""
     return cbor.encode(wire.to_value(message))
 

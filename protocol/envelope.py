@@ -8,7 +8,8 @@ another.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Final, Generic, TypeVar
+from functools import lru_cache
+from typing import Annotated, Any, Final, Generic, TypeVar
 
 from aci_p2p.protocol import cbor, wire
 from aci_p2p.protocol.errors import LocalError
@@ -24,6 +25,11 @@ MAX_SKEW_MS: Final = 30_000
 """Clocks of honest nodes differ by less; NTP keeps within a second, unsynchronised laptops within half a minute."""
 MAX_NETWORK_BYTES: Final = 32
 """Bytes of a network id such as `aci-main`."""
+
+MAX_KEPT: Final = 512
+"""Envelopes kept opened: the same record comes over gossip, from the DHT, and again when a newer one is compared."""
+MAX_KEPT_BYTES: Final = 4_096
+"""Largest of them, bytes: every record, offer and bid; prompts and receipts come once."""
 
 B = TypeVar("B")
 
@@ -151,12 +157,20 @@ def open_envelope(data: bytes, body_type: type[B], *, network: str, now: int | N
     require(0 < header.expires_at - header.issued_at <= KINDS[kind].lifetime_ms, Decision.REJECT, Reason.BAD_LIFETIME)
     if now is not None:
         check_age(header, now)
+    return _verify_kept(data, kind) if len(data) <= MAX_KEPT_BYTES else _verify(data, kind)
+
+
+def _verify(data: bytes, kind: Kind) -> Envelope[Any]:
+    header = _parse_header(data)
     try:
         header.sender.verify(_signed_bytes(header), header.signature)
     except BadSignature:
         # Signed by its sender.
         raise MessageRefused(Decision.REJECT, Reason.BAD_SIGNATURE) from None
-    return Envelope(header, _parse(body_type, _decode(header.body)), data)
+    return Envelope(header, _parse(KINDS[kind].body, _decode(header.body)), data)
+
+
+_verify_kept = lru_cache(maxsize=MAX_KEPT)(_verify)
 
 
 def check_age(header: Header, now: int) -> None:
@@ -187,11 +201,18 @@ def header_of(data: bytes) -> Header:
 
 
 def _parse_header(data: bytes) -> Header:
+    return _parse_header_kept(data) if len(data) <= MAX_KEPT_BYTES else _parse_new_header(data)
+
+
+def _parse_new_header(data: bytes) -> Header:
     value = _decode(data)
     version = value.get(1) if isinstance(value, dict) else None
     # A later version is no fault of its sender, whatever else it carries.
     require(not isinstance(version, int) or version == VERSION, Decision.IGNORE, Reason.UNKNOWN_VERSION)
     return _parse(Header, value)
+
+
+_parse_header_kept = lru_cache(maxsize=MAX_KEPT)(_parse_new_header)
 
 
 def _decode(data: bytes) -> cbor.Value:

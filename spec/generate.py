@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aci_p2p.protocol import cbor, wire
-from aci_p2p.protocol.catchup import Fetch, Fetched, News, Since
+from aci_p2p.protocol.catchup import Fetch, Fetched, Head, News, Since
 from aci_p2p.protocol.cbor import Value
 from aci_p2p.protocol.commitments import (
     derive_job_id,
@@ -118,7 +118,7 @@ def messages_cddl() -> str:
                 for kind, rules in KINDS.items()
             ),
             "; Catching up on a topic (checks.md): frames on a stream.",
-            *map(wire.cddl_of, (Since, News, Fetch, Fetched)),
+            *map(wire.cddl_of, (Since, News, Fetch, Fetched, Head)),
             "; A proof file (proof.md).\n" + wire.cddl_of(ProofFile),
         ]
     ) + "\n"  # fmt: skip

@@ -33,7 +33,7 @@ class RecordShelf:
         if not self._is_valid(key, value):
             return
         held = self._records.get(key)
-        if held is None or self._rules.select(key, (held, value)) == 1:
+        if held is None or value == held or self._rules.select(key, (held, value)) == 1:
             self._records[key] = value
 
     def get(self, key: str) -> bytes | None:

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aci_p2p.dht.address_cache import MAX_AGE_MS, MAX_CACHED, MAX_FILE_BYTES, AddressCache, CacheDamaged, CachedPeer
+from aci_p2p.dht.address_cache import (
+    MAX_AGE_MS,
+    MAX_CACHED,
+    MAX_FILE_BYTES,
+    MAX_UNDIALLED,
+    AddressCache,
+    CacheDamaged,
+    CachedPeer,
+)
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.messages import MAX_ADDRESS_BYTES, MAX_ADDRESSES
 from tests.protocol.driver import NOW
@@ -46,6 +54,27 @@ def test_the_cache_is_bounded_and_the_oldest_goes_first() -> None:
     assert [cached.peer for cached in cache.peers] == [node(number) for number in range(MAX_CACHED + 10, 10, -1)]
     assert all(len(cached.addresses) == MAX_ADDRESSES for cached in cache.peers)
     assert len(cache.encode()) <= MAX_FILE_BYTES
+
+
+def test_who_only_dials_us_does_not_displace_whom_we_have_dialled() -> None:
+    """Identities are free, and so is saying where one can be dialled."""
+    cache = AddressCache()
+
+    def come(number: int, *, dialled: bool) -> None:
+        cache.note(node(number), [f"/ip4/192.0.2.1/tcp/1/p2p/{node(number)}"], NOW + number, dialled=dialled)
+
+    for number in range(1, MAX_CACHED + 1):
+        come(number, dialled=True)
+    # It stays whom we have dialled when it dials us later.
+    come(MAX_CACHED, dialled=False)
+    for number in range(1_000, 2_000):
+        come(number, dialled=False)
+    again = AddressCache.decode(cache.encode(), NOW + 2_000)
+    assert again.peers == cache.peers
+    kept = [cached.peer for cached in again.peers]
+    ours, theirs = MAX_CACHED - MAX_UNDIALLED, MAX_UNDIALLED
+    assert kept[:ours] == [node(number) for number in range(MAX_CACHED, MAX_CACHED - ours, -1)]
+    assert kept[ours:] == [node(number) for number in range(1_999, 1_999 - theirs, -1)]
 
 
 def test_a_full_cache_of_longest_addresses_can_be_read_again() -> None:

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from aci_p2p.dht import bootstrap
 from aci_p2p.dht.bootstrap import (
+    FRESH_S,
     LOOK_AGAIN_S,
     MAX_BACK_OFF_S,
     MAX_CANDIDATES,
     MAX_DEPTH,
     MAX_DIALS,
+    MAX_FRESH,
     MAX_RESOLVED,
     MIN_BACK_OFF_S,
     WANTED_PEERS,
@@ -73,13 +75,32 @@ def test_our_own_addresses_are_left_out(joiner: Joiner) -> None:
     assert joiner.report() == ()
 
 
-def test_no_more_attempts_at_once_than_allowed(joiner: Joiner) -> None:
+def test_attempts_begin_one_wave_after_the_other(joiner: Joiner) -> None:
     joiner.offer([at(number) for number in range(1, 40)], 0)
     first = joiner.next_attempts((), 0)
-    assert first == [at(number) for number in range(1, MAX_DIALS + 1)]
+    assert first == [at(number) for number in range(1, MAX_FRESH + 1)]
     joiner.failed(first[0], ERROR, 0)
     joiner.connected(first[1], 0)
-    assert joiner.next_attempts({node(2)}, 0) == [at(MAX_DIALS + 1), at(MAX_DIALS + 2)]
+    assert joiner.next_attempts({node(2)}, 0) == [at(MAX_FRESH + 1), at(MAX_FRESH + 2)]
+    # Those that have not ended by then hold up the others no more.
+    assert joiner.next_due({node(2)}, 0) == FRESH_S
+    assert joiner.next_attempts({node(2)}, FRESH_S - 1e-3) == []
+    assert len(joiner.next_attempts({node(2)}, FRESH_S)) == MAX_FRESH
+
+
+def test_no_more_attempts_at_once_than_allowed(joiner: Joiner) -> None:
+    joiner.offer([at(number) for number in range(1, MAX_DIALS + 50)], 0)
+    tried = [address for wave in range(100) for address in joiner.next_attempts((), wave)]
+    assert tried == [at(number) for number in range(1, MAX_DIALS + 1)]
+    # Named ones do not wait for the others, nor these for them.
+    named = [f"/ip4/192.0.2.2/tcp/{number}" for number in range(1, MAX_DIALS + 50)]
+    joiner.name(named, 100)
+    assert joiner.next_due((), 100) == 100
+    tried = [address for wave in range(100) for address in joiner.next_attempts((), 100 + wave)]
+    assert tried == named[:MAX_DIALS]
+    joiner.failed(at(1), ERROR, 200)
+    assert joiner.next_due((), 200) == 0
+    assert joiner.next_attempts((), 200) == [at(MAX_DIALS + 1)]
 
 
 def test_back_off_grows_with_full_jitter(joiner: Joiner) -> None:
@@ -147,16 +168,16 @@ def test_who_is_connected_is_not_dialled(joiner: Joiner) -> None:
 
 
 def test_it_says_when_to_look_again(joiner: Joiner) -> None:
-    assert joiner.next_due(()) == inf
+    assert joiner.next_due((), 9) == inf
     joiner.name([at(1)], 0)
     joiner.offer([at(2)], 5)
-    assert joiner.next_due(()) == 0
+    assert joiner.next_due((), 9) == 0
     joiner.next_attempts((), 5)
     # All are under way.
-    assert joiner.next_due(()) == inf
+    assert joiner.next_due((), 9) == inf
     joiner.failed(at(1), ERROR, 6)
     joiner.failed(at(2), ERROR, 6)
-    due = joiner.next_due(())
+    due = joiner.next_due((), 9)
     assert 6 + MIN_BACK_OFF_S <= due <= 6 + 2 * MIN_BACK_OFF_S
     assert joiner.next_attempts((), due - 1e-3) == []
     assert joiner.next_attempts((), due) != []
@@ -167,23 +188,24 @@ def test_who_is_connected_and_who_is_not_wanted_makes_nobody_look(joiner: Joiner
     joiner.offer([at(2)], 0)
     peers = {node(1), *ENOUGH}
     assert joiner.next_attempts(peers, 0) == []
-    assert joiner.next_due(peers) == inf
+    assert joiner.next_due(peers, 1e6) == inf
     # Lost while there are others: as after any success.
     assert joiner.next_attempts(ENOUGH, 1e6) == []
-    assert LOOK_AGAIN_S / 2 <= joiner.next_due(ENOUGH) - 1e6 <= LOOK_AGAIN_S * 1.5
+    assert LOOK_AGAIN_S / 2 <= joiner.next_due(ENOUGH, 1e6) - 1e6 <= LOOK_AGAIN_S * 1.5
     # Lost when peers are wanted: soon.
     joiner.next_attempts(peers, 1e6)
     few = set(list(ENOUGH)[1:])
     assert joiner.next_attempts(few, 2e6) == [at(2)]
-    assert joiner.next_due(few) - 2e6 <= MIN_BACK_OFF_S
+    assert joiner.next_due(few, 2e6) - 2e6 <= MIN_BACK_OFF_S
 
 
 def test_with_all_attempts_under_way_there_is_nothing_to_look_for(joiner: Joiner) -> None:
     joiner.offer([at(number) for number in range(1, MAX_DIALS + 2)], 0)
-    joiner.next_attempts((), 0)
-    assert joiner.next_due(()) == inf
-    joiner.failed(at(1), ERROR, 0)
-    assert joiner.next_due(()) == 0
+    for wave in range(MAX_DIALS // MAX_FRESH):
+        joiner.next_attempts((), wave)
+    assert joiner.next_due((), 100) == inf
+    joiner.failed(at(1), ERROR, 100)
+    assert joiner.next_due((), 100) == 0
 
 
 def test_candidates_are_bounded_and_those_that_fail_go_first(joiner: Joiner) -> None:

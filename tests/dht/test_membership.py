@@ -13,11 +13,13 @@ from aci_p2p.dht import joining
 from aci_p2p.dht.address_cache import AddressCache
 from aci_p2p.dht.bootstrap import MAX_BACK_OFF_S
 from aci_p2p.dht.discovery import DiscoveryOptions
-from aci_p2p.dht.joining import FIRST_SAVE_S, SAVE_S, START_WAIT_S
+from aci_p2p.dht.joining import DIAL_TIMEOUT_S, FIRST_SAVE_S, GRACE_S, SAVE_S, START_WAIT_S
 from aci_p2p.files import write_atomically
+from aci_p2p.network import Network
 from aci_p2p.network.memory import MemoryHub
-from aci_p2p.protocol.identity import KeyPair
-from tests.dht.driver import HOUR_S, Home, OpenPeers, clock, open_peer
+from aci_p2p.protocol.errors import ResourceError
+from aci_p2p.protocol.identity import KeyPair, NodeId
+from tests.dht.driver import HOUR_S, Home, OpenPeers, clock, dead, open_peer
 
 
 async def test_a_node_starts_without_anybody_and_finds_its_bootstrap_later(
@@ -39,6 +41,55 @@ async def test_a_node_starts_without_anybody_and_finds_its_bootstrap_later(
             assert first.node_id in late.network.peers
             (report,) = late.discovery.bootstrap_report()
             assert (report.reached, report.failures) == (True, ())
+
+
+@pytest.fixture
+def black_holes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Addresses where nobody ever says anything."""
+    holes: list[str] = []
+
+    async def dial(network: Network, address: str) -> NodeId:
+        if address not in holes:
+            return await joining_dial(network, address)
+        await trio.sleep(DIAL_TIMEOUT_S)
+        msg = "no answer"
+        raise ResourceError(msg)
+
+    joining_dial = joining.dial
+    monkeypatch.setattr(joining, "dial", dial)
+    return holes
+
+
+def write_cache(path: Path, addresses: list[str]) -> None:
+    """A cache of these, the first as the latest that was seen."""
+    cache = AddressCache()
+    for age, address in enumerate(addresses):
+        cache.note(NodeId.parse(address.rpartition("/")[2]), (address,), clock() - age)
+    write_atomically(path, cache.encode())
+
+
+@pytest.mark.parametrize("where", ["named", "named among the dead", "cached last", "cached first", "named and cached"])
+async def test_who_is_gone_does_not_hold_up_joining(
+    where: str, autojump_clock: MockClock, hub: MemoryHub, home: Home, black_holes: list[str]
+) -> None:
+    black_holes += [dead(number) for number in range(1_000, 1_250)]
+    async with open_peer(hub, 1) as alive:
+        first, last = where in {"cached first", "named and cached"}, where == "cached last"
+        write_cache(home.path, [alive.address] * first + black_holes + [alive.address] * last)
+        named = [alive.address] if "named" in where else []
+        if "dead" in where:
+            named = [*(dead(number) for number in range(2_000, 2_040)), *named]
+            black_holes += named[:-1]
+        async with open_peer(hub, 2, home.options) as node:
+            # The cache is tried as soon as the node runs.
+            await trio.sleep(0.5 if "cached" in where else 0.05)
+            start = trio.current_time()
+            await node.discovery.join(named)
+            assert node.network.peers == (alive.node_id,)
+            waves = len(black_holes) // 16 * 0.1 if where == "cached last" else 0.4
+            assert trio.current_time() - start < waves + GRACE_S + 0.1
+            if first:
+                assert trio.current_time() - start < GRACE_S + 0.01
 
 
 async def test_a_node_that_lost_everybody_comes_back(
@@ -114,13 +165,13 @@ async def test_the_cache_is_written_soon_and_then_seldom(
         # Nothing new.
         await trio.sleep(HOUR_S)
         assert len(writes) == 1
-        await node.network.connect(second.address)
+        await second.network.connect(node.address)
         await trio.sleep(SAVE_S)
         assert len(writes) == 2
     # And at the end, for when they were seen last.
     assert len(writes) == 3
     cached = AddressCache.decode(home.path.read_bytes(), clock())
-    assert {one.peer for one in cached.peers} == {first.node_id, second.node_id}
+    assert {one.peer: one.dialled for one in cached.peers} == {first.node_id: True, second.node_id: False}
     assert all(clock() - one.seen < 2_000 for one in cached.peers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import inf
 from random import Random
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from aci_p2p.gossip import catchup, flooding
 from aci_p2p.gossip.catchup import CatchUp, Quotas
 from aci_p2p.gossip.flooding import FloodWitness
-from aci_p2p.protocol.catchup import MAX_FETCH, NO_EPOCH, News, Since
+from aci_p2p.protocol.catchup import MAX_FETCH, NO_EPOCH, Head, News, Since
 from aci_p2p.protocol.envelope import Header, Sealer
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.messages import Abort, AbortCode
@@ -44,6 +45,7 @@ def succeed(place: CatchUp, now: float, *, fetched: int = 0, news: News = NOTHIN
 
 def test_nobody_is_asked_when_nobody_is_there(place: CatchUp) -> None:
     assert place.next_peer([], NOW) is None
+    assert place.next_due([]) == inf
 
 
 def test_new_neighbours_are_asked_one_a_second(place: CatchUp) -> None:
@@ -67,27 +69,45 @@ def pauses(place: CatchUp, count: int, *, fetched: int) -> list[float]:
         if place.next_peer([PEER], now) is not None:
             found.append(now)
             succeed(place, now, fetched=fetched)
-        now += 0.01
+        due = place.next_due([PEER])
+        assert due > now
+        assert place.next_peer([PEER], due - 1e-3) is None
+        now = due
     return [later - earlier for earlier, later in pairwise(found[1:])]
 
 
 def test_questions_come_every_few_seconds_with_jitter(place: CatchUp) -> None:
     between = pauses(place, 30, fetched=1)
     assert min(between) >= 0.5 * catchup.PULL_S
-    assert max(between) <= 1.5 * catchup.PULL_S + 0.02
+    assert max(between) <= 1.5 * catchup.PULL_S
     assert max(between) - min(between) > 2
 
 
 def test_questions_that_bring_nothing_become_rare_up_to_a_limit(place: CatchUp) -> None:
-    between = pauses(place, 30, fetched=0)
-    assert between[0] < 1.5 * catchup.PULL_S * catchup.PULL_GROWTH + 0.02
+    between = pauses(place, 60, fetched=0)
+    for number, pause in enumerate(between):
+        expected = min(catchup.PULL_S * catchup.PULL_GROWTH ** (number + 1), catchup.MAX_PULL_S)
+        assert 0.5 * expected <= pause <= 1.5 * expected
     assert max(between) > catchup.MAX_PULL_S
-    assert max(between) <= 1.5 * catchup.MAX_PULL_S + 0.02
-    assert max(pauses(place, 10, fetched=1)[1:]) <= 1.5 * catchup.PULL_S + 0.02
+    # What is found, and what gossip brings, makes them frequent again.
+    assert place.heard(NOW)
+    assert place.next_due([PEER]) <= NOW + 1.5 * catchup.BUSY_PULL_S
+    assert not place.heard(NOW)
+    assert max(pauses(place, 10, fetched=1)[1:]) <= 1.5 * catchup.PULL_S
+
+
+def test_what_gossip_brings_postpones_nothing(place: CatchUp) -> None:
+    place.next_peer([PEER], NOW)
+    for _ in range(20):
+        succeed(place, NOW)
+    due = place.next_due([PEER])
+    assert not place.heard(due - 0.01)
+    assert place.next_due([PEER]) == due
 
 
 def test_all_neighbours_have_their_turn(place: CatchUp) -> None:
     asked = [place.next_peer(PEERS, NOW + number) for number in range(0, 1000, 30)]
+    assert place.next_due(PEERS) < NOW + 1000 + 1.5 * catchup.PULL_S
     assert set(asked) == set(PEERS)
 
 
@@ -101,6 +121,7 @@ def test_who_fails_is_left_alone_for_longer_each_time(place: CatchUp, *, empty_h
             place.failed(PEER, now)
         quiet = min(catchup.MIN_QUIET_S * 2**number, catchup.MAX_QUIET_S)
         assert place.next_peer([PEER], now + quiet - 0.01) is None
+        assert place.next_due([PEER]) >= now + quiet
         assert place.next_peer([PEER, OTHER], now + quiet - 0.01) in {OTHER, None}
         now += quiet
         while place.next_peer([PEER], now) is None:
@@ -128,6 +149,67 @@ def test_so_many_places_are_remembered(place: CatchUp, monkeypatch: pytest.Monke
     for peer in PEERS[:3]:
         place.succeeded(peer, News(EPOCH, 7, 7, ()), wanted=0, fetched=0, now=NOW)
     assert [place.request(peer).sequence for peer in PEERS[:3]] == [0, 7, 7]
+
+
+# What neighbours tell of their logs.
+
+
+def in_place(place: CatchUp) -> None:
+    """We have asked the neighbours, and know the log of one up to its seventh message."""
+    for number in range(3):
+        place.next_peer([PEER, OTHER], NOW - 3 + number)
+    succeed(place, NOW, news=News(EPOCH, 7, 7, ()))
+
+
+@pytest.mark.parametrize(
+    ("head", "asks"),
+    [
+        (Head(EPOCH, 7, ()), False),
+        (Head(EPOCH, 6, identifiers(99)), False),
+        (Head(EPOCH, 8, ()), True),
+        (Head(EPOCH, 8, identifiers(1)), False),
+        (Head(EPOCH, 8, identifiers(99)), True),
+        (Head(EPOCH, 9, identifiers(1)), True),
+        (Head(EPOCH, 9, identifiers(99, 1, 2)), False),
+        (Head(EPOCH, 9, identifiers(1, 99)), True),
+        (Head(OTHER_EPOCH, 2, identifiers(1, 2)), False),
+        (Head(OTHER_EPOCH, 3, identifiers(1, 2)), True),
+        (Head(OTHER_EPOCH, 0, ()), False),
+    ],
+)
+def test_who_is_ahead_is_asked(place: CatchUp, head: Head, *, asks: bool) -> None:
+    in_place(place)
+    assert place.told(PEER, head, lambda one: one in identifiers(1, 2)) is asks
+    assert place.next_due([PEER, OTHER]) < NOW + 1 if asks else place.next_due([PEER, OTHER]) > NOW + 1
+    later = NOW + catchup.NEWCOMER_GAP_S
+    assert place.next_peer([PEER, OTHER], later) == (PEER if asks else None)
+    # Once, until it tells again.
+    assert place.next_peer([PEER, OTHER], later + catchup.NEWCOMER_GAP_S) is None
+
+
+def test_what_is_known_of_a_log_need_not_be_asked_for(place: CatchUp) -> None:
+    in_place(place)
+    place.told(PEER, Head(EPOCH, 8, identifiers(1)), lambda _: True)
+    assert place.request(PEER) == Since(EPOCH, 8)
+    place.told(PEER, Head(EPOCH, 99, identifiers(1)), lambda _: True)
+    assert place.request(PEER) == Since(EPOCH, 8)
+
+
+def test_who_is_gone_is_not_ahead(place: CatchUp) -> None:
+    in_place(place)
+    place.told(PEER, Head(EPOCH, 8, ()), lambda _: True)
+    assert place.next_peer([OTHER], NOW) is None
+    assert place.next_due([OTHER]) > NOW + 1
+
+
+@pytest.mark.parametrize(("news", "quiet"), [(News(EPOCH, 7, 7, ()), True), (News(EPOCH, 8, 8, ()), False)])
+def test_a_log_that_is_shorter_than_it_was_said_to_be(place: CatchUp, news: News, *, quiet: bool) -> None:
+    in_place(place)
+    place.told(PEER, Head(EPOCH, 8, ()), lambda _: False)
+    place.next_peer([PEER, OTHER], NOW + 1)
+    place.succeeded(PEER, news, wanted=0, fetched=0, now=NOW + 1)
+    place.told(PEER, Head(EPOCH, 100, ()), lambda _: False)
+    assert place.next_peer([PEER], NOW + 3) == (None if quiet else PEER)
 
 
 # The answer.

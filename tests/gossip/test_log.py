@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from aci_p2p.gossip import log as logs
 from aci_p2p.gossip.log import TopicLog
-from aci_p2p.protocol.catchup import MAX_NEWS, NO_EPOCH, News, Since
+from aci_p2p.protocol.catchup import MAX_LATEST, MAX_NEWS, NO_EPOCH, Head, News, Since
 
 NOW = 1_800_000_000_000
 EPOCH, OTHER_EPOCH = b"an epoch", b"another!"
@@ -34,6 +34,15 @@ def log() -> TopicLog:
 
 def test_an_empty_log_has_no_news(log: TopicLog) -> None:
     assert log.since(START, NOW) == News(EPOCH, 0, 0, ())
+
+
+def test_its_head_names_the_latest_messages(log: TopicLog) -> None:
+    assert log.head() == Head(EPOCH, 0, ())
+    fill(log, 2)
+    assert log.head() == Head(EPOCH, 2, (identifier(1), identifier(2)))
+    fill(log, MAX_LATEST, first=3)
+    assert log.head() == Head(EPOCH, MAX_LATEST + 2, tuple(map(identifier, range(3, MAX_LATEST + 3))))
+    assert log.sequence == MAX_LATEST + 2
 
 
 def test_messages_are_told_in_order_and_from_where_one_left_off(log: TopicLog) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -17,8 +18,8 @@ from aci_p2p.gossip import topic as topics
 from aci_p2p.network import Network, Stream, StreamClosed
 from aci_p2p.network.delivery import message_id
 from aci_p2p.network.limits import MAX_REJECTS_PER_MINUTE
-from aci_p2p.network.memory import MemoryHub
-from aci_p2p.protocol.catchup import MAX_MESSAGE_BYTES, NO_EPOCH, Fetch, Fetched, News, Since, decode, encode
+from aci_p2p.network.memory import MemoryHub, MemoryNetwork
+from aci_p2p.protocol.catchup import MAX_MESSAGE_BYTES, NO_EPOCH, Fetch, Fetched, Head, News, Since, decode, encode
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.errors import LocalError, ResourceError
 from aci_p2p.protocol.identity import KeyPair, NodeId
@@ -131,11 +132,8 @@ async def test_newcomer_learns_what_was_said_before(open_network: Opener) -> Non
             assert statistics.dropped == statistics.failed_exchanges == 0
 
 
-async def test_own_and_fetched_messages_can_be_fetched_on(
-    open_network: Opener, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_own_and_fetched_messages_can_be_fetched_on(open_network: Opener) -> None:
     """From the first to the third through the log of the second."""
-    monkeypatch.setattr(topics, "POLL_S", 0.02)
     async with open_network(2) as second, join(second, 2, system_clock) as b:
         async with open_network(1) as first, join(first, 1, system_clock) as a:
             await a.say("hello")
@@ -174,7 +172,7 @@ async def test_who_was_cut_off_catches_up_within_seconds(autojump_clock: MockClo
         await c.connect(b.network)
         started = trio.current_time()
         await eventually(lambda: c.topic.statistics().log_messages == 52)
-        assert trio.current_time() - started < topics.POLL_S + 0.5
+        assert trio.current_time() - started < 0.5
         assert sorted(await c.heard(1)) == sorted([*(f"{number}" for number in range(50)), "mine"])
         statistics = c.topic.statistics()
         assert (statistics.caught_up, statistics.failed_exchanges) == (51, 0)
@@ -184,16 +182,149 @@ async def test_who_was_cut_off_catches_up_within_seconds(autojump_clock: MockClo
         assert a.topic.statistics().caught_up <= 1
 
 
-async def test_what_gossip_lost_is_found_without_a_new_connection(autojump_clock: MockClock, hub: MemoryHub) -> None:
+def lose(node: Node, text: str) -> None:
+    """Have a node publish something that gossip loses on the way to everybody."""
+    envelope = node.seal(text, lifetime_ms=60_000)
+    node.topic._remember(message_id(NAME, envelope.data), envelope)
+
+
+async def test_what_gossip_lost_is_told_within_seconds(autojump_clock: MockClock, hub: MemoryHub) -> None:
     async with open_node(hub, 1) as a, open_node(hub, 2) as b:
         await b.connect(a.network)
-        await trio.sleep(60)
-        # As if it had been lost on the way.
-        envelope = a.seal("lost")
-        a.topic._remember(message_id(NAME, envelope.data), envelope)
+        # Until nobody expects anything any more.
+        await trio.sleep(24 * 3_600)
+        lose(a, "lost")
         started = trio.current_time()
         assert (await b.topic.receive()).body.detail == "lost"
-        assert trio.current_time() - started < 1.5 * 15 + topics.POLL_S + 0.1
+        assert trio.current_time() - started < 1.5 * catchup.ANNOUNCE_DELAY_S + 0.5
+        lose(a, "another")
+        assert (await b.topic.receive()).body.detail == "another"
+        assert trio.current_time() - started < 3 * catchup.ANNOUNCE_DELAY_S + catchup.ANNOUNCE_GAP_S + 1
+
+
+async def test_what_is_told_of_is_passed_on_from_neighbour_to_neighbour(
+    autojump_clock: MockClock, hub: MemoryHub
+) -> None:
+    async with AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(open_node(hub, number)) for number in range(1, 6)]
+        for left, right in pairwise(nodes):
+            await right.connect(left.network)
+        await trio.sleep(3_600)
+        lose(nodes[0], "lost")
+        started = trio.current_time()
+        assert (await nodes[-1].topic.receive()).body.detail == "lost"
+        assert trio.current_time() - started < len(nodes) * (1.5 * catchup.ANNOUNCE_DELAY_S + 0.5)
+
+
+async def test_without_announcements_a_question_now_and_then_finds_it(
+    autojump_clock: MockClock, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topics, "ANNOUNCE_TO", 0)
+    async with open_node(hub, 1) as a, open_node(hub, 2) as b:
+        await b.connect(a.network)
+        await trio.sleep(24 * 3_600)
+        await a.say("heard")
+        lose(a, "lost")
+        # Gossip brings one, so that there may be more.
+        started = trio.current_time()
+        assert (await b.heard(1)) == ["heard"]
+        assert (await b.topic.receive()).body.detail == "lost"
+        assert trio.current_time() - started < 1.5 * catchup.BUSY_PULL_S + 0.5
+
+
+async def test_what_everybody_has_is_told_but_not_asked_for(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_node(hub, 1) as a, open_node(hub, 2) as b:
+        await b.connect(a.network)
+        await trio.sleep(24 * 3_600)
+        before = [node.topic.statistics().exchanges for node in (a, b)]
+        await a.say(*(f"{number}" for number in range(10)))
+        await trio.sleep(catchup.BUSY_PULL_S / 2)
+        assert [node.topic.statistics().exchanges for node in (a, b)] == before
+
+
+async def test_an_idle_topic_does_next_to_nothing(
+    autojump_clock: MockClock, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(open_node(hub, number)) for number in range(1, 6)]
+        for number, node in enumerate(nodes):
+            for other in nodes[:number]:
+                await node.connect(other.network)
+        await nodes[0].say("something")
+        await trio.sleep(24 * 3_600)
+        opened = 0
+        open_stream = MemoryNetwork.open_stream
+
+        def count(network: MemoryNetwork, peer: NodeId, protocol: str) -> AbstractAsyncContextManager[Stream]:
+            nonlocal opened
+            opened += 1
+            return open_stream(network, peer, protocol)
+
+        monkeypatch.setattr(MemoryNetwork, "open_stream", count)
+        await trio.sleep(24 * 3_600)
+        rarely = 24 * 3_600 / catchup.MAX_PULL_S * len(nodes)
+        assert rarely / 2 < opened < rarely * 2
+
+
+# Announcements.
+
+
+async def tell(network: Network, peer: NodeId, frame: bytes) -> None:
+    """Send one frame where heads are announced."""
+    async with network.open_stream(peer, topics.HEAD_PROTOCOL_PREFIX + NAME) as stream:
+        await stream.send(frame)
+        await trio.sleep(0.1)
+
+
+@pytest.mark.parametrize("frame", [b"", b"junk", encode(Since(NO_EPOCH, 0)), encode(News(EPOCH, 1, 1, ()))])
+async def test_a_malformed_announcement_is_counted(autojump_clock: MockClock, hub: MemoryHub, frame: bytes) -> None:
+    async with open_node(hub, 1) as a, open_on(hub, 9) as evil:
+        await evil.connect(a.network.addresses[0])
+        await tell(evil, a.network.node_id, frame)
+        assert a.network.statistics().gossip_refused == {Reason.MALFORMED: 1}
+
+
+async def test_who_announces_and_falls_asleep_is_left(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_node(hub, 1) as a, open_on(hub, 9) as evil:
+        await evil.connect(a.network.addresses[0])
+        async with evil.open_stream(a.network.node_id, topics.HEAD_PROTOCOL_PREFIX + NAME) as stream:
+            with pytest.raises(StreamClosed), trio.fail_after(topics.REQUEST_S + 1):
+                await stream.receive()
+        assert a.network.statistics().gossip_refused == {}
+        assert a.network.statistics().handler_failures == 0
+
+
+async def test_who_announces_what_it_has_not_makes_nobody_ask_for_long(
+    autojump_clock: MockClock, hub: MemoryHub
+) -> None:
+    """Each announcement of a longer log, or of another one, costs one question at most, and lies cost the liar."""
+    async with open_node(hub, 1) as a, open_node(hub, 2) as liar:
+        await liar.connect(a.network)
+        await trio.sleep(3_600)
+        before = a.topic.statistics().exchanges
+        for number in range(1, 600):
+            await tell(liar.network, a.network.node_id, encode(Head(liar.topic._log.head().epoch, number, ())))
+            await trio.sleep(0.9)
+        # Ten minutes: left alone for 10, 20, 40, 80, 160, 320 seconds.
+        assert 4 <= a.topic.statistics().exchanges - before <= 7
+        assert a.network.statistics().gossip_refused == {}
+
+
+async def test_announcements_share_the_quota_of_questions(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_node(hub, 1) as a, open_on(hub, 9) as evil:
+        await evil.connect(a.network.addresses[0])
+        heard: list[NodeId] = []
+        told = a.topic._catchup.told
+
+        def count(peer: NodeId, head: Head, is_known: Callable[[bytes], bool]) -> bool:
+            heard.append(peer)
+            return told(peer, head, is_known)
+
+        a.topic._catchup.told = count  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            for number in range(40):
+                nursery.start_soon(tell, evil, a.network.node_id, encode(Head(EPOCH, number, ())))
+        assert len(heard) == catchup.EXCHANGES_BURST
 
 
 async def test_two_halves_of_a_partition_learn_of_each_other(autojump_clock: MockClock, hub: MemoryHub) -> None:
@@ -491,6 +622,25 @@ async def test_endless_log_ends(autojump_clock: MockClock, hub: MemoryHub) -> No
         assert 4 <= asked <= 7
 
 
+async def test_who_answers_slowly_keeps_nobody_from_the_others(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    """Each answer comes in time, and all of them together would take minutes."""
+
+    async def serve(stream: Stream) -> None:
+        await stream.receive()
+        await stream.send(news(*other_ids(512)))
+        while True:
+            await stream.receive()
+            await trio.sleep(topics.ANSWER_S - 0.1)
+            await stream.send(encode(Fetched(())))
+
+    async with open_node(hub, 1) as victim, open_node(hub, 2) as honest:
+        await honest.say("hello")
+        async with open_liar(hub, 9, serve, victim):
+            await trio.sleep(2)
+            await victim.connect(honest.network)
+            assert await victim.heard(topics.TURN_S + 5) == ["hello"]
+
+
 async def test_log_that_grows_as_fast_as_it_is_read_has_its_turn_only(
     autojump_clock: MockClock, hub: MemoryHub
 ) -> None:
@@ -524,7 +674,6 @@ async def test_large_messages_fit_a_frame(autojump_clock: MockClock, hub: Memory
 
 
 async def test_neighbour_that_stalls_over_libp2p(open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topics, "POLL_S", 0.02)
     monkeypatch.setattr(topics, "ANSWER_S", 0.2)
     async with (
         open_libp2p(1) as first,

@@ -49,8 +49,13 @@ class Target:
 
     async def secure(self, key: KeyPair = ATTACKER) -> SecureChannel:
         """An encrypted connection to it on which the attacker speaks yamux by hand."""
-        secure = await Security(key).secure_outbound(await self.tcp(), self.node_id)
-        await select_outbound(secure, yamux.PROTOCOL)
+        stream = await self.tcp()
+        try:
+            secure = await Security(key).secure_outbound(stream, self.node_id)
+            await select_outbound(secure, yamux.PROTOCOL)
+        except BaseException:
+            await stream.aclose()
+            raise
         return secure
 
     @asynccontextmanager

@@ -25,10 +25,11 @@ from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.negotiation import NegotiationError, encode_message, select_outbound
 from aci_p2p.network.libp2p.network import Libp2pNetwork
+from aci_p2p.network.libp2p.ping import PROTOCOL as PING_PROTOCOL
 from aci_p2p.network.libp2p.secure import ConnectionLost, RawChannel, SecureChannel, Security
 from aci_p2p.network.libp2p.varint import encode_varint, prefixed
 from aci_p2p.network.libp2p.yamux import StreamReset, YamuxStream
-from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
+from aci_p2p.network.limits import MAX_STREAMS, MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.tasks import open_background
 from tests.network.attack import (
@@ -47,7 +48,7 @@ from tests.network.attack import (
     until_ended,
     until_refused,
 )
-from tests.network.driver import ECHO, eventually, wait_for_ever
+from tests.network.driver import ECHO, eventually, make_key, wait_for_ever
 
 TCP_GARBAGE = {
     "random": [noise(4096)],
@@ -396,3 +397,16 @@ async def test_descriptors_are_given_back(victim: Victim) -> None:
         await stream.send_all(noise(100))
         await stream.aclose()
     await eventually(lambda: open_descriptors() <= before)
+
+
+async def test_streams_of_many_peers_leave_room_for_others(victim: Victim) -> None:
+    """Sixteen peers could hold all streams that we serve, idle, and nobody else could so much as ask who we are."""
+    async with AsyncExitStack() as stack:
+        for number in range(MAX_STREAMS // MAX_STREAMS_PER_PEER):
+            attacker = await stack.enter_async_context(victim.attacked_by_host(make_key(1000 + number)))
+            for _ in range(MAX_STREAMS_PER_PEER):
+                with suppress(PeerUnreachable):
+                    # Those that come last make room among themselves.
+                    await attacker.open_stream(victim.node_id, PING_PROTOCOL)
+        await victim.serves_honest_peers()
+        assert victim.network.statistics().banned == 0

@@ -318,7 +318,7 @@ def test_statements_outlive_messages() -> None:
     year = 365 * 24 * 3_600 * 1_000
     assert {kind for kind, rules in KINDS.items() if rules.lifetime_ms == 10 * year} == {Kind.PROOF, Kind.RECEIPT}
     assert {rules.lifetime_ms for kind, rules in KINDS.items() if kind not in (Kind.PROOF, Kind.RECEIPT)} == {
-        60_000, 3_600_000,
+        60_000, 3 * 3_600_000,
     }  # fmt: skip
 
 
@@ -333,3 +333,17 @@ def test_refusals_say_more_where_there_is_more() -> None:
         open_envelope(raw(drop=2), Abort, network=NETWORK, now=NOW)
     with pytest.raises(MessageRefused, match=r"message refused: not canonical \(truncated\)"):
         open_envelope(b"", Proof, network=NETWORK, now=NOW)
+
+
+def test_what_is_opened_again_is_checked_against_the_clock_again() -> None:
+    """Its signature is not: that was good, and is kept with all that it signs."""
+    envelope = seal()
+    expires_at = envelope.header.expires_at
+    forged = envelope.data[:-1] + bytes([envelope.data[-1] ^ 1])
+    for _ in range(2):
+        assert open_envelope(envelope.data, Abort, network=NETWORK, now=expires_at - 1) == envelope
+        refuse(envelope.data, Decision.IGNORE, Reason.EXPIRED, now=expires_at)
+        refuse(forged, Decision.REJECT, Reason.BAD_SIGNATURE)
+        refuse(envelope.data, Decision.REJECT, Reason.WRONG_KIND, Award)
+        with pytest.raises(MessageRefused, match="wrong network"):
+            open_envelope(envelope.data, Abort, network="aci-other", now=NOW)

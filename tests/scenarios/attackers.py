@@ -19,8 +19,9 @@ import trio
 
 from aci_p2p.network import PeerUnreachable
 from aci_p2p.network.libp2p import identify
+from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
-from aci_p2p.network.libp2p.negotiation import encode_message
+from aci_p2p.network.libp2p.negotiation import NegotiationError, encode_message
 from aci_p2p.network.libp2p.secure import ConnectionLost, SecureChannel
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
@@ -81,10 +82,29 @@ async def until_closed(stream: trio.SocketStream) -> None:
             pass
 
 
+async def insist(connect: Callable[[], Awaitable[T]]) -> T:
+    """Connect, again and again if need be: of many handshakes at once a node gives up the oldest."""
+    with trio.fail_after(DISCONNECT_S):
+        while True:
+            with suppress(ConnectionLost, NegotiationError, PeerUnreachable):
+                return await connect()
+            await trio.sleep(0.1)
+
+
+@asynccontextmanager
+async def peer_of(targets: Sequence[Target], key: KeyPair) -> AsyncGenerator[Host]:
+    """An authenticated peer of some nodes: what it sends on its streams is up to the attack."""
+    async with open_background() as nursery:
+        host = Host(key, nursery)
+        for target in targets:
+            await insist(partial(host.dial, target.node_id, (TcpAddress.parse(target.address),)))
+        yield host
+
+
 @asynccontextmanager
 async def secured(target: Target, key: KeyPair) -> AsyncGenerator[SecureChannel]:
     """An encrypted connection on which the attacker speaks yamux by hand, until disconnected or done."""
-    channel = await target.secure(key)
+    channel = await insist(partial(target.secure, key))
     try:
         with trio.fail_after(DISCONNECT_S), suppress(ConnectionLost):
             yield channel
@@ -125,27 +145,26 @@ async def silent_connections(arena: Arena) -> None:
     """300 connections to one node on which nothing is said."""
     (target,) = arena.some(1)
 
-    async def hold(_number: int, stream: trio.SocketStream) -> None:
-        async with stream:
-            await until_closed(stream)
+    async def hold(_number: int, target: Target) -> None:
+        async with await target.tcp() as stream:
+            with trio.fail_after(DISCONNECT_S):
+                await until_closed(stream)
 
-    with trio.fail_after(DISCONNECT_S):
-        await at_once(hold, [await target.tcp() for _ in range(300)])
+    await at_once(hold, [target] * 300)
 
 
 async def slow_loris(arena: Arena) -> None:
     """Handshakes that go on for ever, a byte at a time."""
     opening = encode_message("/multistream/1.0.0") + encode_message("/noise") + struct.pack(">H", 32)
 
-    async def drip(_number: int, stream: trio.SocketStream) -> None:
-        async with stream:
-            with suppress(trio.BrokenResourceError):
+    async def drip(_number: int, target: Target) -> None:
+        async with await target.tcp() as stream:
+            with trio.fail_after(DISCONNECT_S), suppress(trio.BrokenResourceError):
                 for byte in opening + bytes(32):
                     await stream.send_all(bytes([byte]))
                     await trio.sleep(0.5)
 
-    with trio.fail_after(DISCONNECT_S):
-        await at_once(drip, [await target.tcp() for target in arena.some(2) for _ in range(60)])
+    await at_once(drip, arena.some(2) * 60)
 
 
 def yamux_garbage(cases: Iterable[bytes]) -> Attack:
@@ -249,7 +268,7 @@ def stream_garbage(protocol: str, cases: Iterable[bytes | Callable[[int], bytes]
     async def attack(arena: Arena) -> None:
         async def one(number: int, case: bytes | Callable[[int], bytes]) -> None:
             (target,) = arena.some(1)
-            async with target.attacked_by_host(arena.key(number)) as host:
+            async with peer_of([target], arena.key(number)) as host:
                 with trio.fail_after(DISCONNECT_S):
                     for sent in count():
                         if not host.peers:
@@ -268,7 +287,7 @@ def stream_nonsense(protocol: str, cases: Iterable[bytes]) -> Attack:
     async def attack(arena: Arena) -> None:
         async def one(number: int, data: bytes) -> None:
             (target,) = arena.some(1)
-            async with target.attacked_by_host(arena.key(number)) as host:
+            async with peer_of([target], arena.key(number)) as host:
                 with trio.move_on_after(1.5):
                     while host.peers:
                         await _send_and_hear(host, target.node_id, protocol, data)
@@ -295,7 +314,7 @@ async def undecided_streams(arena: Arena) -> None:
     """Streams that never agree on a protocol."""
     garbage = (b"", noise(100), encode_message("/multistream/1.0.0") + b"\x05nope\n", b"\xff" * 12)
     (target,) = arena.some(1)
-    async with target.attacked_by_host(arena.key(0)) as host:
+    async with peer_of([target], arena.key(0)) as host:
         connection = host.connection(target.node_id)
         assert connection is not None
         for data in garbage * 10:
@@ -307,7 +326,7 @@ async def undecided_streams(arena: Arena) -> None:
 async def failing_handlers(arena: Arena) -> None:
     """Calls of a handler that has a bug."""
     (target,) = arena.some(1)
-    async with target.attacked_by_host(arena.key(0)) as host:
+    async with peer_of([target], arena.key(0)) as host:
         for _ in range(50):
             await _send_and_hear(host, target.node_id, FAILING, b"")
 
@@ -323,7 +342,7 @@ def bad_answers(protocol: str, cases: Iterable[Callable[[bytes], bytes]], *, ask
                 await stream.write(answer(request[1:]))
 
             (target,) = arena.some(1)
-            async with target.attacked_by_host(arena.key(number)) as host:
+            async with peer_of([target], arena.key(number)) as host:
                 with host.serve(protocol, serve):
                     await trio.sleep(1.5)
 

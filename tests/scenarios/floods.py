@@ -16,15 +16,13 @@ from libp2p.pubsub.pb.rpc_pb2 import Message as GossipMessage
 from aci_p2p.clock import system_clock
 from aci_p2p.network import PeerUnreachable
 from aci_p2p.network.libp2p import gossip, kademlia
-from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.envelope import Sealer, open_envelope
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.messages import CapabilityRecord
-from aci_p2p.tasks import open_background
-from tests.scenarios.attackers import DISCONNECT_S, Arena, Attack, at_once
+from tests.scenarios.attackers import DISCONNECT_S, Arena, Attack, at_once, peer_of
 from tests.scenarios.honest_node import NETWORK
 from tests.scenarios.messages import make_offer
 
@@ -42,7 +40,7 @@ Author = Callable[[KeyPair, int], bytes]
 
 def publication(data: bytes, **fields: bytes) -> bytes:
     """An RPC with one message for the offers' topic."""
-    message = GossipMessage(topicIDs=[OFFERS_TOPIC], data=data, **fields)  # type: ignore[arg-type]
+    message = GossipMessage(topicIDs=[OFFERS_TOPIC], data=data, **fields)
     return prefixed(RPC(publish=[message]).SerializeToString())
 
 
@@ -125,13 +123,11 @@ async def neighbour_of_all(arena: Arena, key: KeyPair) -> AsyncGenerator[Neighbo
                 await stream.read(1 << 16)
 
     hello = RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=OFFERS_TOPIC)])
-    async with open_background() as nursery:
-        host = Host(key, nursery)
+    async with peer_of(arena.targets, key) as host:
         with host.serve(gossip.PROTOCOL, drain):
-            streams: dict[NodeId, YamuxStream] = {}
-            for target in arena.targets:
-                await host.dial(target.node_id, (TcpAddress.parse(target.address),))
-                streams[target.node_id] = await host.open_stream(target.node_id, gossip.PROTOCOL)
+            streams = {
+                target.node_id: await host.open_stream(target.node_id, gossip.PROTOCOL) for target in arena.targets
+            }
             neighbour = Neighbour(host, streams)
             await neighbour.send(prefixed(hello.SerializeToString()))
             yield neighbour
@@ -140,7 +136,7 @@ async def neighbour_of_all(arena: Arena, key: KeyPair) -> AsyncGenerator[Neighbo
 async def lost_in_the_middle(arena: Arena) -> None:
     """Peers that vanish in the middle of a gossip message."""
     for number, target in enumerate(arena.some(5)):
-        async with target.attacked_by_host(arena.key(number)) as host:
+        async with peer_of([target], arena.key(number)) as host:
             stream = await host.open_stream(target.node_id, gossip.PROTOCOL)
             await stream.write(publication(b"x" * 1000)[:500])
 
@@ -178,7 +174,7 @@ async def record_flood(arena: Arena) -> None:
     (target,) = arena.some(1)
     lie = Sealer(arena.key(1), NETWORK)
     key = "/aci/capability/x"
-    async with target.attacked_by_host(arena.key(0)) as host:
+    async with peer_of([target], arena.key(0)) as host:
         with trio.fail_after(DISCONNECT_S):
             while host.peers:
                 await _store(host, target.node_id, key, lie.node_id.public_key)

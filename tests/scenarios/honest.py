@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,10 @@ from aci_p2p.protocol.identity import NodeId
 from tests.conftest import REPOSITORY
 from tests.network.attack import Target
 
-NEIGHBOURS: Final = 3
-"""Earlier nodes that each node is told as bootstrap."""
+NEIGHBOURS: Final = 6
+"""Peers that each node has found before a test begins."""
+MEET_S: Final = 60.0
+"""Longest time for that, seconds."""
 SETTLE_S: Final = 5.0
 """Longest wait for offers that are still under way when a window ends, seconds."""
 
@@ -121,14 +123,20 @@ class HonestSwarm:
 def open_honest_swarm(count: int, home: Path) -> Generator[HonestSwarm]:
     """A swarm of `count` nodes for the block, with their files below `home`; all must end well."""
     with ExitStack() as stack:
-        processes: list[subprocess.Popen[str]] = []
-        nodes: list[HonestProcess] = []
-        for number in range(count):
-            bootstrap = [node.target.address for node in nodes[-NEIGHBOURS:]]
+
+        def start(number: int, *bootstrap: str) -> subprocess.Popen[str]:
             process = stack.enter_context(_start(home / str(number), bootstrap))
             stack.callback(process.kill)
-            processes.append(process)
-            nodes.append(HonestProcess(process))
+            return process
+
+        first = start(0)
+        nodes = [HonestProcess(first)]
+        processes = [first, *(start(number, nodes[0].target.address) for number in range(1, count))]
+        nodes += [HonestProcess(process) for process in processes[1:]]
+        deadline = time.monotonic() + MEET_S
+        while any(len(node.ask("peers")) < min(NEIGHBOURS, count - 1) for node in nodes):
+            assert time.monotonic() < deadline, "the nodes do not find each other"
+            time.sleep(0.1)
         yield HonestSwarm(nodes)
         for process in processes:
             assert process.stdin is not None
@@ -136,7 +144,7 @@ def open_honest_swarm(count: int, home: Path) -> Generator[HonestSwarm]:
         assert [process.wait(20) for process in processes] == [0] * count
 
 
-def _start(home: Path, bootstrap: list[str]) -> subprocess.Popen[str]:
+def _start(home: Path, bootstrap: Sequence[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.scenarios.honest_node", str(home), *bootstrap],
         cwd=REPOSITORY,

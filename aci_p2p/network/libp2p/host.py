@@ -44,7 +44,7 @@ TRIM_SECONDS = 10.0
 FAILED_STREAMS_PER_SECOND = 1.0
 """Inbound streams of one peer that may come to nothing in the long run, per second: garbage, protocols that nobody
 agrees on, more streams than it may have. Honest peers of other versions ask in vain now and then."""
-FAILED_STREAMS_BURST = 128.0
+FAILED_STREAMS_BURST = 256.0
 """Inbound streams of one peer that may come to nothing at once: a busy consumer meets the limit of streams."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
@@ -75,7 +75,7 @@ class Host:
         self._nursery = nursery
         self._protocols: dict[str, _Protocol] = {}
         self.admission = Admission()
-        self._inbound_streams: dict[NodeId, int] = {}
+        self._inbound_streams: dict[NodeId, dict[YamuxStream, trio.CancelScope]] = {}
         self._patience: OrderedDict[NodeId, TokenBucket] = OrderedDict()
         self._bound: list[TcpAddress] = []
         self._listeners: list[trio.SocketListener] = []
@@ -380,16 +380,42 @@ class Host:
 
     def _accept_stream(self, connection: Connection, stream: YamuxStream) -> bool:
         peer = connection.peer
-        count = self._inbound_streams.get(peer, 0)
-        if count >= MAX_STREAMS_PER_PEER or sum(self._inbound_streams.values()) >= MAX_STREAMS:
+        streams = self._inbound_streams.get(peer, {})
+        if len(streams) >= MAX_STREAMS_PER_PEER:
             self._note_failed_stream(peer)
             return False
-        self._inbound_streams[peer] = count + 1
+        if sum(map(len, self._inbound_streams.values())) >= MAX_STREAMS and not self._make_room_beside(len(streams)):
+            return False
+        scope = streams[stream] = trio.CancelScope()
+        self._inbound_streams[peer] = streams
         connection.used = trio.current_time()
-        self._nursery.start_soon(self._serve_stream, peer, stream)
+        self._nursery.start_soon(self._serve_stream, peer, stream, scope)
         return True
 
-    async def _serve_stream(self, peer: NodeId, stream: YamuxStream) -> None:
+    def _make_room_beside(self, count: int) -> bool:
+        """End a stream of the peer that has most, in favour of one that has `count`; False if that is no fairer."""
+        peer, streams = max(self._inbound_streams.items(), key=lambda item: len(item[1]))
+        if len(streams) <= count + 1:
+            return False
+        # The oldest that nobody needs, if there is one.
+        chosen = min(streams, key=lambda stream: stream.is_in_use)
+        log.debug("a stream of %s makes room for another peer's", peer.short)
+        streams.pop(chosen).cancel()
+        return True
+
+    async def _serve_stream(self, peer: NodeId, stream: YamuxStream, scope: trio.CancelScope) -> None:
+        try:
+            with scope:
+                await self._negotiate_and_serve(peer, stream)
+            if scope.cancelled_caught:
+                stream.reset()
+        finally:
+            streams = self._inbound_streams.get(peer, {})
+            streams.pop(stream, None)
+            if not streams:
+                self._inbound_streams.pop(peer, None)
+
+    async def _negotiate_and_serve(self, peer: NodeId, stream: YamuxStream) -> None:
         try:
             with trio.fail_after(NEGOTIATION_SECONDS):
                 served = self._protocols.get(await select_inbound(stream, self._protocols))
@@ -397,15 +423,10 @@ class Host:
             log.debug("a stream from %s asked for nothing that we serve", peer.short, exc_info=True)
             self._note_failed_stream(peer)
             served = None
-        try:
-            if served is None:
-                stream.reset()
-            else:
-                await self._run_server(served, peer, stream)
-        finally:
-            self._inbound_streams[peer] -= 1
-            if not self._inbound_streams[peer]:
-                del self._inbound_streams[peer]
+        if served is None:
+            stream.reset()
+        else:
+            await self._run_server(served, peer, stream)
 
     async def _run_server(self, protocol: _Protocol, peer: NodeId, stream: YamuxStream) -> None:
         if not protocol.background:
@@ -432,9 +453,12 @@ class Host:
         if peer not in self._patience:
             self._patience[peer] = TokenBucket.full(FAILED_STREAMS_PER_SECOND, FAILED_STREAMS_BURST, now)
         self._patience.move_to_end(peer)
-        if len(self._patience) > MAX_KNOWN_PEERS:
+        has_patience = self._patience[peer].take(1, now)
+        # What is full again need not be remembered.
+        refilled = now - FAILED_STREAMS_BURST / FAILED_STREAMS_PER_SECOND
+        while len(self._patience) > MAX_KNOWN_PEERS or next(iter(self._patience.values())).updated < refilled:
             self._patience.popitem(last=False)
-        if not self._patience[peer].take(1, now) and not self.connections.is_banned(peer):
+        if not has_patience and not self.connections.is_banned(peer):
             log.info("%s is thrown out: too many of its streams come to nothing", peer.short)
             self.connections.ban(peer)
             self._nursery.start_soon(self.throw_out, peer)

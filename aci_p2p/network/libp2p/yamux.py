@@ -120,6 +120,11 @@ class YamuxStream:
         self._muxer = muxer
         self._state = state
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether somebody needs this stream."""
+        return self._state.in_use
+
     def mark_in_use(self) -> None:
         """Somebody needs this stream, and so its connection."""
         self._state.in_use = True

@@ -1,0 +1,58 @@
+"""`aci-p2p providers`, of a running node and without one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aci_p2p.control.wire import BadRequest
+from tests.scenarios.daemons import Daemon, add_tiny_model, killed_at_the_end, run_command, until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def provider(tmp_path: Path) -> Iterator[Daemon]:
+    """A running node that serves a model called `rare`."""
+    daemon = Daemon(tmp_path / "provider")
+    add_tiny_model(daemon.home, tmp_path / "tiny")
+    daemon.start()
+    with killed_at_the_end([daemon]):
+        until(lambda: daemon.is_up)
+        yield daemon
+
+
+def test_who_serves_a_model(provider: Daemon, tmp_path: Path) -> None:
+    node_id = provider.ask("status")["node"]["id"]
+    ours = run_command(provider.home, "providers", "rare", "--json")
+    # A provider does not find itself, and nobody else serves it.
+    assert ours.returncode == 4
+    report = json.loads(ours.stdout)
+    assert report["providers"] == []
+    assert ours.stderr.startswith("aci-p2p: nobody is found who serves rare")
+
+    other = tmp_path / "other"
+    joined = run_command(other, "providers", report["model_root"], "--bootstrap", provider.address, "--json")
+    assert joined.returncode == 0, joined.stderr
+    (found,) = json.loads(joined.stdout)["providers"]
+    assert (found["provider"], found["connected"], found["model_name"]) == (node_id, True, "rare")
+    assert (found["slots"], found["free_slots"], found["input_token_price"]) == (4, 4, "1000000000000")
+
+    text = run_command(other, "providers", report["model_root"], "--bootstrap", provider.address)
+    assert text.stdout.splitlines()[0].split()[:2] == ["provider", "connected"]
+    assert text.stdout.splitlines()[1].split()[:2] == [node_id, "yes"]
+
+
+def test_the_running_node_wants_a_weights_root(provider: Daemon) -> None:
+    for argument in ("", "rare", "ab" * 31):
+        with pytest.raises(BadRequest, match="64 hex digits"):
+            provider.ask("providers", argument)
+
+
+def test_unknown_models_are_told_before_anybody_is_asked(tmp_path: Path) -> None:
+    result = run_command(tmp_path / "home", "providers", "no-such-model")
+    assert result.returncode == 2
+    assert "unknown model" in result.stderr
