@@ -7,6 +7,7 @@ medium between them, the clock and the models are imagined, and each of these ca
 from __future__ import annotations
 
 import hashlib
+import struct
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
@@ -77,7 +78,8 @@ class Trace:
 
     def note(self, kind: str, source: NodeId, target: NodeId, data: bytes) -> None:
         """Something happens, at this moment of trio's clock."""
-        self._hash.update(f"{trio.current_time()} {kind} {source.short} {target.short} {len(data)} ".encode() + data)
+        when = struct.pack(">dI", trio.current_time(), len(data))
+        self._hash.update(b"".join((when, kind.encode(), source.public_key, target.public_key, data)))
 
     @property
     def digest(self) -> str:
