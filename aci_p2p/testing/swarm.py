@@ -32,6 +32,7 @@ from aci_p2p.node import open_libp2p
 from aci_p2p.protocol.bidding import MAX_OUTSTANDING
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.tasks import open_background
 from aci_p2p.testing.ledger import Ledger
 from aci_p2p.testing.running import repeatable_scheduling
 from aci_p2p.testing.severable import Cables
@@ -107,6 +108,11 @@ class Swarm:
         self._nursery = nursery
         self._hub = hub
         self._trace = trace
+
+    @property
+    def model(self) -> str:
+        """The model that the providers serve, as `ACI.inference` takes it."""
+        return self.model_root.hex()
 
     @property
     def nodes(self) -> list[SwarmNode]:
@@ -295,7 +301,7 @@ async def open_swarm(
             ledger=Ledger(NETWORK),
             model_root=model_root or model.root,
         )
-        async with trio.open_nursery() as nursery:
+        async with open_background() as nursery:
             swarm = Swarm(around, nursery, hub, trace if hub else None)
             for number in range(providers):
                 swarm.providers.append(_provider(number, folder, around, executor or open_toy))
@@ -303,10 +309,7 @@ async def open_swarm(
                 name = f"consumer-{number}"
                 swarm.consumers.append(SwarmNode(name, _config(folder, name), around, None))
             await _begin(swarm)
-            try:
-                yield swarm
-            finally:
-                nursery.cancel_scope.cancel()
+            yield swarm
 
 
 def _check(clock: str, network: NetworkModel | str | None) -> None:

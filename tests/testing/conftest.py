@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from aci_p2p.testing.plugin import open_swarm, swarm
+from aci_p2p.testing.plugin import open_swarm, pytest_collection_modifyitems, swarm
 
-__all__ = ["open_swarm", "swarm"]
+__all__ = ["open_swarm", "pytest_collection_modifyitems", "swarm"]

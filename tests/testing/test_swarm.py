@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
@@ -15,9 +16,14 @@ from aci_p2p import NoBids, Requirements
 from aci_p2p.executor import Executor
 from aci_p2p.network.memory_medium import KEEP_ALIVE_S
 from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import State
 from aci_p2p.testing import ROUGH, InvariantBroken, NodeDown, Swarm, ToyExecutor, ToyModel, open_swarm, run
+from aci_p2p.testing.ledger import Ledger
+from aci_p2p.testing.swarm import NETWORK
 
+PAID = (State.AWARDED, State.ACCEPTED, State.STREAMING, State.COMMITTED, State.REVEALED, State.RECEIPTED)
+"""States of a provider's job until it is paid."""
 OpenSwarm = Callable[..., AbstractAsyncContextManager[Swarm]]
 
 
@@ -38,8 +44,8 @@ async def test_options_reach_the_client(swarm: Swarm) -> None:
 async def test_day_passes_and_jobs_become_final(swarm: Swarm) -> None:
     await swarm.consumers[0].ask("Who are you?", max_tokens=8)
     before = swarm.clock()
-    await swarm.advance(hours=24, seconds=1_000)
-    assert swarm.clock() - before == 24 * 3_600_000 + 1_000_000
+    await swarm.advance(hours=25, seconds=100)
+    assert swarm.clock() - before == 25 * 3_600_000 + 100_000
     assert [job.state for node in (*swarm.consumers, swarm.providers[0]) for job in node.jobs] == [State.FINAL] * 2
 
 
@@ -195,6 +201,14 @@ async def test_task_that_nobody_waits_for_is_noticed(swarm: Swarm) -> None:
         await swarm.settle(2)
 
 
+async def answered(swarm: Swarm) -> JobRecord:
+    """The first provider's record of a job that is done."""
+    await swarm.consumers[0].ask("Who are you?", max_tokens=4)
+    await swarm.settle()
+    (job,) = swarm.providers[0].jobs
+    return job
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -203,23 +217,38 @@ async def test_task_that_nobody_waits_for_is_noticed(swarm: Swarm) -> None:
         ("no money without a receipt", {"receipt": b"IOU"}),
     ],
 )
-async def test_wrong_record_is_noticed(swarm: Swarm, name: str, change: dict[str, object]) -> None:
-    await swarm.consumers[0].ask("Who are you?", max_tokens=4)
-    await swarm.settle()
-    (job,) = swarm.providers[0].jobs
-    swarm.ledger.stored("provider-0", [replace(job, **{"state": State.FINAL, **change})])  # type: ignore[arg-type]
-    with pytest.raises(InvariantBroken, match=name):
-        swarm.assert_invariants()
+async def test_wrong_record_is_noticed(open_swarm: OpenSwarm, name: str, change: dict[str, Any]) -> None:
+    async with open_swarm() as swarm:
+        job = await answered(swarm)
+        swarm.ledger.stored("provider-0", [replace(job, **{"state": State.FINAL, **change})])
+        with pytest.raises(InvariantBroken, match=name):
+            swarm.assert_invariants()
 
 
-async def test_two_paid_providers_are_noticed(swarm: Swarm) -> None:
-    await swarm.consumers[0].ask("Who are you?", max_tokens=4)
-    await swarm.settle()
-    (job,) = swarm.providers[0].jobs
-    states = (State.AWARDED, State.ACCEPTED, State.STREAMING, State.COMMITTED, State.REVEALED, State.RECEIPTED)
-    swarm.ledger.stored("provider-1", [replace(job, state=state) for state in states])
+async def test_two_paid_providers_are_noticed(open_swarm: OpenSwarm) -> None:
     with pytest.raises(InvariantBroken, match="one result for a job"):
+        async with open_swarm() as swarm:
+            job = await answered(swarm)
+            swarm.ledger.stored("provider-1", [replace(job, state=state) for state in PAID])
+            swarm.assert_invariants()
+
+
+async def test_money_out_of_nowhere_is_noticed(open_swarm: OpenSwarm) -> None:
+    async with open_swarm() as swarm:
+        job = await answered(swarm)
+        swarm.ledger.stored("consumer-0", [replace(swarm.consumers[0].jobs[0], state=State.FINAL)])
+        ledger = Ledger(NETWORK)
+        ledger.stored("provider-0", [replace(job, state=state) for state in PAID])
+        with pytest.raises(InvariantBroken, match="paid by nobody"):
+            ledger.check()
+
+
+async def test_queue_without_bounds_is_noticed(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    await swarm.consumers[0].ask("Who are you?", max_tokens=4)
+    monkeypatch.setattr("aci_p2p.testing.swarm.MAX_OUTSTANDING", 0)
+    with pytest.raises(InvariantBroken, match="bids out"):
         swarm.assert_invariants()
+    monkeypatch.undo()
 
 
 # Equal seeds give equal runs.
