@@ -64,9 +64,9 @@ async def die_and_return(role: Party, transition: int) -> tuple[bool, State, lis
                 (State.CANCELLED, []),
                 (State.CANCELLED, [State.CONSUMER_FAULT]),
                 (State.CANCELLED, [State.CONSUMER_FAULT]),
-                # Signed, stored, and never sent: the provider has nothing in hand.
+                # The receipt is signed and stored, and then on its way out: the provider has nothing in hand.
                 (State.FINAL, [State.CONSUMER_FAULT]),
-                (State.FINAL, [State.FINAL]),
+                (State.FINAL, [State.CONSUMER_FAULT]),
                 (State.FINAL, [State.FINAL]),
             ],
         ),
