@@ -12,7 +12,9 @@ Clock = Callable[[], int]
 """Unix milliseconds."""
 
 NS_PER_MS: Final = 1_000_000
+"""Nanoseconds in a millisecond."""
 MS_PER_S: Final = 1_000
+"""Milliseconds in a second."""
 
 
 def system_clock() -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from aci_p2p.files import sync
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import SEED_BYTES, KeyPair, NodeId
 
@@ -92,7 +93,7 @@ class KeyRing:
             # The name is taken: what others wrote for it, or left in a crash, is worth nothing.
             for other in self._directory.glob(f".{name}.*{_PART}"):
                 other.unlink(missing_ok=True)
-            _sync_folder(self._directory)
+            sync(self._directory)
         except OSError as error:
             taken = isinstance(error, FileExistsError) or path.exists()
             raise KeyFileError(path, "it exists already" if taken else str(error.strerror).lower()) from None
@@ -179,12 +180,3 @@ def _parse(path: Path, content: bytes) -> bytes:
     if not text.startswith(_HEADER) or not re.fullmatch(r"[0-9a-f]{64}", body):
         raise KeyFileError(path, "it is not an ACI key")
     return bytes.fromhex(body)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in a folder survive power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

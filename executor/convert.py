@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from aci_p2p.executor.api import ModelUnavailable
-from aci_p2p.executor.files import malformed, sync, temporary_directory
+from aci_p2p.executor.files import malformed, temporary_directory
 from aci_p2p.executor.gguf import GgufFile, Metadata, open_gguf
 from aci_p2p.executor.progress import Progress, Report, Stage, silent
 from aci_p2p.executor.safetensors import SINGLE_FILE, TensorSpec, TensorType, write_tensors
+from aci_p2p.files import sync
 from aci_p2p.protocol.errors import LocalError
 
 LAYER_TENSORS: Final[Mapping[str, str]] = {

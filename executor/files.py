@@ -1,4 +1,4 @@
-"""Files of the model store: strict reading, durable writing, and one writer at a time."""
+"""Files of the model store: strict reading, and one writer at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -66,29 +65,6 @@ def parse_json(path: Path, text: bytes) -> dict[str, object]:
     if not isinstance(value, dict):
         raise malformed(path, "does not hold a JSON object")
     return cast("dict[str, object]", value)
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a directory's entries, survive a power loss. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace a file at once: after a crash it holds the old or the new bytes. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 @contextmanager

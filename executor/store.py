@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from aci_p2p.executor.api import ModelUnavailable, WeightsMismatch
-from aci_p2p.executor.files import exclusive, malformed, read_json, sync, temporary_directory, write_durably
+from aci_p2p.executor.files import exclusive, malformed, read_json, temporary_directory
 from aci_p2p.executor.manifest import ADD_AGAIN, Manifest, is_licence, is_model_name
 from aci_p2p.executor.progress import Progress, Report, Stage, silent
 from aci_p2p.executor.safetensors import INDEX_FILE, SINGLE_FILE
 from aci_p2p.executor.weights import FileState, ModelFile, scan, weights_root
+from aci_p2p.files import sync, write_durably
 from aci_p2p.protocol.errors import LocalError, ResourceError
 
 MANIFEST_FILE: Final = "manifest.json"
@@ -201,7 +202,8 @@ class ModelStore:
         if not is_licence(licence):
             msg = f"{licence[:80]!r} does not name a licence"
             raise LocalError(msg, hint="an SPDX identifier, for example Apache-2.0")
-        directory = staging / FILES
+        # Resolved, so that what is wrong with a directory that was added is said of that directory.
+        directory = (staging / FILES).resolve()
         _require(directory)
         states = scan(directory)
         started = time.time_ns()

@@ -55,6 +55,9 @@ class NodeId:
         """Last eight characters of the peer id, for people (all Ed25519 peer ids begin alike)."""
         return str(self)[-8:]
 
+    def __hash__(self) -> int:
+        return hash(self.public_key)
+
     def __str__(self) -> str:
         """The libp2p peer id in base58btc (`12D3Koo...`)."""
         return base58.b58encode(self.peer_id).decode("ascii")

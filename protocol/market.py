@@ -17,7 +17,7 @@ B = TypeVar("B")
 MAX_OFFERS: Final = 4_096
 """Live offers remembered; at 60 s each that is 68 new jobs per second on one topic."""
 MAX_BID_WINDOW_MS: Final = 10 * SECOND
-"""Longest time that a consumer may wait for bids; longer holds providers' slots for nothing."""
+"""Longest time that a consumer may wait for bids, milliseconds; longer holds providers' slots for nothing."""
 
 
 class Opener(Protocol):

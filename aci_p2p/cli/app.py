@@ -67,7 +67,7 @@ def run() -> None:
     """Run the command line; never returns."""
     try:
         _prepare_output()
-        code = app.main(standalone_mode=False)
+        code = app.main(prog_name="aci-p2p", standalone_mode=False)
         sys.stdout.flush()
     except BaseException as error:  # noqa: BLE001 - the edge: everything becomes a line and a code
         code = _report(error)
@@ -97,7 +97,9 @@ def _report(error: BaseException) -> int:
             _say("interrupted")
             return EXIT_INTERRUPTED
         if isinstance(cause, click.ClickException):
-            cause.show()
+            context = cause.ctx if isinstance(cause, click.UsageError) else None
+            hint = f"; see {context.command_path} --help" if context else ""
+            _say(cause.format_message().rstrip(".") + hint)
             return cause.exit_code
         if isinstance(cause, AciError):
             _say(cause.message + (f"; {cause.hint}" if cause.hint else ""))

@@ -35,7 +35,7 @@ def command(given: Given, as_json: bool) -> None:  # noqa: FBT001 - click passes
     """Check everything that a node needs: clock, key, ports, DNS, bootstrap nodes, relays, models, disk and more.
 
     Each line says what is wrong and what to do. It needs no running node and no special rights, and changes nothing.
-    Exit code 1 when there is a problem; warnings are none.
+    Exit code 1 when there is a problem, 0 when there are only warnings.
     """
     loaded = given.load()
     subject = find_subject(loaded.config.node, loaded.file)

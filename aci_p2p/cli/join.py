@@ -21,6 +21,7 @@ from aci_p2p.cli.options import NODE, Given, configured
 from aci_p2p.cli.output import Background
 from aci_p2p.cli.reload import Reloading, log_level
 from aci_p2p.cli.running import Logs, Stop, run
+from aci_p2p.cli.texts import plural
 from aci_p2p.config import Loaded, NodeConfig
 from aci_p2p.control import Journal
 from aci_p2p.control.observer import Observer
@@ -155,11 +156,17 @@ def _introduce(console: Console, node: Node) -> None:
     for address in node.addresses:
         console.print(f"listening on {address}")
     if node.config.bootstrap:
-        console.print(f"joined: connected to {len(node.network.peers)} of {len(node.config.bootstrap)} nodes given")
+        reached = sum(report.reached is True for report in node.discovery.bootstrap_report())
+        others = len(node.network.peers) - reached
+        more = f", and to {plural(others, 'other')}" if others > 0 else ""
+        console.print(f"joined: connected to {reached} of {len(node.config.bootstrap)} nodes given{more}")
     provider = node.config.provider
     if node.provider and provider:
         prices = f"{format_amount(provider.input_token_price)} a prompt token, "
         prices += f"{format_amount(provider.output_token_price)} an output token"
         names = ", ".join(record.model_name for record in node.provider.capabilities())
         console.print(f"serving {names}: {provider.slots} jobs at once, {prices}")
-    console.print(f'ask it with: {program()} infer --bootstrap {node.addresses[0]} "Hello!"', style="dim")
+    if node.addresses:
+        console.print(f'ask it with: {program()} infer --bootstrap {node.addresses[0]} "Hello!"', style="dim")
+    else:
+        console.print("listening nowhere: it only dials")

@@ -14,9 +14,10 @@ from aci_p2p.executor import Progress, Report
 
 @contextmanager
 def drawn() -> Generator[Report]:
-    """A report that draws one bar for each stage on standard error, within the block."""
+    """A report that draws one bar for each stage on standard error, if that is a terminal, within the block."""
     columns = (TextColumn("{task.description:<12}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(progress: Progress) -> None:

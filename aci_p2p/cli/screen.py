@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from aci_p2p.cli.texts import amount, duration, mebibytes, plural, short_job, short_peer
+from aci_p2p.clock import MS_PER_S
 from aci_p2p.control import Event, StatusReport
 from aci_p2p.control.report import PeerEntry, ProviderSection
 from aci_p2p.protocol.catalogue import CATALOGUE
@@ -26,7 +27,6 @@ FRAME_ROWS: Final = 2
 """Rows of a panel's frame."""
 MIN_ROWS: Final = 4
 """Rows of the smallest panel that says something; one that would get fewer is left out."""
-MS_PER_S: Final = 1_000
 
 _LEVELS: Final = {"warning": "yellow", "error": "red", "critical": "red", "debug": "dim"}
 _REACHABILITY: Final = {"public": "green", "private": "yellow", "unknown": "dim"}

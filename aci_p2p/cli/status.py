@@ -90,9 +90,9 @@ def _network(status: StatusReport) -> Iterator[Row]:
     yield "peers", f"{network['peers']} connected ({network['inbound']} in, {network['outbound']} out{relayed})"
     limits = f"{network['trimmed']} connections trimmed, {plural(network['banned'], 'peer')} banned"
     yield "", f"{network['known_peers']} known, {network['dial_failures']} of {network['dials']} dials failed, {limits}"
-    refused = ", ".join(f"{count} {reason}" for reason, count in sorted(network["gossip_refused"].items())) or "0"
-    gossip = f"{network['gossip_accepted']} messages taken, refused: {refused}, {network['gossip_dropped']} dropped"
-    yield "gossip", gossip
+    refused = ", ".join(f"{count} {reason}" for reason, count in sorted(network["gossip_refused"].items())) or "none"
+    gossip = f"{plural(network['gossip_accepted'], 'message')} accepted, {network['gossip_dropped']} dropped"
+    yield "gossip", f"{gossip}, refused: {refused}"
 
 
 def _topic(name: str, topic: TopicSection) -> str:

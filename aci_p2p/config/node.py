@@ -11,6 +11,7 @@ from aci_p2p.config.paths import default_home, runtime_folder, socket_path, stat
 from aci_p2p.network.config import NetworkConfig
 from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import MAX_LATENCY_MS, MAX_TEMPERATURE_MILLI, MAX_TOKENS
 from aci_p2p.protocol.pricing import ONE_ACI
 
@@ -34,8 +35,6 @@ DEFAULT_MAX_TOKENS: Final = 256
 """Output tokens; a long paragraph."""
 DEFAULT_BID_WINDOW_MS: Final = 1_000
 """Milliseconds to wait for bids when not all of them are known to come: five gossip hops between continents."""
-MAX_BID_WINDOW_MS: Final = 10_000
-"""Milliseconds; a person waits, and nobody believes in an answer after ten seconds of silence."""
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 """From most to least."""
 LOG_FORMATS: Final = ("text", "logfmt", "json")

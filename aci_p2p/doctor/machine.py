@@ -75,16 +75,16 @@ def _look_at_key(subject: Subject) -> list[Finding]:
         mode = folder.stat().st_mode
         key = KeyRing(folder).load(name)
     except FileNotFoundError:
-        return [ok("key", f"{name} is made when the node first runs")]
+        return [ok("key", f"the key {name!r} does not exist; it is made when the node first runs")]
     except KeyFileError as error:
         if not error.path.exists() and not error.path.is_symlink():
-            return [ok("key", f"{name} is made when the node first runs")]
+            return [ok("key", f"the key {name!r} does not exist; it is made when the node first runs")]
         return [problem_of("key", error, "move the file away; the node then gets another identity")]
     except OSError as error:
         return [problem("key", f"{folder}: {error.strerror}", "give the folder to the user that runs the node")]
     if mode & GROUP_OR_OTHERS_WRITE:
         return [problem("key", f"others may write to {folder}", f"chmod 700 {folder}")]
-    return [ok("key", f"{name} is {key.node_id}, readable by its owner alone")]
+    return [ok("key", f"the key {name!r} is {key.node_id}, readable by its owner alone")]
 
 
 async def check_models(subject: Subject) -> list[Finding]:

@@ -78,10 +78,16 @@ async def check_ports(subject: Subject, probe: Probe) -> list[Finding]:
     if subject.status is None:
         return [ok("ports", f"{names} can be listened on")]
     held = subject.status["listen"]
-    if held != list(told):
+    if len(held) != len(told) or not all(map(_is_bound_to, held, told)):
         text = f"the running node listens on {', '.join(held) or 'nothing'}, not on {names}"
-        return [warning("ports", text, "restart the node to take the new addresses")]
-    return [ok("ports", f"the running node listens on {names}")]
+        return [warning("ports", text, "restart the node, or give the doctor the options that it was started with")]
+    return [ok("ports", f"the running node listens on {', '.join(held)}")]
+
+
+def _is_bound_to(held: str, told: str) -> bool:
+    """Whether listening at `told` may have given `held`: port 0 is any."""
+    place, port = told.rpartition("/")[::2]
+    return held == told or (port == "0" and held.rpartition("/")[0] == place)
 
 
 async def check_names(subject: Subject) -> list[Finding]:

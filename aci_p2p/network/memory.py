@@ -117,10 +117,6 @@ class MemoryHub:
                 return peer
         return None
 
-    def is_cut_off(self, peer: NodeId) -> bool:
-        """Whether the peer's cable is cut."""
-        return peer in self._cut_off
-
     def relay_between(self, a: NodeId, b: NodeId) -> NodeId | None:
         """A node that everybody can dial and that both reach; None when there is none."""
         for node in self._endpoints:

@@ -168,7 +168,7 @@ class MemoryNetwork(Network):
         if peer in self._links and remote is not None:
             return remote
         self._dials += 1
-        is_cut = self._hub.is_cut_off(self._node_id) or self._medium.is_cut(self._node_id, peer, relay)
+        is_cut = self._hub.endpoint(self._node_id) is not self or self._medium.is_cut(self._node_id, peer, relay)
         if remote is None or failure or is_cut or not set(addresses) & set(remote.addresses):
             self._dial_failures += 1
             msg = f"{peer.short} cannot be reached at {', '.join(addresses) or 'any known address'}{failure}"

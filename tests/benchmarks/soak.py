@@ -152,9 +152,9 @@ def table_sizes(roots: Sequence[object]) -> Counter[str]:
             waiting.extend(cast("Collection[object]", thing))
         elif type(thing).__module__.startswith("aci_p2p"):
             for name, value in _attributes(thing):
+                waiting.append(value)
                 if isinstance(value, Mapping | list | set | deque | bytearray):
                     sizes[f"{type(thing).__name__}.{name}"] += len(cast("Collection[object]", value))
-                waiting.append(value)
         elif callable(thing) and (owner := getattr(thing, "__self__", None)) is not None:
             waiting.append(owner)
     return sizes

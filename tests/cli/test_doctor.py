@@ -232,6 +232,10 @@ async def test_ports_of_a_running_node(subject: Subject) -> None:
     running = status()
     running["listen"] = list(subject.config.p2p.listen)
     assert only((await examine_running(subject, running))["ports"], Level.OK, "the running node listens on")
+    running["listen"] = ["/ip4/127.0.0.1/tcp/9999"]
+    any_port = NetworkConfig(listen=("/ip4/127.0.0.1/tcp/0",))
+    told = replace(subject, config=replace(subject.config, p2p=any_port))
+    only((await examine_running(told, running))["ports"], Level.OK, "the running node listens on", "tcp/9999")
     running["listen"] = ["/ip4/0.0.0.0/tcp/9999"]
     only((await examine_running(subject, running))["ports"], Level.WARNING, "tcp/9999", "restart")
 

@@ -139,6 +139,11 @@ def test_one_key_one_node_one_port(cli: Cli, start: Start, tiny_home: Path, tmp_
     assert taken.rpartition("/")[2] in line
 
 
+def test_a_node_that_listens_nowhere(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[p2p]\nlisten = []\n")
+    assert wait_for(start("join", "--no-serve", at=tmp_path), "listening ") == "nowhere: it only dials"
+
+
 def test_a_second_provider_joins_through_the_first(cli: Cli, start: Start, tiny_home: Path, tmp_path: Path) -> None:
     first = wait_for(start("join", *LOOPBACK), "listening on ")
     other = tmp_path / "other"

@@ -44,7 +44,7 @@ def test_everything_is_shown() -> None:
             "7 connected (3 in, 5 out, 1 through relays)",
             "40 known, 4 of 30 dials failed, 2 connections trimmed, 1 peer banned",
         ],
-        "gossip": ["900 messages taken, refused: 3 expired, 0 dropped"],
+        "gossip": ["900 messages accepted, 0 dropped, refused: 3 expired"],
         "market": [
             "offers: 12 in the last minute, 120 in all; 0 waiting, 1 dropped, 2 caught up",
             "bids: 12 in the last minute, 120 in all; 0 waiting, 1 dropped, 2 caught up",

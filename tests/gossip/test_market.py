@@ -153,6 +153,31 @@ async def test_an_offer_and_its_bids(autojump_clock: MockClock, open_traders: Op
         assert [trader.market.statistics().bids_heard for trader in (a, b, c)] == [2, 1, 1]
 
 
+async def test_an_offer_a_second_is_no_flood(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    """From one key for twelve minutes, from a new process each minute; a third node brings copies."""
+    async with open_trader(hub, 1) as provider, open_trader(hub, 3) as third:
+        await third.network.connect(provider.network.addresses[0])
+        for minute in range(12):
+            async with open_trader(hub, 2) as consumer:
+                for other in (provider, third):
+                    await consumer.network.connect(other.network.addresses[0])
+                await trio.sleep(1)
+                for second in range(60):
+                    offer = consumer.offer(100 * minute + second)
+                    with consumer.market.bids(offer.body.job_id) as bids:
+                        await consumer.market.publish_offer(offer)
+                        heard = await provider.market.next_offer()
+                        assert heard == offer
+                        await provider.market.publish_bid(provider.bid(heard))
+                        assert (await bids.receive()).sender == provider.network.node_id
+                    await trio.sleep(1)
+                assert consumer.network.statistics().gossip_refused == {}
+            for trader in (provider, third):
+                assert trader.network.statistics().gossip_refused == {}
+        assert provider.market.statistics().offers_heard == third.market.statistics().offers_heard == 12 * 60
+        assert len(provider.market._view._replay) <= 2 * MAX_PER_SENDER
+
+
 async def test_offers_arrive_in_order(autojump_clock: MockClock, open_traders: OpenTraders) -> None:
     async with open_traders(2) as (a, b):
         offers = [a.offer(number) for number in range(20)]

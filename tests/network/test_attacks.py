@@ -410,3 +410,30 @@ async def test_streams_of_many_peers_leave_room_for_others(victim: Victim) -> No
                     await attacker.open_stream(victim.node_id, PING_PROTOCOL)
         await victim.serves_honest_peers()
         assert victim.network.statistics().banned == 0
+
+
+async def test_what_many_connections_hold_together_is_bounded(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stays within its own bound, and hundreds of them could fill any memory."""
+    assert isinstance(victim.network, Libp2pNetwork)
+    holdings = victim.network._host.holdings
+    monkeypatch.setattr(holdings, "_limit", 4 * yamux.WINDOW_BYTES)
+    highest = 0
+
+    async def flood(attacker: Host) -> None:
+        with suppress(PeerUnreachable, StreamReset):
+            stream = await attacker.open_stream(victim.node_id, PING_PROTOCOL)
+            while True:
+                # The answers are never read, so the questions fill their window.
+                await stream.write(bytes(1 << 15))
+
+    async with AsyncExitStack() as stack:
+        attackers = [await stack.enter_async_context(victim.attacked_by_host(make_key(number))) for number in (50, 51)]
+        floods = await stack.enter_async_context(open_background())
+        for attacker in attackers * 3:
+            floods.start_soon(flood, attacker)
+        with trio.fail_after(10):
+            while len(victim.network.peers) == len(attackers):
+                highest = max(highest, holdings.total)
+                await trio.sleep(0.001)
+        assert 2 * yamux.WINDOW_BYTES < highest <= 4 * yamux.WINDOW_BYTES
+    await eventually(lambda: not victim.network.peers and holdings.total == 0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
+from functools import partial
+
 import pytest
 import trio
 import trio.lowlevel
@@ -15,15 +18,16 @@ from libp2p.pubsub.pb.rpc_pb2 import (
     Message,
 )
 
-from aci_p2p.network import MAX_GOSSIP_BYTES, PeerUnreachable
+from aci_p2p.network import MAX_GOSSIP_BYTES, Network, PeerUnreachable
 from aci_p2p.network.libp2p import gossip, router
 from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.network import Libp2pNetwork
 from aci_p2p.network.libp2p.score import GOSSIP_THRESHOLD, GRAYLIST_THRESHOLD
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import StreamReset, YamuxStream
 from aci_p2p.protocol.identity import NodeId
 from tests.network.attack import ATTACKER, Victim, judge, noise, until_ended
-from tests.network.driver import ECHO, TOPIC, Opener, eventually
+from tests.network.driver import ECHO, TOPIC, Opener, eventually, make_key
 
 
 def publication(**fields: object) -> bytes:
@@ -221,3 +225,35 @@ async def test_neighbour_that_does_not_read_costs_nobody_anything(victim: Victim
                 await eventually(lambda: honest.statistics().gossip_accepted == publications)
                 assert subscription.dropped == 0
         assert victim.network.statistics().gossip_dropped > 0
+
+
+def has_accepted(network: Network, count: int) -> bool:
+    """Whether so many messages have come."""
+    return network.statistics().gossip_accepted == count
+
+
+async def test_what_waits_for_many_that_do_not_read_is_bounded(
+    victim: Victim, open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may have an outbox; all of theirs together may not fill our memory, nor keep others from getting theirs."""
+    monkeypatch.setattr(gossip, "MAX_WAITING_BYTES", 32 * MAX_GOSSIP_BYTES)
+    assert isinstance(victim.network, Libp2pNetwork)
+    waiting = victim.network._gossip._waiting
+    subscription = prefixed(RPC(subscriptions=[RPC.SubOpts(subscribe=True, topicid=TOPIC)]).SerializeToString())
+    async with AsyncExitStack() as stack:
+        for number in range(4):
+            # It serves no gossip, so that all waits.
+            attacker = await stack.enter_async_context(victim.attacked_by_host(make_key(50 + number)))
+            stream = await attacker.open_stream(victim.node_id, gossip.PROTOCOL)
+            await stream.write(subscription)
+        honest = await stack.enter_async_context(open_libp2p(5))
+        await honest.connect(victim.address)
+        await stack.enter_async_context(honest.subscribe(TOPIC, judge, capacity=100))
+        await eventually(lambda: len(victim.network.topic_peers(TOPIC)) == 5)
+        for number in range(1, 65):
+            await victim.network.publish(TOPIC, b"%d" % number + b"0" * (MAX_GOSSIP_BYTES - 10))
+            await eventually(partial(has_accepted, honest, number))
+            assert waiting.bytes <= gossip.MAX_WAITING_BYTES
+        assert waiting.bytes > gossip.MAX_WAITING_BYTES // 2
+        assert waiting.neighbours == 5
+    await eventually(lambda: waiting.neighbours == waiting.bytes == 0)

@@ -9,9 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from aci_p2p.network import MAX_FRAME_BYTES, DialledOurselves, PeerUnreachable, Stream, StreamClosed
+from aci_p2p.network import MAX_FRAME_BYTES, DialledOurselves, Network, PeerUnreachable, Stream, StreamClosed
 from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import NodeId
 from aci_p2p.version import SOFTWARE
 from tests.network.driver import ECHO, STRANGER, Opener, OpenLine, echo, eventually, make_key, told
 
@@ -518,3 +519,41 @@ async def test_failed_dials_are_counted(open_network: Opener) -> None:
         await a.connect(b.addresses[0])
         await a.connect(b.addresses[0])
         assert (a.statistics().dials, a.statistics().dial_failures) == (2, 1)
+
+
+async def test_a_closed_network_reaches_nobody(open_network: Opener) -> None:
+    async with open_network(1) as remote:
+        with remote.serve(ECHO, echo):
+            async with open_network(2) as network:
+                await network.connect(remote.addresses[0])
+            assert not network.peers
+            for _ in range(2):
+                with pytest.raises(PeerUnreachable):
+                    async with network.open_stream(remote.node_id, ECHO):
+                        pass
+                with pytest.raises(PeerUnreachable):
+                    await network.connect(remote.addresses[0])
+                with pytest.raises(PeerUnreachable):
+                    await network.connect(remote.addresses[0].partition("/p2p/")[0])
+            await eventually(lambda: not remote.peers)
+
+
+async def test_streams_that_are_opened_while_a_network_closes_fail_as_others_do(open_network: Opener) -> None:
+    async def use(network: Network, remote: NodeId, opened: trio.Event) -> None:
+        with pytest.raises((PeerUnreachable, StreamClosed)):
+            while True:
+                async with network.open_stream(remote, ECHO) as stream:
+                    await stream.send(b"hello")
+                    await stream.receive()
+                opened.set()
+
+    async with open_network(1) as remote, trio.open_nursery() as nursery:
+        with remote.serve(ECHO, echo):
+            for _ in range(5):
+                async with open_network(2) as network:
+                    await network.connect(remote.addresses[0])
+                    opened = trio.Event()
+                    nursery.start_soon(use, network, remote.node_id, opened)
+                    await opened.wait()
+        nursery.cancel_scope.deadline = trio.current_time() + 5
+    assert not nursery.cancel_scope.cancelled_caught

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AsyncExitStack
 
 import pytest
 import trio
@@ -55,6 +56,24 @@ async def test_message_published_right_after_connecting_arrives(open_network: Op
         await a.publish(TOPIC, b"hello")
         with trio.fail_after(5):
             assert (await subscription.receive()).data == b"hello"
+
+
+async def test_commands_in_a_row_with_one_key_are_all_heard(open_network: Opener) -> None:
+    topics = [f"{TOPIC}/{number}" for number in range(3)]
+    async with open_network(1) as a, AsyncExitStack() as stack:
+        heard = [await stack.enter_async_context(a.subscribe(topic, accept, capacity=8)) for topic in topics]
+        for command in range(15):
+            data = b"%d" % command
+            async with open_network(2) as b:
+                await b.connect(a.addresses[0])
+                async with AsyncExitStack() as command_stack:
+                    for topic in topics:
+                        await command_stack.enter_async_context(b.subscribe(topic, accept, capacity=8))
+                        await b.publish(topic, data)
+                    with trio.fail_after(5):
+                        assert [await one.receive() for one in heard] == [GossipMessage(b.node_id, data)] * len(heard)
+                await told(a, lambda: not any(map(a.topic_peers, topics)))
+        assert not a.statistics().gossip_refused
 
 
 async def test_message_is_forwarded_and_names_its_forwarder(open_line: OpenLine) -> None:

@@ -108,6 +108,19 @@ def test_graft_within_the_backoff_is_refused(node: Node) -> None:
     assert node.take(PEER).control.prune
 
 
+def test_one_that_comes_back_may_have_forgotten_the_backoff(node: Node) -> None:
+    node.neighbours(PEER)
+    for _ in range(20):
+        # A command ends, and the next one begins: a process with the same key and no memory.
+        node.receive(PEER, prune(30))
+        node.router.remove_peer(PEER, NOW)
+        node.router.add_peer(PEER, "", NOW)
+        node.neighbours(PEER)
+        node.receive(PEER, graft())
+    assert node.router.scores.score(PEER) == 0
+    assert node.router.mesh(TOPIC) == {PEER}
+
+
 def test_unsubscribing_leaves_the_mesh(node: Node) -> None:
     node.neighbours(PEER)
     node.receive(PEER, RPC(subscriptions=[RPC.SubOpts(subscribe=False, topicid=TOPIC)]))

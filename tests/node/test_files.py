@@ -67,11 +67,13 @@ def test_data_is_on_disk_before_it_replaces_the_old(tmp_path: Path, monkeypatch:
     seen: list[tuple[bytes, int]] = []
 
     def note(descriptor: int) -> None:
-        seen.append((path.read_bytes(), os.fstat(descriptor).st_size))
+        seen.append((path.read_bytes(), os.fstat(descriptor).st_ino))
 
     monkeypatch.setattr(os, "fsync", note)
     write_atomically(path, b"newer")
-    assert seen == [(b"old", 5)]
+    # The content, then its place in the folder.
+    assert seen == [(b"old", path.stat().st_ino), (b"newer", tmp_path.stat().st_ino)]
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:

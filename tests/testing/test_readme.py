@@ -22,7 +22,9 @@ MAX_CPU_S = 3.0
 
 def example() -> str:
     """The example's source."""
-    (source,) = re.findall(r"```python\n(import trio\nfrom aci_p2p import ACI\n\n.*?)```", README.read_text(), re.DOTALL)
+    (source,) = re.findall(
+        r"```python\n(import trio\nfrom aci_p2p import ACI\n\n.*?)```", README.read_text(), re.DOTALL
+    )
     assert len([line for line in source.splitlines() if line.strip()]) <= MAX_LINES
     return source
 

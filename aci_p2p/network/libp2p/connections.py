@@ -10,6 +10,7 @@ import ipaddress
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import trio
 
@@ -78,6 +79,17 @@ def source_of(address: str) -> str:
     return LOOPBACK if ip.is_loopback else str(ip)
 
 
+class ConnectionCount(NamedTuple):
+    """How many connections there are, of each kind."""
+
+    inbound: int
+    """Those that peers have dialled."""
+    outbound: int
+    """Those that we have dialled."""
+    relayed: int
+    """Those of both through relays."""
+
+
 class Connections:
     """All connections of a host."""
 
@@ -104,6 +116,18 @@ class Connections:
         """All connections, the oldest first."""
         every = [connection for several in self._of_peer.values() for connection in several]
         return sorted(every, key=lambda connection: connection.opened)
+
+    def count(self) -> ConnectionCount:
+        """How many connections there are."""
+        outbound = inbound = relayed = 0
+        for several in self._of_peer.values():
+            for one in several:
+                if one.outbound:
+                    outbound += 1
+                else:
+                    inbound += 1
+                relayed += one.relay is not None
+        return ConnectionCount(inbound, outbound, relayed)
 
     def of(self, peer: NodeId) -> tuple[Connection, ...]:
         """All connections to a peer."""
@@ -191,6 +215,8 @@ class Connections:
     @property
     def banned_count(self) -> int:
         """Peers that were thrown out lately."""
+        if not self._banned:
+            return 0
         now = trio.current_time()
         return sum(until > now for until in self._banned.values())
 

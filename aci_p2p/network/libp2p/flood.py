@@ -54,10 +54,6 @@ class _Account:
     bytes: float = MAX_BYTES
     ignored: float = MAX_IGNORED
 
-    @property
-    def is_overdrawn(self) -> bool:
-        return self.entries <= 0 or self.bytes <= 0
-
 
 class FloodGuard:
     """One account for each neighbour."""
@@ -85,9 +81,9 @@ class FloodGuard:
         An account is filled up when it is empty, not before: this is called for every RPC.
         """
         account = self._accounts[peer]
-        if account.is_overdrawn or account.ignored <= 0:
+        if account.entries <= 0 or account.bytes <= 0 or account.ignored <= 0:
             self._fill_up(account, now)
-            if account.is_overdrawn:
+            if account.entries <= 0 or account.bytes <= 0:
                 return Admission.FLOODING
             if account.ignored <= 0:
                 return Admission.THROTTLED

@@ -40,6 +40,8 @@ BATCH_RPCS = 128
 """RPCs joined at most; each holds few entries, so that the whole stays below MAX_RPC_ENTRIES."""
 MAX_OUTBOX_BYTES = 2 << 20
 """Waiting for one neighbour, bytes; beyond it messages to that neighbour are lost."""
+MAX_WAITING_BYTES = 16 << 20
+"""Waiting for all neighbours together, bytes; beyond it those lose messages for whom more than an equal share waits."""
 READ_BYTES = 64 << 10
 """Taken from the muxer at once, bytes."""
 LINGER_SECONDS = 1.0
@@ -55,18 +57,36 @@ _MALFORMED = Validation(Decision.REJECT, Reason.MALFORMED)
 def _parse(encoded: bytes) -> RPC:
     """Read an RPC; raises DecodeError or ValueError when it is malformed or holds too much."""
     rpc = RPC.FromString(encoded)
-    control = rpc.control
-    parts = (rpc.publish, rpc.subscriptions, control.ihave, control.iwant, control.graft, control.prune)
-    if max(len(part) for part in parts) > MAX_RPC_ENTRIES:
+    most = max(len(rpc.publish), len(rpc.subscriptions))
+    if rpc.HasField("control"):
+        control = rpc.control
+        most = max(most, len(control.ihave), len(control.iwant), len(control.graft), len(control.prune))
+    if most > MAX_RPC_ENTRIES:
         msg = "the RPC has too many entries"
         raise ValueError(msg)
     return rpc
 
 
+class _Waiting:
+    """How much waits for all neighbours together."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.neighbours = 0
+
+    def admits(self, held: int, size: int) -> bool:
+        """Whether `size` bytes more may wait for a neighbour for which `held` bytes wait."""
+        if self.bytes + size <= MAX_WAITING_BYTES:
+            return True
+        return held + size <= MAX_WAITING_BYTES // self.neighbours
+
+
 class _Outbox:
     """What waits for one neighbour."""
 
-    def __init__(self) -> None:
+    def __init__(self, all_waiting: _Waiting) -> None:
+        self._all_waiting = all_waiting
+        self._all_waiting.neighbours += 1
         self._waiting: deque[tuple[int, RPC]] = deque()
         self._bytes = 0
         self._arrived = trio.Event()
@@ -75,6 +95,9 @@ class _Outbox:
 
     def close(self) -> None:
         """The neighbour is gone: end the task that writes to it."""
+        self._all_waiting.neighbours -= 1
+        self._count(-self._bytes)
+        self._waiting.clear()
         self.scope.cancel()
 
     def move(self) -> None:
@@ -85,12 +108,16 @@ class _Outbox:
     def put(self, rpc: RPC) -> bool:
         """Queue; False when there is no room."""
         size = rpc.ByteSize()
-        if self._bytes + size > MAX_OUTBOX_BYTES:
+        if self._bytes + size > MAX_OUTBOX_BYTES or not self._all_waiting.admits(self._bytes, size):
             return False
         self._waiting.append((size, rpc))
-        self._bytes += size
+        self._count(size)
         self._arrived.set()
         return True
+
+    def _count(self, size: int) -> None:
+        self._bytes += size
+        self._all_waiting.bytes += size
 
     async def take(self) -> RPC | None:
         """Wait for something to send; returns as much as fits in one batch, None to go on with a new stream."""
@@ -105,7 +132,7 @@ class _Outbox:
             if size and size + self._waiting[0][0] > BATCH_BYTES:
                 break
             part_size, part = self._waiting.popleft()
-            self._bytes -= part_size
+            self._count(-part_size)
             size += part_size
             batch.MergeFrom(part)
         return batch
@@ -120,6 +147,7 @@ class Gossip:
         self._nursery = nursery
         self._router = Router(self._send, random)
         self._outboxes: dict[NodeId, _Outbox] = {}
+        self._waiting = _Waiting()
         self._readers: dict[NodeId, trio.CancelScope] = {}
         self._subscriptions: dict[str, QueuedSubscription] = {}
         self.journal = GossipJournal()
@@ -159,7 +187,7 @@ class Gossip:
         # Who comes through a relay has no address of its own.
         address = "" if connection.relay else connection.source.partition("/")[0]
         self._router.add_peer(connection.peer, address, trio.current_time())
-        self._outboxes[connection.peer] = _Outbox()
+        self._outboxes[connection.peer] = _Outbox(self._waiting)
         self._nursery.start_soon(self._write_to, connection.peer, self._outboxes[connection.peer])
 
     def _on_disconnected(self, peer: NodeId) -> None:

@@ -29,6 +29,7 @@ from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, mos
 from aci_p2p.network.libp2p.admission import Admission
 from aci_p2p.network.libp2p.connections import Connection, Connections, source_of
 from aci_p2p.network.libp2p.dialling import Dialler, Reached
+from aci_p2p.network.libp2p.holdings import Holdings
 from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound, select_outbound
 from aci_p2p.network.libp2p.secure import ByteStream, Security
 from aci_p2p.network.libp2p.upgrade import HANDSHAKE_SECONDS, multiplex_outbound, secure_outbound, upgrade_inbound
@@ -48,6 +49,8 @@ FAILED_STREAMS_BURST = 256.0
 """Inbound streams of one peer that may come to nothing at once: a busy consumer meets the limit of streams."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
+
+_CLOSING = "this node is shutting down"
 
 log = logging.getLogger("aci_p2p.network")
 
@@ -75,6 +78,7 @@ class Host:
         self._nursery = nursery
         self._protocols: dict[str, _Protocol] = {}
         self.admission = Admission()
+        self.holdings = Holdings()
         self._inbound_streams: dict[NodeId, dict[YamuxStream, trio.CancelScope]] = {}
         self._patience: OrderedDict[NodeId, TokenBucket] = OrderedDict()
         self._bound: list[TcpAddress] = []
@@ -82,6 +86,7 @@ class Host:
         self._announced: dict[str, tuple[TcpAddress, ...]] = {}
         self.claims: dict[tuple[str, int], Callable[[trio.SocketStream], None]] = {}
         self._trimming = False
+        self._is_closing = False
         self.handler_failures = 0
         self.on_connected = self.connections.on_connected
         self.on_disconnected = self.connections.on_disconnected
@@ -184,6 +189,9 @@ class Host:
                     self.admission.end_oldest()
                     await trio.sleep(0.1)
                     continue
+                if self._is_closing:
+                    await stream.aclose()
+                    return
                 self._nursery.start_soon(self._handle_inbound, stream)
 
     async def _handle_inbound(self, stream: trio.SocketStream) -> None:
@@ -229,7 +237,7 @@ class Host:
         return connection
 
     def _takes(self, peer: NodeId) -> bool:
-        return peer != self.node_id and not self.connections.is_banned(peer)
+        return peer != self.node_id and not self._is_closing and not self.connections.is_banned(peer)
 
     async def adopt_inbound(
         self, stream: ByteStream, place: TcpAddress, relay: NodeId | None, expected: NodeId
@@ -263,6 +271,9 @@ class Host:
         place = reached.place.transport
         peer = reached.secure.peer
         muxer = await multiplex_outbound(reached.secure, place)
+        if self._is_closing:
+            await reached.secure.close()
+            raise PeerUnreachable(_CLOSING)
         connection = Connection(peer, muxer, True, reached.place, reached.source, trio.current_time(), reached.relay)  # noqa: FBT003
         self._add(connection)
         self._nursery.start_soon(self._serve_connection, connection)
@@ -317,7 +328,7 @@ class Host:
     async def _serve_connection(self, connection: Connection) -> None:
         """Hold a connection until it ends."""
         try:
-            await connection.muxer.run(lambda stream: self._accept_stream(connection, stream))
+            await connection.muxer.run(lambda stream: self._accept_stream(connection, stream), self.holdings)
         except Exception:  # a broken connection is a disconnected peer
             log.debug("the connection to %s broke", connection.peer.short, exc_info=True)
         finally:
@@ -325,6 +336,9 @@ class Host:
 
     async def dial(self, peer: NodeId, addresses: Sequence[TcpAddress] = ()) -> Connection:
         """The connection to a peer, made when there is none. Raises PeerUnreachable, DialledOurselves."""
+        if self._is_closing:
+            await trio.lowlevel.checkpoint()
+            raise PeerUnreachable(_CLOSING)
         return await self.dialler.dial(peer, addresses)
 
     async def throw_out(self, peer: NodeId) -> None:
@@ -380,6 +394,8 @@ class Host:
 
     def _accept_stream(self, connection: Connection, stream: YamuxStream) -> bool:
         peer = connection.peer
+        if self._is_closing:
+            return False
         streams = self._inbound_streams.get(peer, {})
         if len(streams) >= MAX_STREAMS_PER_PEER:
             self._note_failed_stream(peer)
@@ -458,13 +474,14 @@ class Host:
         refilled = now - FAILED_STREAMS_BURST / FAILED_STREAMS_PER_SECOND
         while len(self._patience) > MAX_KNOWN_PEERS or next(iter(self._patience.values())).updated < refilled:
             self._patience.popitem(last=False)
-        if not has_patience and not self.connections.is_banned(peer):
+        if not has_patience and not self._is_closing and not self.connections.is_banned(peer):
             log.info("%s is thrown out: too many of its streams come to nothing", peer.short)
             self.connections.ban(peer)
             self._nursery.start_soon(self.throw_out, peer)
 
     async def close(self) -> None:
-        """Say good-bye on all connections."""
+        """Say good-bye on all connections, and make no more."""
+        self._is_closing = True
         async with trio.open_nursery() as nursery:
             for connection in self.connections.all:
                 nursery.start_soon(connection.muxer.close)

@@ -170,13 +170,12 @@ class Libp2pNetwork(Network):
 
     def statistics(self) -> NetworkStatistics:
         journal, connections = self._gossip.journal, self._host.connections
-        every, traversal = connections.all, self._traversal
-        outbound = sum(connection.outbound for connection in every)
+        count, traversal = connections.count(), self._traversal
         return NetworkStatistics(
             peers=len(self._host.peers),
-            inbound=len(every) - outbound,
-            outbound=outbound,
-            relayed=sum(connection.relay is not None for connection in every),
+            inbound=count.inbound,
+            outbound=count.outbound,
+            relayed=count.relayed,
             relays=len(traversal.client.reservations),
             reservations=len(traversal.server.capacity.reserving),
             circuits=traversal.server.capacity.circuits,

@@ -214,6 +214,8 @@ class Router:
             mesh.discard(peer)
         for fanout, _ in self._fanout.values():
             fanout.discard(peer)
+        # If it comes back it may be another process with the same key, which knows of no back-off.
+        self._backoff = {key: until for key, until in self._backoff.items() if key[1] != peer}
 
     def join(self, topic: str, now: float) -> None:
         """We subscribe to a topic."""

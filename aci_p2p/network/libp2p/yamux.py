@@ -4,7 +4,7 @@ Takes the place of py-libp2p's muxer, which does not enforce its receive window,
 paused for five seconds, polls while it waits, and cannot be exchanged (`muxer_multistream` hard-codes it).
 
 Every buffer here is bounded: a stream holds at most one window, a connection at most MAX_BUFFERED_BYTES, and a peer
-that makes us queue answers faster than it reads them is disconnected.
+that makes us queue answers faster than it reads them is disconnected. All connections together are, too (`holdings`).
 
 Source: https://github.com/hashicorp/yamux/blob/master/spec.md
 """
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import trio
+
+from aci_p2p.network.libp2p.holdings import Holdings
 
 PROTOCOL = "/yamux/1.0.0"
 """Protocol id negotiated for the connection."""
@@ -210,6 +212,8 @@ class Yamux:
         self._last_ping = 0
         self._ponged = trio.Event()
         self._heard = 0.0
+        self._holdings = Holdings()
+        self._scope = trio.CancelScope()
         self.round_trip: float | None = None
 
     @property
@@ -232,12 +236,24 @@ class Yamux:
         """Whether data should wait because the peer reads more slowly than we write."""
         return self._queued > HIGH_WATER_BYTES
 
-    async def run(self, accept: Callable[[YamuxStream], bool]) -> None:
+    async def run(self, accept: Callable[[YamuxStream], bool], holdings: Holdings | None = None) -> None:
         """Serve the connection until it ends; raises what ended it, if that was not orderly.
 
-        `accept` is called with each stream that the peer opens and says whether it is taken.
+        `accept` is called with each stream that the peer opens and says whether it is taken. `holdings` counts what
+        this and other connections hold.
         """
         self._accept = accept
+        self._holdings = holdings or self._holdings
+        self._holdings.enter(self, self._queued)
+        with self._scope:
+            await self._serve()
+
+    def give_up(self) -> None:
+        """End `run` at once: we hold too much for the peer."""
+        self._closing = True
+        self._scope.cancel()
+
+    async def _serve(self) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write_frames, nursery.cancel_scope)
@@ -245,6 +261,7 @@ class Yamux:
                 await self._read_frames()
                 nursery.cancel_scope.cancel()
         finally:
+            self._holdings.leave(self)
             self._closed.set()
             self._writable.set()
             self._ponged.set()
@@ -307,11 +324,13 @@ class Yamux:
         frame = _HEADER.pack(_VERSION, kind, flags, stream_id, length) + payload
         self._outgoing.append(frame)
         self._queued += len(frame)
+        self._holdings.change(self, len(frame))
         self._pending.set()
 
     def release(self, state: _State, count: int) -> None:
         """The user has read `count` bytes of a stream: once half its window is free, tell the peer."""
         self._buffered -= count
+        self._holdings.change(self, -count)
         freed = WINDOW_BYTES - state.receive_window - len(state.received)
         if freed >= WINDOW_BYTES // 2 and not state.ended_by_peer and state.stream_id in self._streams:
             state.receive_window += freed
@@ -321,6 +340,7 @@ class Yamux:
         """A stream is over for us: drop what is unread; data that still arrives for it is answered with a reset."""
         self._drop(state)
         self._buffered -= len(state.received)
+        self._holdings.change(self, -len(state.received))
         state.received.clear()
 
     def _drop(self, state: _State) -> None:
@@ -346,6 +366,7 @@ class Yamux:
                 batch += self._outgoing.popleft()
             await self._connection.write(bytes(batch))
             self._queued -= len(batch)
+            self._holdings.change(self, -len(batch))
             self._writable.set()
             self._writable = trio.Event()
 
@@ -364,10 +385,11 @@ class Yamux:
 
     async def _read_frames(self) -> None:
         buffer = bytearray()
-        handled = 0
+        handled = incomplete = 0
         while True:
             buffer += await self._connection.receive()
             self._heard = trio.current_time()
+            self._holdings.change(self, -incomplete)
             offset = 0
             while len(buffer) - offset >= _HEADER.size:
                 header = _Header(*_HEADER.unpack_from(buffer, offset))
@@ -382,6 +404,8 @@ class Yamux:
                 if not handled % FRAMES_A_TURN:
                     await trio.lowlevel.checkpoint()
             del buffer[:offset]
+            incomplete = len(buffer)
+            self._holdings.change(self, incomplete)
             if self._queued > MAX_QUEUED_BYTES:
                 msg = "the peer does not read the answers it asks for"
                 raise YamuxError(msg)
@@ -420,6 +444,7 @@ class Yamux:
             state.received += payload
             state.receive_window -= len(payload)
             self._buffered += len(payload)
+            self._holdings.change(self, len(payload))
         else:
             state.send_window += header.length
         state.ended_by_peer |= bool(header.flags & _FIN)
