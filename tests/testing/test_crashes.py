@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import trio
 
@@ -53,42 +55,36 @@ async def die_and_return(role: Party, transition: int) -> tuple[bool, State, lis
         return died, job.state, ends
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("role", "ends"),
-    [
-        (
-            Party.CONSUMER,
-            [
-                (State.CANCELLED, []),
-                (State.CANCELLED, []),
-                (State.CANCELLED, [State.CONSUMER_FAULT]),
-                (State.CANCELLED, [State.CONSUMER_FAULT]),
-                # The receipt is signed and stored, and then on its way out: the provider has nothing in hand.
-                (State.FINAL, [State.CONSUMER_FAULT]),
-                (State.FINAL, [State.CONSUMER_FAULT]),
-                (State.FINAL, [State.FINAL]),
-            ],
-        ),
-        (
-            Party.PROVIDER,
-            [
-                # It had not answered the award, so that the next bid was taken.
-                (State.FINAL, [State.CANCELLED, State.FINAL]),
-                (State.PROVIDER_FAULT, [State.CANCELLED]),
-                (State.PROVIDER_FAULT, [State.CANCELLED]),
-                (State.PROVIDER_FAULT, [State.CONSUMER_FAULT]),
-                (State.FINAL, [State.FINAL]),
-                (State.FINAL, [State.FINAL]),
-            ],
-        ),
-    ],
-    ids=["consumer", "provider"],
+CONSUMER_DIES: tuple[tuple[State, list[State]], ...] = (
+    (State.CANCELLED, []),
+    (State.CANCELLED, []),
+    (State.CANCELLED, [State.CONSUMER_FAULT]),
+    (State.CANCELLED, [State.CONSUMER_FAULT]),
+    # The receipt is signed and stored, and then on its way out: the provider has nothing in hand.
+    (State.FINAL, [State.CONSUMER_FAULT]),
+    (State.FINAL, [State.CONSUMER_FAULT]),
+    (State.FINAL, [State.FINAL]),
 )
-def test_death_at_every_transition(role: Party, ends: list[tuple[State, list[State]]]) -> None:
+"""How a job ends for the consumer and for its providers when the consumer dies at its first transition, its second...;
+the last is one that it does not have."""
+PROVIDER_DIES: tuple[tuple[State, list[State]], ...] = (
+    # It had not answered the award, so that the next bid was taken.
+    (State.FINAL, [State.CANCELLED, State.FINAL]),
+    (State.PROVIDER_FAULT, [State.CANCELLED]),
+    (State.PROVIDER_FAULT, [State.CANCELLED]),
+    (State.PROVIDER_FAULT, [State.CONSUMER_FAULT]),
+    (State.FINAL, [State.FINAL]),
+    (State.FINAL, [State.FINAL]),
+)
+"""The same when the cheapest provider dies."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("role", "ends"), [(Party.CONSUMER, CONSUMER_DIES), (Party.PROVIDER, PROVIDER_DIES)])
+def test_death_at_every_transition(role: Party, ends: Sequence[tuple[State, list[State]]]) -> None:
     came = [run(die_and_return, role, transition) for transition in range(1, len(ends) + 1)]
     assert [died for died, _, _ in came] == [True] * (len(ends) - 1) + [False]
-    assert [(consumer, providers) for _, consumer, providers in came] == ends
+    assert tuple((consumer, providers) for _, consumer, providers in came) == ends
 
 
 async def test_what_a_dead_node_wants_to_write_does_not_reach_its_disk(swarm: Swarm) -> None:

@@ -298,7 +298,7 @@ def test_run_returns_what_the_function_returns_and_takes_no_time() -> None:
 
 
 def test_scheduling_is_as_before_behind_a_run() -> None:
-    random = trio._core._run._r  # type: ignore[attr-defined]
+    random = trio._core._run._r
     before = random.getstate()
 
     async def nothing() -> None:
