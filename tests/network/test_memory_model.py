@@ -9,9 +9,10 @@ from random import Random
 import pytest
 import trio
 
-from aci_p2p.network import Network, PeerUnreachable, StreamClosed
+from aci_p2p.network import Network, PeerUnreachable, Stream, StreamClosed
 from aci_p2p.network.api import Reachability
 from aci_p2p.network.memory import MemoryHub
+from aci_p2p.network.memory_endpoint import MemoryNetwork
 from aci_p2p.network.memory_medium import DIAL_S, HANDSHAKE_TRIPS, INBOX_MESSAGES, KEEP_ALIVE_S
 from aci_p2p.network.model import Nat, NetworkModel, Place
 from aci_p2p.protocol.identity import NodeId
@@ -19,6 +20,7 @@ from aci_p2p.protocol.validation import ACCEPTED, Validation
 from tests.network.driver import ECHO, TOPIC, echo, make_key, open_on, wait_for_ever
 
 STEADY = NetworkModel(one_way_ms=((10, 100), (100, 20)), jitter=0.0)
+
 
 def accept(_forwarder: NodeId, _data: bytes) -> Validation:
     """Everything is fine."""
@@ -36,8 +38,6 @@ async def opened(hub: MemoryHub, places: Sequence[Place]) -> AsyncGenerator[list
         for network in networks[1:]:
             networks[0].learn_addresses(network.node_id, network.addresses)
         yield networks
-
-
 
 
 async def test_dials_and_frames_take_the_latency_between_regions(autojump_clock: object) -> None:
@@ -66,9 +66,9 @@ async def test_frames_take_bandwidth_and_stay_in_order(autojump_clock: object) -
 
     async with opened(hub, [Place(), Place()]) as (near, far):
 
-        async def collect(stream: object) -> None:
+        async def collect(stream: Stream) -> None:
             while True:
-                frame = await stream.receive()  # type: ignore[attr-defined]
+                frame = await stream.receive()
                 arrivals.append((trio.current_time(), frame[:1]))
 
         with far.serve(ECHO, collect):
@@ -102,7 +102,11 @@ async def test_gossip_is_lost_and_seen_once(autojump_clock: object, model: Netwo
 
 async def test_duplicates_arrive(autojump_clock: object) -> None:
     heard: list[str] = []
-    hub = MemoryHub(model=NetworkModel(duplication=1.0), note=lambda kind, *_: heard.append(kind))
+
+    def note(kind: str, _source: NodeId, _target: NodeId, _data: bytes) -> None:
+        heard.append(kind)
+
+    hub = MemoryHub(model=NetworkModel(duplication=1.0), note=note)
     async with opened(hub, [Place(), Place()]) as (near, far), far.subscribe(TOPIC, accept, capacity=8):
         await near.connect(far.addresses[0])
         await near.publish(TOPIC, b"hello")
@@ -132,9 +136,9 @@ async def test_messages_on_their_way_are_bounded(autojump_clock: object) -> None
     hub = MemoryHub(model=STEADY)
     async with opened(hub, [Place(), Place()]) as (near, far), far.subscribe(TOPIC, accept, capacity=8):
         await near.connect(far.addresses[0])
-        with trio.CancelScope():
-            for number in range(INBOX_MESSAGES + 10):
-                near._forward(TOPIC, number.to_bytes(2))  # type: ignore[attr-defined]
+        assert isinstance(near, MemoryNetwork)
+        for number in range(INBOX_MESSAGES + 10):
+            near._forward(TOPIC, number.to_bytes(2))
         assert far.statistics().gossip_dropped == 10
 
 
@@ -220,9 +224,9 @@ async def test_closing_is_not_felt_through_a_partition(autojump_clock: object) -
     hub = MemoryHub(model=STEADY)
     ended = trio.Event()
 
-    async def wait_for_end(stream: object) -> None:
+    async def wait_for_end(stream: Stream) -> None:
         try:
-            await stream.receive()  # type: ignore[attr-defined]
+            await stream.receive()
         finally:
             ended.set()
 
