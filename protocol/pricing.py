@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.messages import Bid, CapabilityRecord, Offer
+from aci_p2p.protocol.messages import Bid, Offer
 from aci_p2p.protocol.wire import AMOUNT_BYTES_MAX
 
 ONE_ACI: Final = 10**18
@@ -14,9 +14,6 @@ TEMPLATE_TOKENS: Final = 128
 """Tokens that a chat template adds once (a default system prompt); SmolLM2 adds 22, Llama 3 about 30."""
 TURN_TOKENS: Final = 16
 """Tokens that a chat template adds to each turn; ChatML adds 5, Llama 3 adds 5."""
-
-MILLI: Final = 1_000
-"""Thousandths in one."""
 
 _DECIMALS: Final = 18
 _WHOLE_DIGITS: Final = 21
@@ -36,16 +33,6 @@ def price(bid: Bid, *, input_tokens: int, output_tokens: int) -> int:
 def worst_price(offer: Offer, bid: Bid) -> int:
     """Most that the offer's job can cost under the bid, base units."""
     return price(bid, input_tokens=max_input_tokens(offer), output_tokens=offer.max_tokens)
-
-
-def indicative_prices(record: CapabilityRecord) -> tuple[int, int]:
-    """What a provider's record says that a prompt token and an output token cost now, base units, rounded down."""
-    load = MILLI - MILLI * record.free_slots // max(record.slots, 1)
-    factor = MILLI
-    for step in record.price_curve:
-        if step.load_milli <= load:
-            factor = step.factor_milli
-    return record.input_token_price * factor // MILLI, record.output_token_price * factor // MILLI
 
 
 def format_amount(base_units: int) -> str:

@@ -86,6 +86,7 @@ def _paths(loaded: Loaded) -> dict[str, str]:
         "keys": str(node.keys_path),
         "models": str(node.models_path),
         "database": str(node.database_path),
+        "proofs": str(node.home / "proofs"),
         "address cache": str(node.address_cache_path),
         "control socket": str(node.control_socket_path),
     }

@@ -90,6 +90,12 @@ def _network(status: StatusReport) -> Iterator[Row]:
     yield "peers", f"{network['peers']} connected ({network['inbound']} in, {network['outbound']} out{relayed})"
     limits = f"{network['trimmed']} connections trimmed, {plural(network['banned'], 'peer')} banned"
     yield "", f"{network['known_peers']} known, {network['dial_failures']} of {network['dials']} dials failed, {limits}"
+    if network["reservations"] or network["circuits"]:
+        circuits = plural(network["circuits"], "connection")
+        yield "relaying", f"for {plural(network['reservations'], 'peer')}, {circuits} of others under way"
+    if network["holes_punched"] or network["holes_failed"]:
+        punched = plural(network["holes_punched"], "connection")
+        yield "hole punching", f"{punched} made direct, {network['holes_failed']} not"
     refused = ", ".join(f"{count} {reason}" for reason, count in sorted(network["gossip_refused"].items())) or "none"
     gossip = f"{plural(network['gossip_accepted'], 'message')} accepted, {network['gossip_dropped']} dropped"
     yield "gossip", f"{gossip}, refused: {refused}"

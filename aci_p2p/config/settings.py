@@ -51,13 +51,17 @@ class Config:
 
     @property
     def client_node(self) -> NodeConfig:
-        """The node of a command that asks: it listens on this machine alone, relays and serves nothing."""
+        """The node of a command that asks: it only dials; where it listened nobody would find it a moment later."""
         node, p2p = self.node, self.node.p2p
         return NodeConfig(
             home=node.home,
             network=node.network,
             p2p=NetworkConfig(
-                relay_server=False, relay_client=p2p.relay_client, hole_punching=p2p.hole_punching, mdns=p2p.mdns
+                listen=(),
+                relay_server=False,
+                relay_client=p2p.relay_client,
+                hole_punching=p2p.hole_punching,
+                mdns=p2p.mdns,
             ),
             bootstrap=node.bootstrap,
             model_store=node.model_store,

@@ -44,7 +44,7 @@ def ask(path: Path, command: str, argument: str = "", *, timeout_s: float = TIME
             raise NoNode(path, "the node that made it is gone") from None
         except TimeoutError:
             raise NoNode(path, f"it did not answer within {timeout_s:g} s", runs=True) from None
-        except ConnectionError:
+        except (ConnectionError, BlockingIOError):
             # Too many ask at once, it is about to end, or the question is too long.
             raise NoNode(path, "it hung up", runs=True) from None
         except OSError as error:

@@ -61,6 +61,11 @@ class NetworkSection(TypedDict):
     inbound: int
     outbound: int
     relayed: int
+    relays: int
+    reservations: int
+    circuits: int
+    holes_punched: int
+    holes_failed: int
     known_peers: int
     streams: int
     trimmed: int

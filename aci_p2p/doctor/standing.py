@@ -130,7 +130,7 @@ def _compare_with_files(subject: Subject, now: int) -> Finding:
     if behind > MAX_SKEW_MS:
         text = f"it is {_difference(behind)} behind the last change of {latest}"
         return problem("clock", text, "set it by the network: timedatectl set-ntp true")
-    return ok("clock", "it is behind no file of this node; there is no peer to compare it with")
+    return ok("clock", "no file of this node is newer than it; there is no peer to compare it with")
 
 
 def _difference(by_ms: float) -> str:

@@ -44,6 +44,8 @@ def test_everything_is_shown() -> None:
             "7 connected (3 in, 5 out, 1 through relays)",
             "40 known, 4 of 30 dials failed, 2 connections trimmed, 1 peer banned",
         ],
+        "relaying": ["for 2 peers, 1 connection of others under way"],
+        "hole punching": ["3 connections made direct, 1 not"],
         "gossip": ["900 messages accepted, 0 dropped, refused: 3 expired"],
         "market": [
             "offers: 12 in the last minute, 120 in all; 0 waiting, 1 dropped, 2 caught up",

@@ -37,7 +37,8 @@ _STATUS: Final[StatusReport] = {
         },
     ],
     "network": {
-        "peers": 7, "inbound": 3, "outbound": 5, "relayed": 1, "known_peers": 40, "streams": 14, "trimmed": 2,
+        "peers": 7, "inbound": 3, "outbound": 5, "relayed": 1, "relays": 1, "reservations": 2, "circuits": 1,
+        "holes_punched": 3, "holes_failed": 1, "known_peers": 40, "streams": 14, "trimmed": 2,
         "banned": 1, "handshakes": 0, "handshakes_refused": 0, "dials": 30, "dial_failures": 4, "handler_failures": 0,
         "gossip_accepted": 900, "gossip_refused": {"expired": 3}, "gossip_dropped": 0,
     },

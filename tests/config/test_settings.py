@@ -96,7 +96,7 @@ def test_the_defaults_of_a_node_that_serves() -> None:
     assert node.provider.serve
 
 
-def test_a_client_neither_listens_to_others_nor_serves() -> None:
+def test_a_client_neither_listens_nor_serves() -> None:
     node = replace(
         default_config().node,
         home=Path("/h"), network="aci-x", bootstrap=("/a",), model_store=Path("/m"), state=Path("/s"),
@@ -106,7 +106,7 @@ def test_a_client_neither_listens_to_others_nor_serves() -> None:
     assert Config(node).client_node == NodeConfig(
         home=Path("/h"), network="aci-x", bootstrap=("/a",), model_store=Path("/m"), state=Path("/s"),
         runtime=Path("/r"), offline=True,
-        p2p=NetworkConfig(relay_server=False, relay_client=False, hole_punching=False, mdns=True),
+        p2p=NetworkConfig(listen=(), relay_server=False, relay_client=False, hole_punching=False, mdns=True),
     )  # fmt: skip
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import socket
 from collections.abc import Callable
 
 import pytest
 import trio
+from libp2p.identity.identify.pb.identify_pb2 import Identify as Identity
 from libp2p.kad_dht.pb.kademlia_pb2 import Message as KadMessage
 from libp2p.kad_dht.pb.kademlia_pb2 import Record
 
-from aci_p2p.network.libp2p import kademlia
+from aci_p2p.network.libp2p import identify, kademlia
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
-from aci_p2p.network.libp2p.varint import encode_varint, prefixed
+from aci_p2p.network.libp2p.network import Libp2pNetwork
+from aci_p2p.network.libp2p.varint import encode_varint, prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.tasks import open_background
-from tests.network.attack import Victim, noise, until_ended
-from tests.network.driver import STRANGER, Opener, make_key
+from tests.network.attack import ATTACKER, Victim, noise, until_ended
+from tests.network.driver import STRANGER, Opener, eventually, make_key
 
 KAD_GARBAGE = {
     "bad protobuf": prefixed(b"\xff" * 60),
@@ -133,3 +137,43 @@ async def test_bad_dht_answers_do_not_stop_a_lookup(
             with trio.fail_after(10):
                 assert await victim.network.get_record("/aci/test/y") == b"a value"
                 assert honest.node_id in await victim.network.find_providers(bytes(32), 100)
+
+
+async def test_who_draws_a_lookup_out_keeps_nobody_from_storing(
+    victim: Victim, open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its answers names others that are nearer, of which each takes its time not to answer."""
+    monkeypatch.setattr(kademlia, "LOOKUP_SECONDS", 1.0)
+    numbers = itertools.count(1000)
+    asked = False
+
+    async def mislead(_peer: NodeId, stream: YamuxStream) -> None:
+        nonlocal asked
+        asked = True
+        request = KadMessage.FromString(await read_prefixed(stream, 4096))
+        nowhere = [TcpAddress("ip4", "127.0.0.1", hole.getsockname()[1]).to_bytes()]
+        closer = [
+            KadMessage.Peer(id=make_key(number).node_id.peer_id, addrs=nowhere)
+            for number in itertools.islice(numbers, 20)
+        ]
+        answer = KadMessage(type=request.type, key=request.key, closerPeers=closer)
+        await stream.write(prefixed(answer.SerializeToString()))
+
+    async def introduce(_peer: NodeId, stream: YamuxStream) -> None:
+        await stream.write(prefixed(Identity(protocols=[kademlia.PROTOCOL]).SerializeToString()))
+
+    # It takes connections and says nothing.
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        async with open_background() as nursery, open_libp2p(4) as honest:
+            await honest.connect(victim.address)
+            attacker = Host(ATTACKER, nursery)
+            with attacker.serve(kademlia.PROTOCOL, mislead), attacker.serve(identify.PROTOCOL, introduce):
+                await attacker.dial(victim.node_id, (TcpAddress.parse(victim.address),))
+                await eventually(lambda: asked)
+                with trio.fail_after(10):
+                    await victim.network.put_record("/aci/test/y", b"a value")
+                    await victim.network.provide(bytes(32))
+        assert isinstance(honest, Libp2pNetwork)
+        now = trio.current_time()
+        assert honest._kademlia._records.get("/aci/test/y", now) == b"a value"
+        assert honest._kademlia._providers.get(MULTIHASH, now) == [victim.node_id]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -357,6 +358,25 @@ async def test_connections_from_one_source_are_bounded(monkeypatch: pytest.Monke
         # Those that we dial do not count.
         missing = next(other for other in others if other.node_id not in ours.peers)
         await ours.dial(missing.node_id, missing.addresses)
+
+
+async def test_connections_from_one_network_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has a /48 of IPv6 comes from as many sources as it likes."""
+    numbers = itertools.count()
+
+    def another_source(_address: str) -> str:
+        return f"2600:1:1:{next(numbers):x}::/64"
+
+    monkeypatch.setattr(host, "source_of", another_source)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS_PER_NETWORK", 2)
+    async with hosts(5) as (ours, *others):
+        for other in others:
+            await _try_to_dial(other, ours)
+        assert len(ours.peers) == 2
+        # Others still come in.
+        monkeypatch.setattr(host, "source_of", lambda _: "2600:1:2::/64")
+        await others[-1].dial(ours.node_id, ours.addresses)
+        assert len(ours.peers) == 3
 
 
 async def _try_to_dial(dialler: Host, listener: Host) -> None:

@@ -31,10 +31,15 @@ async def test_connection_is_known_on_both_sides(open_line: OpenLine) -> None:
         assert a.statistics().peers == 1
 
 
+def is_connected(one: Network, other: Network) -> bool:
+    """Whether the one knows of a connection to the other."""
+    return other.node_id in one.peers
+
+
 async def test_connections_are_told_to_who_waits_on_both_sides(open_network: Opener) -> None:
     async with open_network(1) as a, trio.open_nursery() as nursery, open_network(2) as b:
         for one, other in ((a, b), (b, a)):
-            nursery.start_soon(told, one, partial(lambda *nodes: nodes[1].node_id in nodes[0].peers, one, other))
+            nursery.start_soon(told, one, partial(is_connected, one, other))
         await trio.testing.wait_all_tasks_blocked()
         await b.connect(a.addresses[0])
         while nursery.child_tasks:

@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
+import ifaddr
 import pytest
 import trio
+from trio.testing import MockClock
 
 from aci_p2p.network import DialledOurselves, PeerUnreachable
 from aci_p2p.network.libp2p import address_book, dialling, host, upgrade
@@ -272,6 +274,63 @@ async def test_circuits_come_after_direct_addresses(monkeypatch: pytest.MonkeyPa
         connection = await a.dial(b.node_id, [circuit, *b.addresses])
         assert connection.place == b.addresses[0]
         assert len(taken) == 1
+
+
+@pytest.mark.parametrize(
+    ("direct", "circuit_first"),
+    [
+        (["198.18.0.1"], True),
+        (["198.18.0.1", "10.1.2.3"], True),
+        (["fd00:5::9"], True),
+        ([], True),
+        (["198.18.0.1", "192.168.7.4"], False),
+        (["10.8.200.1"], False),
+        (["fd00:7::9"], False),
+        (["127.0.0.1"], False),
+        (["198.18.0.1", "8.8.8.8"], False),
+        (["198.18.0.1", "boot.example"], False),
+    ],
+)
+async def test_addresses_of_others_networks_hold_no_circuit_up(
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+    direct: list[str],
+    circuit_first: bool,  # noqa: FBT001
+) -> None:
+    prefixes = {"127.0.0.1": 8, "192.168.7.1": 24, "10.8.0.1": 16, "fd00:7::1": 64}
+    ips = [ifaddr.IP((ip, 0, 0) if ":" in ip else ip, prefix, "eth0") for ip, prefix in prefixes.items()]
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda: [ifaddr.Adapter("eth0", "eth0", ips)])
+    began: list[tuple[str, float]] = []
+
+    async def refuse(host: str, _port: int, _place: str) -> trio.SocketStream:
+        began.append((host, trio.current_time()))
+        await trio.sleep(dialling.DIAL_SECONDS)
+        raise PeerUnreachable(host)
+
+    async def fake_resolve(address: TcpAddress) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        return [address.host]
+
+    async def dial_circuit(_peer: NodeId, _address: TcpAddress) -> Connection:
+        began.append(("circuit", trio.current_time()))
+        await trio.lowlevel.checkpoint()
+        msg = "the relay is gone"
+        raise PeerUnreachable(msg)
+
+    monkeypatch.setattr(dialling, "_open_tcp", refuse)
+    monkeypatch.setattr(dialling, "_resolve", fake_resolve)
+    protocols = {host: "ip6" if ":" in host else "ip4" if host[-1].isdigit() else "dns" for host in direct}
+    addresses = [TcpAddress(protocol, host, 1) for host, protocol in protocols.items()]
+    start = trio.current_time()
+    async with open_background() as nursery:
+        one = Host(make_key(1), nursery)
+        one.dialler.circuit = dial_circuit
+        with pytest.raises(PeerUnreachable, match="the relay is gone"):
+            await one.dial(STRANGER, [*addresses, NOWHERE.through(make_key(7).node_id)])
+    # Tried they are in any case.
+    assert {host for host, _ in began} == {"circuit", *direct}
+    waited = dict(began)["circuit"] - start
+    assert waited == pytest.approx(0.0 if circuit_first else dialling.HEAD_START_SECONDS)
 
 
 async def test_connection_that_breaks_at_once_leads_to_the_next_address(monkeypatch: pytest.MonkeyPatch) -> None:

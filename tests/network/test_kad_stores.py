@@ -7,7 +7,7 @@ import pytest
 from aci_p2p.network.libp2p import kad_stores
 from aci_p2p.network.libp2p.kad_stores import ProviderStore, RecordStore
 from aci_p2p.network.libp2p.kad_table import position
-from aci_p2p.network.limits import PROVIDER_SECONDS
+from aci_p2p.network.limits import PROVIDER_SECONDS, RECORD_SECONDS
 from tests.network.driver import make_key
 
 NOW = 1000.0
@@ -23,8 +23,8 @@ def by_distance(keys: list[str]) -> list[str]:
 def test_record_expires() -> None:
     store = RecordStore(OWN)
     assert store.put("/aci/x", b"value", NOW)
-    assert store.get("/aci/x", NOW + kad_stores.RECORD_SECONDS - 1) == b"value"
-    assert store.get("/aci/x", NOW + kad_stores.RECORD_SECONDS) is None
+    assert store.get("/aci/x", NOW + RECORD_SECONDS - 1) == b"value"
+    assert store.get("/aci/x", NOW + RECORD_SECONDS) is None
     assert store.get("/aci/y", NOW) is None
 
 
@@ -51,8 +51,8 @@ def test_a_full_store_gives_the_place_of_what_has_expired(monkeypatch: pytest.Mo
     store.put(near, b"v", NOW)
     store.put(middle, b"v", NOW + 10)
     assert not store.put(far, b"v", NOW + 20)
-    assert store.put(far, b"v", NOW + kad_stores.RECORD_SECONDS)
-    assert store.get(middle, NOW + kad_stores.RECORD_SECONDS) == b"v"
+    assert store.put(far, b"v", NOW + RECORD_SECONDS)
+    assert store.get(middle, NOW + RECORD_SECONDS) == b"v"
 
 
 def test_records_of_a_publisher_are_bounded() -> None:
@@ -61,7 +61,7 @@ def test_records_of_a_publisher_are_bounded() -> None:
     assert [store.put(key, b"v", NOW) for key in keys] == [True] * kad_stores.MAX_RECORDS_PER_PUBLISHER + [False]
     assert store.put("/aci/capability/0/other", b"v", NOW)
     assert store.put(keys[0], b"newer", NOW + 1)
-    later = NOW + kad_stores.RECORD_SECONDS
+    later = NOW + RECORD_SECONDS
     assert store.put(keys[-1], b"v", later)
     assert len(store) == 2
     assert store.get(keys[0], later) == b"newer"

@@ -141,8 +141,14 @@ async def test_a_node_that_does_not_answer_is_said_to_run(path: Path) -> None:
         mute.listen(1)
         with pytest.raises(NoNode, match=r"did not answer within 0\.2 s") as error:
             ask(path, "status", timeout_s=0.2)
-    assert error.value.runs
-    assert "restart" in error.value.hint
+        assert error.value.runs
+        assert "restart" in error.value.hint
+        # Nor does it take connections any more, and there are too many already.
+        with socket.socket(socket.AF_UNIX) as waiting:
+            waiting.connect(os.fspath(path))
+            with pytest.raises(NoNode, match="hung up") as error:
+                ask(path, "status", timeout_s=0.2)
+        assert error.value.runs
 
 
 async def test_two_nodes_never_share_a_socket(path: Path, tmp_path: Path) -> None:

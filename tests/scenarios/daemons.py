@@ -20,7 +20,7 @@ from tests.executor.tiny import write_tiny_model
 
 COMMAND: Final = (sys.executable, "-c", "from aci_p2p.cli import main; main()")
 LOOPBACK: Final = "/ip4/127.0.0.1/tcp/0"
-START_S: Final = 60.0
+START_S: Final = 150.0
 """Longest wait for what a daemon should do soon, seconds: many start at once, on few cores."""
 
 

@@ -20,7 +20,7 @@ from tests.network.attack import Target
 
 NEIGHBOURS: Final = 6
 """Peers that each node has found before a test begins."""
-MEET_S: Final = 60.0
+MEET_S: Final = 150.0
 """Longest time for that, seconds."""
 SETTLE_S: Final = 5.0
 """Longest wait for offers that are still under way when a window ends, seconds."""

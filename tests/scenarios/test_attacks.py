@@ -20,7 +20,7 @@ from tests.scenarios import attackers, floods
 from tests.scenarios.attackers import Arena, Attack
 from tests.scenarios.honest import HonestSwarm, open_honest_swarm
 
-pytestmark = [pytest.mark.scenario, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.scenario, pytest.mark.slow, pytest.mark.timeout(600)]
 
 HONEST = 10
 """Nodes of the swarm."""

@@ -17,7 +17,7 @@ import pytest
 from aci_p2p.protocol.proof import verify_proof
 from tests.scenarios.daemons import COMMAND, Daemon, add_tiny_model, killed_at_the_end, run_command, until
 
-pytestmark = [pytest.mark.scenario, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.scenario, pytest.mark.slow, pytest.mark.timeout(600)]
 
 DAEMONS = 20
 """All together."""

@@ -20,7 +20,7 @@ from tests.conftest import REPOSITORY
 from tests.network.namespaces import Laboratory, Nat
 from tests.scenarios.daemons import COMMAND, Daemon, Launch, add_tiny_model, environment, until
 
-pytestmark = [pytest.mark.netns, pytest.mark.scenario, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.netns, pytest.mark.scenario, pytest.mark.slow, pytest.mark.timeout(600)]
 
 BOOT = "11.0.0.1"
 """Address of the bootstrap node and the name server."""

@@ -13,8 +13,9 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Self, TypeAlias, cast
 
+import ifaddr
 from libp2p.utils.address_validation import get_available_interfaces
 
 from aci_p2p.network.libp2p.varint import encode_varint, split_varint
@@ -26,6 +27,9 @@ MAX_ADDRESS_TEXT = 512
 """Characters of a multiaddr that we are willing to parse."""
 MAX_HOST_TEXT = 253
 """Characters of a host name (RFC 1035)."""
+
+_IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+_IpNetwork: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _IP_CODES = {"ip4": 4, "ip6": 41}
 _NAME_CODES = {"dns": 53, "dns4": 54, "dns6": 55}
@@ -208,6 +212,27 @@ def expand_unspecified(protocol: str, host: str, port: int) -> list[TcpAddress]:
         return [TcpAddress(protocol, host, port)]
     interfaces = [str(address) for address in cast("list[object]", get_available_interfaces(port))]
     return [TcpAddress.parse(address) for address in interfaces if address.startswith(f"/{protocol}/")]
+
+
+def may_be_near(addresses: Iterable[TcpAddress]) -> bool:
+    """Whether one of these is a name, routed by the Internet, or of a network in which this machine is, too."""
+    hosts: list[_IpAddress] = []
+    for address in addresses:
+        if not address.is_ip or address.is_global:
+            return True
+        hosts.append(ipaddress.ip_address(address.host))
+    networks = _own_networks() if hosts else []
+    return any(host in network for host in hosts for network in networks)
+
+
+def _own_networks() -> list[_IpNetwork]:
+    """The networks of this machine's interfaces."""
+    every = (one for adapter in ifaddr.get_adapters() for one in adapter.ips)
+    # IPv6 addresses come with flow and scope.
+    return [
+        ipaddress.ip_network((one.ip if isinstance(one.ip, str) else one.ip[0], one.network_prefix), strict=False)
+        for one in every
+    ]
 
 
 def most_useful(addresses: Iterable[TcpAddress]) -> list[TcpAddress]:

@@ -16,6 +16,7 @@ import trio
 
 from aci_p2p.network.api import ConnectionInfo, PeerUnreachable
 from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.kad_table import network_of
 from aci_p2p.network.libp2p.yamux import Yamux
 from aci_p2p.network.limits import MAX_KNOWN_PEERS
 from aci_p2p.protocol.identity import NodeId
@@ -26,6 +27,8 @@ MAX_INBOUND_CONNECTIONS = 384
 """Connections of which peers may have dialled so many: strangers cannot keep us from dialling."""
 MAX_CONNECTIONS_PER_SOURCE = 32
 """Inbound connections kept from one source, loopback excepted (a NAT may hide several nodes)."""
+MAX_CONNECTIONS_PER_NETWORK = 96
+"""Inbound connections kept from one network (see `network_of`): who has a /48 has 65,536 sources in it."""
 YOUNG_SECONDS = 30.0
 """How long a new connection is kept in any case, seconds: time to say who one is and to be of use."""
 BAN_SECONDS = 60.0
@@ -177,7 +180,12 @@ class Connections:
         inbound = [connection for connection in self.all if not connection.outbound]
         if len(inbound) >= MAX_INBOUND_CONNECTIONS:
             return False
-        return source == LOOPBACK or sum(one.source == source for one in inbound) < MAX_CONNECTIONS_PER_SOURCE
+        if source == LOOPBACK:
+            return True
+        network = network_of(source)
+        of_network = 0 if network is None else sum(network_of(one.source) == network for one in inbound)
+        of_source = sum(one.source == source for one in inbound)
+        return of_source < MAX_CONNECTIONS_PER_SOURCE and of_network < MAX_CONNECTIONS_PER_NETWORK
 
     async def make_room(self) -> None:
         """Before another connection is dialled, close the oldest idle one if need be; raises PeerUnreachable."""

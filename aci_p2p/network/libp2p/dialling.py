@@ -19,7 +19,7 @@ import trio
 
 from aci_p2p.network.api import DialledOurselves, PeerUnreachable
 from aci_p2p.network.libp2p.address_book import AddressBook
-from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.addresses import TcpAddress, may_be_near
 from aci_p2p.network.libp2p.connections import Connection, Connections, source_of
 from aci_p2p.network.libp2p.secure import SecureChannel, Security
 from aci_p2p.network.libp2p.upgrade import secure_outbound
@@ -37,7 +37,8 @@ MAX_ATTEMPTS = 8
 """TCP connections of one search that are tried at once."""
 HEAD_START_SECONDS = 2.0
 """How long only direct addresses are tried before those through relays, seconds: a peer that has both is most likely
-behind a NAT, and once a relayed connection is up a direct one may follow."""
+behind a NAT, and once a relayed connection is up a direct one may follow. None for addresses of networks that are not
+ours: they lead out of a NAT's private network only in the company whose routers know it."""
 
 _FAMILIES = {"dns": socket.AF_UNSPEC, "dns4": socket.AF_INET, "dns6": socket.AF_INET6}
 
@@ -226,9 +227,11 @@ class Dialler:
         circuits = [address for address in addresses if address.relay is not None]
         failures: dict[TcpAddress, str] = {}
         try:
-            with trio.move_on_after(HEAD_START_SECONDS if circuits else math.inf):
-                if (connection := await self._dial_directly(peer, direct, failures)) is not None:
-                    return connection
+            circuits_first = bool(circuits) and not may_be_near(direct)
+            if not circuits_first:
+                with trio.move_on_after(HEAD_START_SECONDS if circuits else math.inf):
+                    if (connection := await self._dial_directly(peer, direct, failures)) is not None:
+                        return connection
             for address in circuits:
                 if (connection := self._connections.preferred(peer)) is not None:
                     return connection
@@ -236,6 +239,8 @@ class Dialler:
                     return await self._dial_circuit(peer, address)
                 except PeerUnreachable as error:
                     failures[address] = error.message
+            if circuits_first and (connection := await self._dial_directly(peer, direct, failures)) is not None:
+                return connection
         finally:
             for address in failures:
                 self._book.failed(peer, address, trio.current_time())

@@ -47,7 +47,7 @@ PATIENCE_SECONDS = 0.5
 AVOID_SECONDS = 60.0
 """How long a peer that did not answer is not asked again, unless it connects anew, seconds."""
 LOOKUP_SECONDS = 12.0
-"""Time for a whole lookup or store, seconds: three rounds of peers that do not answer."""
+"""Time for a whole lookup, seconds: four rounds of peers that do not answer. Storing takes QUERY_SECONDS more."""
 ANSWERS_WANTED = 3
 """Answers with something in them after which a lookup ends: one stale or lying holder does not decide."""
 PATHS_WANTED = 2
@@ -248,11 +248,11 @@ class Kademlia:
         return tuple(cast("list[NodeId]", findings.best_named())[:limit])
 
     async def _send_to_closest(self, key: bytes, message: Message) -> None:
-        with trio.move_on_after(LOOKUP_SECONDS):
-            peers = await self._lookup(key, Message.FIND_NODE, _nothing, _Findings())
-            async with trio.open_nursery() as nursery:
-                for peer in peers:
-                    nursery.start_soon(self._ask, peer, message)
+        # Both take a limited time of their own: who draws the lookup out does not keep us from storing.
+        peers = await self._lookup(key, Message.FIND_NODE, _nothing, _Findings())
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                nursery.start_soon(self._ask, peer, message)
 
     async def _lookup(
         self,
