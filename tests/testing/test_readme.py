@@ -15,7 +15,7 @@ import pytest
 from aci_p2p.testing import open_swarm, run
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-MAX_LINES = 11
+MAX_LINES = 10
 MAX_CPU_S = 3.0
 """Processor seconds for the example, opening the swarm included: three times what it takes without coverage."""
 
@@ -26,7 +26,7 @@ def example() -> str:
         r"```python\n(import trio\nfrom aci_p2p import ACI\n\n.*?)```", README.read_text(), re.DOTALL
     )
     assert len([line for line in source.splitlines() if line.strip()]) <= MAX_LINES
-    return source
+    return str(source)
 
 
 def test_example_passes_and_a_day_takes_a_moment() -> None:
