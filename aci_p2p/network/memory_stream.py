@@ -31,7 +31,6 @@ class Pipe:
         """`arrival`: when a frame that is sent now arrives, on trio's clock; inf: not before `release`."""
         self._arrival = arrival
         self._frames: deque[tuple[float, bytes | None]] = deque()
-        self._last = 0.0
         self._buffered = 0
         self._ended = False
         self._unread = False
@@ -55,8 +54,8 @@ class Pipe:
         self._notify()
 
     def _put(self, frame: bytes | None) -> None:
-        self._last = max(self._last, self._arrival(frame or b""))
-        self._frames.append((self._last, frame))
+        # Taken out in this order, so that a frame that could arrive before another waits for it.
+        self._frames.append((self._arrival(frame or b""), frame))
 
     async def receive(self) -> bytes:
         """Take the next frame out when it has arrived. Raises StreamClosed."""
@@ -80,12 +79,11 @@ class Pipe:
 
     def release(self) -> None:
         """Send anew what could not be sent."""
-        frames, self._frames, self._last = self._frames, deque(), 0.0
+        frames, self._frames = self._frames, deque()
         for due, frame in frames:
             if due == inf:
                 self._put(frame)
             else:
-                self._last = due
                 self._frames.append((due, frame))
         self._notify()
 

@@ -211,13 +211,11 @@ class Swarm:
         """What running nodes still have to do."""
         left: list[str] = []
         for node in self.running:
-            streams, role = node.node.network.statistics().streams, node.node.provider
+            streams = node.node.network.statistics().streams
             left += [
                 f"job {job.job_id.hex()[:8]} of {node.name} is {job.state.value}"
                 for job in self.ledger.unfinished(node.name)
             ]
-            if role is not None and (running := role.statistics().running):
-                left.append(f"{node.name} runs {running} jobs")
             if streams:
                 left.append(f"{node.name} has {streams} streams")
             # Over libp2p each connection has tasks, and connections come and go.

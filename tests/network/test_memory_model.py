@@ -183,6 +183,17 @@ async def test_long_partition_loses_connections(autojump_clock: object) -> None:
         await a.connect(b.addresses[0])
 
 
+async def test_each_partition_has_its_time(autojump_clock: object) -> None:
+    hub = MemoryHub(model=STEADY)
+    async with opened(hub, [Place(), Place()]) as (a, b):
+        await a.connect(b.addresses[0])
+        for _ in range(3):
+            hub.partition([a.node_id])
+            await trio.sleep(KEEP_ALIVE_S * 0.8)
+            hub.heal()
+        assert list(a.peers) == [b.node_id]
+
+
 async def test_dial_into_a_partition_takes_its_time(autojump_clock: object) -> None:
     hub = MemoryHub(model=STEADY)
     async with opened(hub, [Place(), Place()]) as (a, b):
