@@ -353,9 +353,13 @@ class _ServedJob(JobShell[ProviderEvent]):
             try:
                 await self._stream_answer(run)
             except AciError as error:
-                log.warning("generation failed", extra={"fields": {"model": self._model, "error": error}})
+                failure = _failure(error)
+                # What is wrong with a consumer's prompt is nothing that the provider's owner can mend.
+                is_ours = failure.abort not in (AbortCode.PROMPT_TOO_LONG, AbortCode.INVALID_PROMPT)
+                level = logging.WARNING if is_ours else logging.INFO
+                log.log(level, "generation failed", extra={"fields": {"model": self._model, "error": error}})
                 self.unavailable = isinstance(error, ModelUnavailable | WeightsMismatch)
-                await self.tell(_failure(error))
+                await self.tell(failure)
 
     async def _stream_answer(self, run: StartGeneration) -> None:
         messages = _messages(run.conversation)

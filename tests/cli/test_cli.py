@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +127,12 @@ def test_verify_refuses_altered_missing_empty_and_huge_files(cli: Cli, proof_pat
     one_line(cli("verify", str(proof_path.with_name("missing"))), 2)
 
 
+def processor_time_of_children() -> float:
+    """Seconds; unlike time on the wall it is the same on a busy machine."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_verify_takes_under_half_a_second_and_loads_nothing_heavy(proof_path: Path) -> None:
     program = (
         "import sys; from aci_p2p.cli import app;"
@@ -136,9 +142,9 @@ def test_verify_takes_under_half_a_second_and_loads_nothing_heavy(proof_path: Pa
     )
     times: list[float] = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = processor_time_of_children()
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        times.append(time.perf_counter() - started)
+        times.append(processor_time_of_children() - before)
         assert result.returncode == 0, result.stderr
     assert min(times) < 0.5
 

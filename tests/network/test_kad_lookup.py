@@ -34,7 +34,8 @@ def run(
             if peer in dead:
                 lookup.failed(path, peer)
             else:
-                lookup.answered(path, peer, (lies or {}).get(peer) or KNOWN.get(peer, ()))
+                closer = lies[peer] if lies and peer in lies else KNOWN.get(peer, ())
+                lookup.answered(path, peer, closer)
     return asked
 
 

@@ -108,6 +108,14 @@ def test_graft_within_the_backoff_is_refused(node: Node) -> None:
     assert node.take(PEER).control.prune
 
 
+def test_prune_does_not_shorten_a_backoff(node: Node) -> None:
+    node.neighbours(PEER)
+    node.receive(PEER, prune(30))
+    node.receive(PEER, prune(1))
+    node.receive(PEER, graft(), NOW + 10)
+    assert not node.router.mesh(TOPIC)
+
+
 def test_one_that_comes_back_may_have_forgotten_the_backoff(node: Node) -> None:
     node.neighbours(PEER)
     for _ in range(20):

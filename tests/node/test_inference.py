@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
@@ -204,7 +205,9 @@ async def test_execution_failures(
     theirs: State,
     ours: State,
     blame: Party,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "aci_p2p.provider")
     async with (
         open_test_node("provider", executor=executor) as provider,
         open_test_node("consumer", provider.addresses[:1]) as consumer,
@@ -216,6 +219,8 @@ async def test_execution_failures(
         (mine,) = await consumer.store.jobs()
         (its,) = await provider.store.jobs()
         assert (mine.state, its.state, mine.blame, its.blame) == (ours, theirs, blame, blame)
+    (failure,) = [record for record in caplog.records if record.message == "generation failed"]
+    assert failure.levelname == ("INFO" if blame is Party.NOBODY else "WARNING")
 
 
 async def test_provider_vanishes_mid_stream(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aci_p2p.network.delivery import SeenCache
-from tests.benchmarks.soak import ALLOWED, fit, main, plot, table_sizes
+from tests.benchmarks.soak import ALLOWED, allowance, fit, main, plot, table_sizes
 
 TIMES = [float(second) for second in range(100)]
 NOISE = [float((second * 7919) % 11) for second in range(100)]
@@ -16,7 +16,9 @@ def test_growth_is_told_from_noise() -> None:
     leak = fit("leak", TIMES, [50 + noise + second / 10 for second, noise in enumerate(NOISE)], (4.0, 0.0))
     assert leak.grows
     assert leak.growth == pytest.approx(9.9, abs=2)
-    assert not fit("allowed", TIMES, [50 + second / 50 for second in range(100)], (4.0, 0.0)).grows
+    assert not fit("a table that fills", TIMES, TIMES, allowance("Topic._refused")).grows
+    assert fit("another table", TIMES, TIMES, allowance("Topic._remembered")).grows
+    assert not fit("allowed", TIMES, [50 + second / 50 for second in TIMES], (4.0, 0.0)).grows
     assert not fit("in proportion", TIMES, [1e4 + second for second in range(100)], (4.0, 0.02)).grows
     # A line through noise is none, however much it rises.
     assert not fit("by chance", TIMES[:6], [50.0, 90.0, 10.0, 70.0, 30.0, 99.0], (4.0, 0.0)).grows

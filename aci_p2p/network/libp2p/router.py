@@ -419,7 +419,9 @@ class Router:
             if prune.topicID in self._mesh:
                 self._leave_mesh(prune.topicID, peer)
                 backoff = min(prune.backoff or PRUNE_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
-                self._backoff[prune.topicID, peer] = now + backoff
+                # A back-off may be prolonged by either side, and ended early by none.
+                standing = self._backoff.get((prune.topicID, peer), 0.0)
+                self._backoff[prune.topicID, peer] = max(standing, now + backoff)
 
     def _handle_ihave(self, peer: NodeId, neighbour: _Neighbour, ihave: ControlIHave, now: float) -> None:
         neighbour.ihaves += 1
