@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from aci_p2p.executor import (
 from aci_p2p.gossip import Market
 from aci_p2p.jobs import FAREWELL_S, JobShell, StreamPump
 from aci_p2p.network.api import Network, Stream
-from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
+from aci_p2p.protocol.bidding import BidBook, Declined, Offering, Won
+from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import (
@@ -39,13 +39,8 @@ from aci_p2p.protocol.job import (
     StopGeneration,
 )
 from aci_p2p.protocol.messages import (
-    MAX_LATENCY_MS,
     NONCE_BYTES,
-    SECOND,
-    Abort,
     AbortCode,
-    Award,
-    Bid,
     CapabilityRecord,
     Conversation,
     Engine,
@@ -65,39 +60,14 @@ from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.store import Store
 from aci_p2p.tasks import open_background
 
-BID_LIFETIME_MS: Final = 30 * SECOND
-"""A bid is firm for half a minute: the longest window to wait for bids, and time to fall back on the next one."""
-MAX_OUTSTANDING: Final = 4_096
-"""Bids of ours that may still be awarded."""
 AWARD_WAIT_S: Final = 5.0
 """Seconds for the award on a stream that a consumer opened."""
-FIRST_LATENCY_MS: Final = 2_000
-"""Promised time to the first token before any was measured: loading a small model takes a second."""
-LATENCY_WEIGHT: Final = 4
-"""The measured latency moves by a quarter of each new measurement."""
-
 _FINISH: Final = {FinishReason.STOP: Finish.STOP, FinishReason.LENGTH: Finish.LENGTH}
 
 LINGER_S: Final = 0.2
 """Seconds for the last frames to arrive: one way between continents, before connections close."""
 
 log = logging.getLogger("aci_p2p.provider")
-
-
-@dataclass(frozen=True, slots=True)
-class Offering:
-    """One model that we serve, and for how much."""
-
-    name: str
-    """Name in our model store."""
-    root: bytes
-    """Weights root, 32 bytes."""
-    context: int
-    """Longest sequence, tokens."""
-    input_token_price: int
-    """Base units for each prompt token."""
-    output_token_price: int
-    """Base units for each output token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +135,11 @@ class ProviderRole:
         self._sealer = sealer
         self._clock = clock
         self._entropy = entropy
-        self._offerings = {offering.root: offering for offering in offerings}
-        self._slots = slots
+        self._book = BidBook(sealer, offerings, slots)
         self._on_change = on_change
-        self._outstanding: OrderedDict[bytes, tuple[Envelope[Offer], Envelope[Bid]]] = OrderedDict()
-        self._latency_ms = FIRST_LATENCY_MS
         self._jobs: dict[trio.CancelScope, _ServedJob] = {}
         self._idle = trio.Event()
         self._idle.set()
-        self._draining = False
         self._bids = 0
         self._finished = 0
         self._failed = 0
@@ -189,31 +155,29 @@ class ProviderRole:
                 engine=_engine(self._executor.describe(offering.name)),
                 input_token_price=offering.input_token_price,
                 output_token_price=offering.output_token_price,
-                slots=self._slots,
+                slots=self._book.slots,
                 addresses=tuple(self._network.addresses),
-                free_slots=0 if self._draining else max(self._slots - len(self._jobs), 0),
+                free_slots=0 if self._book.draining else max(self._book.slots - len(self._jobs), 0),
                 price_curve=(),
             )
-            for offering in self._offerings.values()
+            for offering in self._book.offerings
         ]
 
     def offer(self, offerings: Sequence[Offering], slots: int) -> None:
         """Serve other models, for other prices, or more or fewer jobs at once; bids that are out stay firm."""
-        self._offerings = {offering.root: offering for offering in offerings}
-        self._slots = slots
-        self._forget_bids(lambda root: root not in self._offerings)
+        self._book.offer(offerings, slots)
 
     def statistics(self) -> ProviderStatistics:
         """A snapshot of the counters."""
         return ProviderStatistics(
-            slots=self._slots,
+            slots=self._book.slots,
             running=len(self._jobs),
             bids=self._bids,
-            outstanding=len(self._outstanding),
+            outstanding=len(self._book),
             finished=self._finished,
             failed=self._failed,
             earned=self._earned,
-            draining=self._draining,
+            draining=self._book.draining,
         )
 
     def progress(self) -> list[JobProgress]:
@@ -225,10 +189,8 @@ class ProviderRole:
         while True:
             offer = await self._market.next_offer()
             try:
-                bid = self._bid(offer)
+                bid = self._book.bid(offer, self._clock(), running=len(self._jobs), addresses=self._network.addresses)
                 if bid is not None:
-                    self._forget_expired()
-                    self._outstanding[bid.digest] = (offer, bid)
                     self._bids += 1
                     await self._market.publish_bid(bid)
             except AciError as error:
@@ -236,7 +198,7 @@ class ProviderRole:
 
     async def drain(self, grace_s: float) -> None:
         """Take no more jobs, and wait until those that run have ended, `grace_s` seconds at most."""
-        self._draining = True
+        self._book.draining = True
         self._on_change()
         with trio.move_on_after(grace_s):
             await self._idle.wait()
@@ -252,76 +214,36 @@ class ProviderRole:
             # What was sent last is still on its way when the connections close behind us.
             await trio.sleep(LINGER_S)
 
-    def _bid(self, offer: Envelope[Offer]) -> Envelope[Bid] | None:
-        """Our bid for an offer; None when we do not serve the model, lack a slot, or could never fit the answer."""
-        offering = self._offerings.get(offer.body.model_root)
-        is_full = self._draining or len(self._jobs) >= self._slots
-        if offering is None or is_full or offer.body.max_tokens >= offering.context:
-            return None
-        bid = Bid(
-            job_id=offer.body.job_id,
-            offer_digest=offer.digest,
-            input_token_price=offering.input_token_price,
-            output_token_price=offering.output_token_price,
-            latency_ms=self._latency_ms,
-            addresses=tuple(self._network.addresses),
-        )
-        return self._sealer.seal(bid, self._clock(), lifetime_ms=BID_LIFETIME_MS)
-
-    def _forget_expired(self) -> None:
-        now = self._clock()
-        while self._outstanding:
-            _, bid = next(iter(self._outstanding.values()))
-            if len(self._outstanding) < MAX_OUTSTANDING and bid.header.expires_at > now:
-                return
-            self._outstanding.popitem(last=False)
-
     async def serve(self, stream: Stream) -> None:
         """Serve one job's stream: its first frame awards one of our bids."""
         frame = b""
         with trio.move_on_after(AWARD_WAIT_S):
             frame = await stream.receive()
         try:
-            now = self._clock()
-            award = open_envelope(frame, Award, network=self._sealer.network, now=now)
+            taken = self._book.take(frame, self._clock(), running=len(self._jobs))
         except MessageRefused as error:
             log.info("no award", extra={"fields": {"peer": stream.peer.short, "error": error}})
             return
-        known = self._outstanding.get(award.body.bid_digest)
-        if known and award.sender != known[0].sender:
-            # Bids are public: whoever heard ours must not be able to use it up.
-            fields = {"peer": award.sender.short, "consumer": known[0].sender.short}
-            log.info("award for a bid to another", extra={"fields": fields})
+        if isinstance(taken, Declined):
+            await stream.send(self._sealer.seal(taken.answer, self._clock()).data)
             return
-        self._outstanding.pop(award.body.bid_digest, None)
-        if known is None:
-            await self._decline(stream, award.body.job_id, AbortCode.TIMEOUT, "there is no such bid, or it expired")
-        elif self._draining:
-            await self._decline(stream, award.body.job_id, AbortCode.BUSY, "the provider is shutting down")
-        elif len(self._jobs) >= self._slots:
-            await self._decline(stream, award.body.job_id, AbortCode.BUSY, "all slots are taken by now")
-        else:
-            with trio.CancelScope() as scope:
-                if not self._jobs:
-                    self._idle = trio.Event()
-                self._jobs[scope] = job = self._take(*known)
+        with trio.CancelScope() as scope:
+            if not self._jobs:
+                self._idle = trio.Event()
+            self._jobs[scope] = job = self._take(taken)
+            self._on_change()
+            try:
+                await self._run(stream, frame, job)
+            finally:
+                del self._jobs[scope]
                 self._on_change()
-                try:
-                    await self._run(stream, frame, job)
-                finally:
-                    del self._jobs[scope]
-                    self._on_change()
-                    if not self._jobs:
-                        self._idle.set()
+                if not self._jobs:
+                    self._idle.set()
 
-    async def _decline(self, stream: Stream, job_id: bytes, code: AbortCode, detail: str) -> None:
-        await stream.send(self._sealer.seal(Abort(job_id, code, detail), self._clock()).data)
-
-    def _take(self, offer: Envelope[Offer], bid: Envelope[Bid]) -> _ServedJob:
+    def _take(self, won: Won) -> _ServedJob:
         secrets = ProviderSecrets(self._entropy(NONCE_BYTES), self._entropy(NONCE_BYTES))
-        job = ProviderJob(self._sealer, offer, bid, secrets)
-        model = self._offerings[offer.body.model_root].name
-        return _ServedJob(job, offer, self._store, self._clock, self._executor, model)
+        job = ProviderJob(self._sealer, won.offer, won.bid, secrets)
+        return _ServedJob(job, won.offer, self._store, self._clock, self._executor, won.model)
 
     async def _run(self, stream: Stream, frame: bytes, job: _ServedJob) -> None:
         try:
@@ -344,22 +266,14 @@ class ProviderRole:
         if job.unavailable:
             self._withdraw(job.model_root)
         if job.latency_s is not None:
-            measured = min(round(job.latency_s * MS_PER_S), MAX_LATENCY_MS)
-            self._latency_ms += (measured - self._latency_ms) // LATENCY_WEIGHT
+            self._book.measured(round(job.latency_s * MS_PER_S))
 
     def _withdraw(self, root: bytes) -> None:
         """Serve a model no more, that cannot be loaded or is not what it was: every job that we won would fail."""
-        offering = self._offerings.pop(root, None)
+        offering = self._book.withdraw(root)
         if offering:
             problem = "a model is not served any more; repair it and restart the node"
             log.warning(problem, extra={"fields": {"model": offering.name}})
-        self._forget_bids(lambda other: other == root)
-
-    def _forget_bids(self, gone: Callable[[bytes], bool]) -> None:
-        """Take back the bids for models that we cannot serve any more, by their weights root."""
-        for digest, (offer, _) in tuple(self._outstanding.items()):
-            if gone(offer.body.model_root):
-                del self._outstanding[digest]
 
 
 class _ServedJob(JobShell[ProviderEvent]):

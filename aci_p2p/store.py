@@ -10,23 +10,16 @@ import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
 
 import trio
 
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.job import JobRecord
-from aci_p2p.protocol.lifecycle import (
-    LIMITS,
-    TRANSITIONS,
-    Party,
-    State,
-    Trigger,
-    advance,
-)
+from aci_p2p.protocol.job import JobRecord, recovered, settled
+from aci_p2p.protocol.lifecycle import LIMITS, Party, State
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -152,11 +145,11 @@ class Store:
 
         Returns what changed. Raises StoreError.
         """
-        return await self._change(_recovered, now)
+        return await self._change(recovered, now)
 
     async def settle(self, now: int) -> list[JobRecord]:
         """Finalise the jobs whose challenge window is over; what changed. Raises StoreError."""
-        return await self._change(_settled, now)
+        return await self._change(settled, now)
 
     async def _change(self, change: Callable[[JobRecord, int], JobRecord | None], now: int) -> list[JobRecord]:
         marks = ", ".join("?" * len(_OPEN_STATES))
@@ -223,29 +216,6 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
     )  # fmt: skip
 
 
-def _recovered(job: JobRecord, now: int) -> JobRecord | None:
-    """The job's record after a restart, if it changes: an interrupted one ends, as its table allows."""
-    state, detail, blame = job.state, job.detail, job.blame
-    if state is State.PENDING:
-        return _settled(job, now)
-    if state is State.RECEIPTED:
-        state = advance(state, Trigger.RECORD)
-    elif (state, Trigger.CANCEL) in TRANSITIONS:
-        state, detail = advance(state, Trigger.CANCEL), "the node stopped"
-    elif state is State.REVEALED:
-        state, detail, blame = advance(state, Trigger.TIMEOUT), "the node stopped before the receipt", Party.CONSUMER
-    else:
-        return None
-    return replace(job, state=state, updated_at=now, blame=blame, detail=detail)
-
-
-def _settled(job: JobRecord, now: int) -> JobRecord | None:
-    """The job's record when nobody has challenged it in time."""
-    if job.state is not State.PENDING or now < job.updated_at + LIMITS[State.PENDING].timeout_ms:
-        return None
-    return replace(job, state=advance(State.PENDING, Trigger.TIMEOUT), updated_at=now)
-
-
 def _open(path: Path) -> sqlite3.Connection:
     # Prompts and answers are in it: for the owner alone, like the keys beside it.
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -290,12 +260,22 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
             return
 
 
+class MakeStore(Protocol):
+    """Makes a store over an open database; Store itself does."""
+
+    def __call__(self, connection: sqlite3.Connection, node: NodeId, *, threads: bool) -> Store:
+        """As Store's constructor."""
+        ...
+
+
 @asynccontextmanager
-async def open_store(path: Path, node: NodeId, *, threads: bool = True) -> AsyncGenerator[Store]:
+async def open_store(
+    path: Path, node: NodeId, *, threads: bool = True, make: MakeStore = Store
+) -> AsyncGenerator[Store]:
     """The database at `path`, made if missing, within the block. Raises StoreError.
 
     It is written in a thread, since a durable commit takes milliseconds; without `threads` the event loop waits, which
-    virtual time needs (trio's autojump clock does not wait for threads).
+    virtual time needs (trio's autojump clock does not wait for threads). `make`: Store, or a kind of it.
     """
     try:
         connection = await trio.to_thread.run_sync(_open, path) if threads else _open(path)
@@ -304,6 +284,6 @@ async def open_store(path: Path, node: NodeId, *, threads: bool = True) -> Async
         msg = f"cannot open {path}: {problem}"
         raise StoreError(msg, hint="check the disk and the permissions of the folder") from error
     try:
-        yield Store(connection, node, threads=threads)
+        yield make(connection, node, threads=threads)
     finally:
         connection.close()

@@ -156,10 +156,7 @@ def open_envelope(data: bytes, body_type: type[B], *, network: str, now: int | N
     # Lives as long as its kind may, and no longer: replays need not be remembered for ever.
     require(0 < header.expires_at - header.issued_at <= KINDS[kind].lifetime_ms, Decision.REJECT, Reason.BAD_LIFETIME)
     if now is not None:
-        # Not over; an honest forwarder may have been slow.
-        require(now < header.expires_at, Decision.IGNORE, Reason.EXPIRED)
-        # Not from the future, beyond the skew of honest clocks.
-        require(header.issued_at <= now + MAX_SKEW_MS, Decision.IGNORE, Reason.FROM_FUTURE)
+        check_age(header, now)
     return _verify_kept(data, kind) if len(data) <= MAX_KEPT_BYTES else _verify(data, kind)
 
 
@@ -174,6 +171,14 @@ def _verify(data: bytes, kind: Kind) -> Envelope[Any]:
 
 
 _verify_kept = lru_cache(maxsize=MAX_KEPT)(_verify)
+
+
+def check_age(header: Header, now: int) -> None:
+    """Raise MessageRefused unless an envelope is of `now`, Unix milliseconds."""
+    # Not over; an honest forwarder may have been slow.
+    require(now < header.expires_at, Decision.IGNORE, Reason.EXPIRED)
+    # Not from the future, beyond the skew of honest clocks.
+    require(header.issued_at <= now + MAX_SKEW_MS, Decision.IGNORE, Reason.FROM_FUTURE)
 
 
 def _read_header(data: bytes, kind: Kind) -> Header:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
 from aci_p2p.protocol.envelope import Envelope, Sealer, kind_of, open_envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.lifecycle import FINAL_STATES, LIMITS, Party, State, Trigger, advance
+from aci_p2p.protocol.lifecycle import FINAL_STATES, LIMITS, TRANSITIONS, Party, State, Trigger, advance
 from aci_p2p.protocol.messages import (
     KINDS,
     MAX_DETAIL_BYTES,
@@ -54,6 +54,29 @@ class JobRecord:
     """The proof: a proof file at the consumer, the signed statement at the provider; empty until it exists."""
     receipt: bytes
     """The consumer's signed receipt; empty until receipted."""
+
+
+def recovered(job: JobRecord, now: int) -> JobRecord | None:
+    """The job's record after a restart, if it changes: an interrupted one ends, as its table allows."""
+    state, detail, blame = job.state, job.detail, job.blame
+    if state is State.PENDING:
+        return settled(job, now)
+    if state is State.RECEIPTED:
+        state = advance(state, Trigger.RECORD)
+    elif (state, Trigger.CANCEL) in TRANSITIONS:
+        state, detail = advance(state, Trigger.CANCEL), "the node stopped"
+    elif state is State.REVEALED:
+        state, detail, blame = advance(state, Trigger.TIMEOUT), "the node stopped before the receipt", Party.CONSUMER
+    else:
+        return None
+    return replace(job, state=state, updated_at=now, blame=blame, detail=detail)
+
+
+def settled(job: JobRecord, now: int) -> JobRecord | None:
+    """The job's record when nobody has challenged it in time; None when it stays."""
+    if job.state is not State.PENDING or now < job.updated_at + LIMITS[State.PENDING].timeout_ms:
+        return None
+    return replace(job, state=advance(State.PENDING, Trigger.TIMEOUT), updated_at=now)
 
 
 # Effects, performed by the shell in order.

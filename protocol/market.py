@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 from aci_p2p.protocol.commitments import derive_job_id
 from aci_p2p.protocol.envelope import MAX_SKEW_MS, Envelope, open_envelope
@@ -12,10 +12,20 @@ from aci_p2p.protocol.messages import MAX_BIDS, SECOND, Bid, Offer
 from aci_p2p.protocol.replay import ReplayGuard
 from aci_p2p.protocol.validation import Decision, Reason, require
 
+B = TypeVar("B")
+
 MAX_OFFERS: Final = 4_096
 """Live offers remembered; at 60 s each that is 68 new jobs per second on one topic."""
 MAX_BID_WINDOW_MS: Final = 10 * SECOND
 """Longest time that a consumer may wait for bids, milliseconds; longer holds providers' slots for nothing."""
+
+
+class Opener(Protocol):
+    """Checks and reads an envelope."""
+
+    def __call__(self, data: bytes, body_type: type[B], *, network: str, now: int | None) -> Envelope[B]:
+        """See `open_envelope`."""
+        ...
 
 
 class _Known:
@@ -31,11 +41,16 @@ class _Known:
 class MarketView:
     """Live offers and bids as one node has seen them. Bounded; time is an argument."""
 
-    def __init__(self, network: str) -> None:
-        """`network`: id of the network whose market this is."""
+    def __init__(self, network: str, opener: Opener = open_envelope) -> None:
+        """`network`: id of the network whose market this is; `opener` checks envelopes as `open_envelope` does."""
         self._network = network
+        self._open = opener
         self._replay = ReplayGuard()
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Live offers remembered."""
+        return len(self._known)
 
     def offer(self, job_id: bytes) -> Envelope[Offer] | None:
         """A live offer, if it was seen."""
@@ -44,7 +59,7 @@ class MarketView:
 
     def check_offer(self, data: bytes, now: int) -> Envelope[Offer]:
         """Check a broadcast offer and remember it. Raises MessageRefused."""
-        offer = open_envelope(data, Offer, network=self._network, now=now)
+        offer = self._open(data, Offer, network=self._network, now=now)
         # Not seen before, and its consumer does not flood.
         self._replay.check(offer.header, now)
         body = offer.body
@@ -69,7 +84,7 @@ class MarketView:
 
         A bid whose offer has not come by here yet passes: gossip reorders, and its consumer must still hear it.
         """
-        bid = open_envelope(data, Bid, network=self._network, now=now)
+        bid = self._open(data, Bid, network=self._network, now=now)
         # Not seen before, and its provider does not flood.
         self._replay.check(bid.header, now)
         known = self._known.get(bid.body.job_id)

@@ -24,7 +24,8 @@ _OUTPUT_FAILS: Final = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """The reader of our output closed it early, or the file that it goes to cannot take it."""
 
 _COMMANDS: Final = (
-    "config", "demo", "doctor", "infer", "join", "keys", "models", "peers", "providers", "status", "verify",
+    "config", "demo", "doctor", "infer", "join", "keys", "models", "peers", "providers", "simulate", "status",
+    "verify",
 )  # fmt: skip
 
 _EPILOG: Final = """\b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -406,10 +407,12 @@ async def test_a_stranger_cannot_use_up_a_bid(autojump_clock: MockClock, open_te
         ACI(consumer) as aci,
     ):
         assert provider.provider is not None
-        real = provider.provider._bid
+        real = provider.provider._book.bid
 
-        def robbed(offer: Envelope[Offer]) -> Envelope[Bid] | None:
-            bid = real(offer)
+        def robbed(
+            offer: Envelope[Offer], now: int, *, running: int, addresses: Sequence[str]
+        ) -> Envelope[Bid] | None:
+            bid = real(offer, now, running=running, addresses=addresses)
             if bid is not None:
                 nursery.start_soon(rob, award(bid))
             return bid
@@ -420,7 +423,7 @@ async def test_a_stranger_cannot_use_up_a_bid(autojump_clock: MockClock, open_te
                     await stream.send(frame)
                     await stream.receive()
 
-        provider.provider._bid = robbed  # type: ignore[method-assign]
+        provider.provider._book.bid = robbed  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             # Two bidders are waited for, so that the stranger comes first.
             request = Requirements(bid_window_ms=500)
@@ -439,10 +442,10 @@ async def test_a_clock_that_jumps_does_not_end_a_provider(
         ACI(consumer) as aci,
     ):
         assert provider.provider is not None
-        provider.provider._latency_ms = 10**9
+        provider.provider._book._latency_ms = 10**9
         with pytest.raises(NoBids):
             await aci.inference(model=MODEL, prompt="count")
-        provider.provider._latency_ms = 10
+        provider.provider._book._latency_ms = 10
         assert (await aci.inference(model=MODEL, prompt="count")).text == "one two three four"
 
 

@@ -1,0 +1,142 @@
+"""A provider's bids and awards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from aci_p2p.protocol import bidding
+from aci_p2p.protocol.bidding import BID_LIFETIME_MS, FIRST_LATENCY_MS, BidBook, Declined, Offering, Won
+from aci_p2p.protocol.envelope import Envelope, Sealer
+from aci_p2p.protocol.identity import KeyPair
+from aci_p2p.protocol.messages import MAX_LATENCY_MS, AbortCode, Award, Bid, Offer
+from aci_p2p.protocol.validation import MessageRefused, Reason
+
+NOW = 1_750_000_000_000
+ROOT = bytes([1]) * 32
+CONSUMER = Sealer(KeyPair(bytes([2]) * 32), "aci-test")
+PROVIDER = Sealer(KeyPair(bytes([3]) * 32), "aci-test")
+STRANGER = Sealer(KeyPair(bytes([4]) * 32), "aci-test")
+OFFERING = Offering("model", ROOT, context=100, input_token_price=1, output_token_price=4)
+
+
+def offer(number: int = 1, *, root: bytes = ROOT, max_tokens: int = 10) -> Envelope[Offer]:
+    body = Offer(
+        job_id=bytes([number]) * 32, model_root=root, input_commitment=bytes(32), nonce_commitment=bytes(32),
+        input_bytes=10, input_turns=1, max_tokens=max_tokens, temperature_milli=0, max_price=10**6,
+        max_latency_ms=1_000, bid_deadline=NOW + 1_000,
+    )  # fmt: skip
+    return CONSUMER.seal(body, NOW)
+
+
+def award(bid: Envelope[Bid], *, by: Sealer = CONSUMER, now: int = NOW) -> bytes:
+    return by.seal(Award(bid.body.job_id, bid.digest), now).data
+
+
+@pytest.fixture
+def book() -> BidBook:
+    return BidBook(PROVIDER, (OFFERING,), slots=2)
+
+
+def bid(book: BidBook, number: int = 1, *, running: int = 0) -> Envelope[Bid]:
+    made = book.bid(offer(number), NOW, running=running, addresses=("/memory/1",))
+    assert made is not None
+    return made
+
+
+def test_a_bid_names_the_price_of_its_model(book: BidBook) -> None:
+    made = bid(book)
+    assert (made.body.input_token_price, made.body.output_token_price) == (1, 4)
+    assert made.body.latency_ms == FIRST_LATENCY_MS
+    assert made.body.addresses == ("/memory/1",)
+    assert made.header.expires_at == NOW + BID_LIFETIME_MS
+
+
+@pytest.mark.parametrize(
+    "refuses",
+    [
+        lambda book: book.bid(offer(root=bytes(32)), NOW, running=0, addresses=()),
+        lambda book: book.bid(offer(max_tokens=100), NOW, running=0, addresses=()),
+        lambda book: book.bid(offer(), NOW, running=2, addresses=()),
+    ],
+    ids=["other model", "longer than the context", "no slot"],
+)
+def test_no_bid(book: BidBook, refuses: Callable[[BidBook], object]) -> None:
+    assert refuses(book) is None
+    assert not len(book)
+
+
+def test_an_award_is_good_once(book: BidBook) -> None:
+    frame = award(bid(book))
+    won = book.take(frame, NOW, running=0)
+    assert isinstance(won, Won)
+    assert (won.bid.body.job_id, won.model) == (won.offer.body.job_id, "model")
+    again = book.take(frame, NOW, running=0)
+    assert isinstance(again, Declined)
+    assert again.answer.abort is AbortCode.TIMEOUT
+
+
+def test_a_stranger_cannot_use_up_a_bid(book: BidBook) -> None:
+    made = bid(book)
+    with pytest.raises(MessageRefused) as caught:
+        book.take(award(made, by=STRANGER), NOW, running=0)
+    assert caught.value.validation.reason is Reason.WRONG_SENDER
+    assert isinstance(book.take(award(made), NOW, running=0), Won)
+
+
+def test_an_award_without_a_slot_is_declined(book: BidBook) -> None:
+    taken = book.take(award(bid(book)), NOW, running=2)
+    assert isinstance(taken, Declined)
+    assert taken.answer.abort is AbortCode.BUSY
+
+
+def test_who_stops_neither_bids_nor_takes(book: BidBook) -> None:
+    frame = award(bid(book))
+    book.draining = True
+    assert book.bid(offer(2), NOW, running=0, addresses=()) is None
+    taken = book.take(frame, NOW, running=0)
+    assert isinstance(taken, Declined)
+    assert taken.answer.abort is AbortCode.BUSY
+
+
+def test_a_withdrawn_model_takes_its_bids_along(book: BidBook) -> None:
+    frame = award(bid(book))
+    assert book.withdraw(ROOT) == OFFERING
+    assert book.withdraw(ROOT) is None
+    assert isinstance(book.take(frame, NOW, running=0), Declined)
+    assert book.bid(offer(2), NOW, running=0, addresses=()) is None
+
+
+def test_other_prices_leave_bids_firm(book: BidBook) -> None:
+    made = bid(book)
+    book.offer((Offering("model", ROOT, 100, 2, 8),), slots=1)
+    won = book.take(award(made), NOW, running=0)
+    assert isinstance(won, Won)
+    assert won.bid.body.output_token_price == 4
+    assert bid(book, 2).body.output_token_price == 8
+    assert book.slots == 1
+
+
+def test_expired_bids_are_forgotten(book: BidBook) -> None:
+    bid(book)
+    later = NOW + BID_LIFETIME_MS
+    fresh = CONSUMER.seal(offer(2).body, later)
+    assert book.bid(fresh, later, running=0, addresses=()) is not None
+    assert len(book) == 1
+
+
+def test_outstanding_bids_are_bounded(book: BidBook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bidding, "MAX_OUTSTANDING", 3)
+    for number in range(1, 6):
+        bid(book, number)
+    assert len(book) == 3
+
+
+def test_latency_follows_what_was_measured(book: BidBook) -> None:
+    for _ in range(100):
+        book.measured(100)
+    assert abs(bid(book).body.latency_ms - 100) < 4
+    for _ in range(200):
+        book.measured(10**9)
+    assert bid(book, 2).body.latency_ms <= MAX_LATENCY_MS
