@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
+from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.messages import MAX_LATENCY_MS, SECOND, Abort, AbortCode, Award, Bid, Offer
 from aci_p2p.protocol.validation import Decision, Reason, require
 
@@ -15,6 +16,9 @@ BID_LIFETIME_MS: Final = 30 * SECOND
 """A bid is firm for half a minute: the longest window to wait for bids, and time to fall back on the next one."""
 MAX_OUTSTANDING: Final = 4_096
 """Bids of ours that may still be awarded."""
+MAX_PER_CONSUMER: Final = 32
+"""Bids of ours that one consumer may have waiting: a job a second. A consumer that offers for the sake of offering must
+not use up what we may say to all others (`replay.MAX_PER_SENDER`)."""
 FIRST_LATENCY_MS: Final = 2_000
 """Promised time to the first token before any was measured: loading a small model takes a second."""
 LATENCY_WEIGHT: Final = 4
@@ -66,6 +70,7 @@ class BidBook:
         self._offerings = {offering.root: offering for offering in offerings}
         self._slots = slots
         self._outstanding: OrderedDict[bytes, Won] = OrderedDict()
+        self._consumers: Counter[NodeId] = Counter()
         self._latency_ms = FIRST_LATENCY_MS
         self.draining = False
         """Whether no more jobs are taken."""
@@ -97,11 +102,15 @@ class BidBook:
     def bid(self, offer: Envelope[Offer], now: int, *, running: int, addresses: Sequence[str]) -> Envelope[Bid] | None:
         """Our firm bid for an offer, remembered until it expires.
 
-        None when we do not serve the model, lack a slot (`running` are taken), or could never fit the answer.
+        None when we do not serve the model, lack a slot (`running` are taken), could never fit the answer, or have bid
+        for too many offers of the same consumer.
         """
         offering = self._offerings.get(offer.body.model_root)
         is_full = self.draining or running >= self._slots
         if offering is None or is_full or offer.body.max_tokens >= offering.context:
+            return None
+        self._forget_expired(now)
+        if self._consumers[offer.sender] >= MAX_PER_CONSUMER:
             return None
         body = Bid(
             job_id=offer.body.job_id,
@@ -112,8 +121,8 @@ class BidBook:
             addresses=tuple(addresses),
         )
         bid = self._sealer.seal(body, now, lifetime_ms=BID_LIFETIME_MS)
-        self._forget_expired(now)
         self._outstanding[bid.digest] = Won(offer, bid, offering.name)
+        self._consumers[offer.sender] += 1
         return bid
 
     def take(self, frame: bytes, now: int, *, running: int) -> Won | Declined:
@@ -122,7 +131,7 @@ class BidBook:
         known = self._outstanding.get(award.body.bid_digest)
         # From the consumer that the bid answers: bids are public, and whoever heard ours must not be able to use it up.
         require(known is None or award.sender == known.offer.sender, Decision.REJECT, Reason.WRONG_SENDER)
-        self._outstanding.pop(award.body.bid_digest, None)
+        self._forget(award.body.bid_digest)
         job_id = award.body.job_id
         if known is None:
             return Declined(Abort(job_id, AbortCode.TIMEOUT, "there is no such bid, or it expired"))
@@ -145,11 +154,19 @@ class BidBook:
     def _forget_unserved(self) -> None:
         for digest, known in tuple(self._outstanding.items()):
             if known.offer.body.model_root not in self._offerings:
-                del self._outstanding[digest]
+                self._forget(digest)
+
+    def _forget(self, digest: bytes) -> None:
+        known = self._outstanding.pop(digest, None)
+        if known is not None:
+            consumer = known.offer.sender
+            self._consumers[consumer] -= 1
+            if not self._consumers[consumer]:
+                del self._consumers[consumer]
 
     def _forget_expired(self, now: int) -> None:
         while self._outstanding:
-            known = next(iter(self._outstanding.values()))
+            digest, known = next(iter(self._outstanding.items()))
             if len(self._outstanding) < MAX_OUTSTANDING and known.bid.header.expires_at > now:
                 return
-            self._outstanding.popitem(last=False)
+            self._forget(digest)

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from aci_p2p.cli.common import json_option, print_json
+from aci_p2p.cli.texts import print_table
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.pricing import format_amount
-from aci_p2p.testing.simulator import STRATEGIES, Fault, InvariantBroken, Result, Scenario, Simulation, page, summarise
+from aci_p2p.testing.simulator import (
+    STRATEGIES,
+    Fault,
+    InvariantBroken,
+    Result,
+    Scenario,
+    Simulation,
+    dump_scenario,
+    load_scenario,
+    page,
+    random_scenario,
+    summarise,
+)
+from aci_p2p.testing.simulator.scenario import MAX_HOURS, MAX_NODES
 
+KEPT_SEEDS: Final = Path("tests/seeds")
+"""Where scenarios that failed are kept, if it exists where the command runs."""
+_USUAL: Final = Scenario()
+_WORLD: Final = ("nodes", "hours", "adversaries", "strategies", "faults", "models", "interval")
+"""Parameters that describe a world, and so make no sense beside another description."""
 _EPILOG: Final = """\b
 Examples:
   aci-p2p simulate                                       a hundred nodes for an hour
   aci-p2p simulate --nodes 1000 --hours 1 --seed 7       a thousand
   aci-p2p simulate --faults all --adversaries 0.2        a bad day, and a fifth of the nodes cheat
-  aci-p2p simulate --strategy "wrong model" --html a.html
+  aci-p2p simulate --adversaries 0.1 --strategy "wrong model" --html a.html
+  aci-p2p simulate --random 42                           a world of which everything is left to chance
+  aci-p2p simulate --scenario world.toml                 a world from a file
 """
 
 
@@ -32,22 +55,28 @@ class SimulationFailed(AciError):
 
 
 @click.command("simulate", short_help="Simulate a market of thousands of nodes.", epilog=_EPILOG)
-@click.option("--nodes", type=click.IntRange(2, 100_000), default=100, show_default=True, help="Nodes of the world.")
-@click.option("--hours", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="How long.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Fixes everything that is left to chance.")
+@click.option("--nodes", type=click.IntRange(2, MAX_NODES), default=_USUAL.nodes, show_default=True, help="Nodes.")
+@click.option("--hours", type=click.FloatRange(0, MAX_HOURS, min_open=True), default=_USUAL.hours, show_default=True,
+              help="Simulated time.")  # fmt: skip
+@click.option("--seed", type=int, default=_USUAL.seed, show_default=True, help="Fixes everything left to chance.")
 @click.option("--adversaries", type=click.FloatRange(0, 0.9), default=0.0, show_default=True, help="Share that cheats.")
-@click.option("--strategy", "strategies", multiple=True, type=click.Choice(list(STRATEGIES)), help="How they cheat.")
-@click.option(
-    "--faults",
-    multiple=True,
-    type=click.Choice(["all", *(fault.value for fault in Fault)]),
-    help="What goes wrong; may be given several times.",
-)
+@click.option("--strategy", "strategies", multiple=True, type=click.Choice(list(STRATEGIES)), metavar="NAME",
+              help="How they cheat, of --strategies; several times, or any way.")  # fmt: skip
+@click.option("--faults", multiple=True, type=click.Choice(["all", *(fault.value for fault in Fault)]),
+              help="What goes wrong; may be given several times.")  # fmt: skip
 @click.option("--models", type=click.IntRange(0), default=0, show_default="nodes / 25", help="Models that are served.")
-@click.option("--interval", type=float, default=300.0, show_default=True, help="Seconds between a consumer's jobs.")
+@click.option("--interval", type=click.FloatRange(0, min_open=True), default=_USUAL.job_interval_s, show_default=True,
+              help="Seconds between a consumer's jobs, on average.")  # fmt: skip
+@click.option("--random", "lot", type=int, metavar="SEED", help="Leave everything to chance, as the tests do.")
+@click.option("--scenario", "file", type=click.Path(path_type=Path, dir_okay=False), help="Read it from a file.")
+@click.option("--keep", type=click.Path(path_type=Path, file_okay=False),
+              help="Keep the scenario of a failure in this folder; tests/seeds where that exists.")  # fmt: skip
 @click.option("--html", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with pictures.")
+@click.option("--strategies", "listing", is_flag=True, help="List the ways to cheat, and end.")
 @json_option
+@click.pass_context
 def command(
+    context: click.Context,
     nodes: int,
     hours: float,
     seed: int,
@@ -56,50 +85,83 @@ def command(
     faults: tuple[str, ...],
     models: int,
     interval: float,
+    lot: int | None,
+    file: Path | None,
+    keep: Path | None,
     picture: Path | None,
+    listing: bool,  # noqa: FBT001 - click passes flags so
     as_json: bool,  # noqa: FBT001 - click passes flags so
 ) -> None:
     """Simulate a market: the protocol's own state machines, an imagined network, any faults and attackers.
 
     The same seed gives the same world to the last message; the trace at the end proves it.
     """
-    chosen = frozenset(Fault) if "all" in faults else frozenset(Fault(name) for name in faults)
-    scenario = Scenario(
-        seed=seed, nodes=nodes, hours=hours, adversaries=adversaries, strategies=strategies, models=models,
-        job_interval_s=interval, faults=chosen,
-    )  # fmt: skip
+    if listing:
+        print_table(_strategies())
+        return
+    if lot is not None or file is not None:
+        option = "--scenario" if lot is None else "--random"
+        _refuse_others(context, option, both=lot is not None and file is not None)
+        scenario = random_scenario(lot) if lot is not None else load_scenario(file or Path())
+        again = f"--random {lot}" if lot is not None else f"--scenario {shlex.quote(str(file))}"
+    else:
+        chosen = frozenset(Fault) if "all" in faults else frozenset(Fault(name) for name in faults)
+        scenario = Scenario(
+            seed=seed, nodes=nodes, hours=hours, adversaries=adversaries, strategies=strategies, models=models,
+            job_interval_s=interval, faults=chosen,
+        )  # fmt: skip
+        again = _options(scenario)
     simulation = Simulation(scenario)
     try:
         result = _run(simulation, quiet=as_json)
     except InvariantBroken as broken:
-        raise SimulationFailed(str(broken), hint=f"see it again with: {replay(scenario)}") from broken
+        _keep(scenario, keep)
+        raise SimulationFailed(str(broken), hint=f"see it again with: aci-p2p simulate {again}") from broken
     if picture:
-        try:
-            picture.write_text(page(result), encoding="utf-8")
-        except OSError as error:
-            msg = f"cannot write {picture}: {error.strerror}"
-            raise LocalError(msg) from error
+        _write(picture, page(result))
     if as_json:
-        print_json({**asdict(summarise(result)), "faults": result.fired, "refused": result.refused,
-                    "events": result.events, "checks": result.checks, "trace": result.trace})  # fmt: skip
+        print_json(_document(simulation, result))
         return
     _show(simulation, result)
     click.echo(f"trace {result.trace}")
 
 
-def replay(scenario: Scenario) -> str:
-    """The command that runs a scenario again."""
-    parts = [f"aci-p2p simulate --nodes {scenario.nodes} --hours {scenario.hours:g} --seed {scenario.seed}"]
+def _refuse_others(context: click.Context, option: str, *, both: bool) -> None:
+    given = [name for name in (*_WORLD, "seed") if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given or both:
+        other = "--scenario" if both else f"--{given[0].replace('strategies', 'strategy')}"
+        msg = f"{option} describes the whole world; it does not go with {other}"
+        raise click.UsageError(msg)
+
+
+def _options(scenario: Scenario) -> str:
+    """The options that give a scenario again."""
+    parts = [f"--nodes {scenario.nodes} --hours {scenario.hours!r} --seed {scenario.seed}"]
     if scenario.adversaries:
-        parts.append(f"--adversaries {scenario.adversaries:g}")
-    parts += [f"--strategy {name!r}" for name in scenario.strategies]
-    parts += [f"--faults {fault.value!r}" for fault in Fault if fault in scenario.faults]
-    default = Scenario()
-    if scenario.models != default.models:
+        parts.append(f"--adversaries {scenario.adversaries!r}")
+    parts += [f"--strategy {shlex.quote(name)}" for name in scenario.strategies]
+    parts += [f"--faults {shlex.quote(fault.value)}" for fault in Fault if fault in scenario.faults]
+    if scenario.models != _USUAL.models:
         parts.append(f"--models {scenario.models}")
-    if scenario.job_interval_s != default.job_interval_s:
-        parts.append(f"--interval {scenario.job_interval_s:g}")
+    if scenario.job_interval_s != _USUAL.job_interval_s:
+        parts.append(f"--interval {scenario.job_interval_s!r}")
     return " ".join(parts)
+
+
+def _keep(scenario: Scenario, folder: Path | None) -> None:
+    """Keep the scenario of a failure, if there is a place for it."""
+    if folder is None and not KEPT_SEEDS.is_dir():
+        return
+    _write((folder or KEPT_SEEDS) / f"seed-{scenario.seed}.json", dump_scenario(scenario))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        msg = f"cannot write {path}: {error.strerror}"
+        raise LocalError(msg, hint="give another place, in a folder that may be written") from error
 
 
 def _run(simulation: Simulation, *, quiet: bool) -> Result:
@@ -110,26 +172,56 @@ def _run(simulation: Simulation, *, quiet: bool) -> Result:
         return simulation.run(lambda share: progress.update(task, completed=share))
 
 
+def _document(simulation: Simulation, result: Result) -> dict[str, Any]:
+    return {
+        **asdict(summarise(result)),
+        "faults": result.fired,
+        "crashes_at_write": result.died_at,
+        "refused": result.refused,
+        "unread": result.unread,
+        "attackers": [asdict(gain) for gain in simulation.gains()],
+        "events": result.events,
+        "checks": result.checks,
+        "trace": result.trace,
+    }
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right" if name in {"struck", "nodes", "paid", "unearned"} else "left")
+    return table
+
+
+def _strategies() -> Table:
+    table = _table("strategy", "goal", "not stopped yet, for")
+    for name, strategy in sorted(STRATEGIES.items()):
+        table.add_row(name, strategy.goal, strategy.pays or strategy.harms)
+    return table
+
+
 def _show(simulation: Simulation, result: Result) -> None:
-    console = Console(highlight=False)
     summary = summarise(result)
-    table = Table(title="jobs of honest consumers", title_justify="left", show_header=False)
-    table.add_row("answered", f"{summary.answered} of {summary.jobs}")
+    jobs = _table("jobs of honest consumers", "")
+    jobs.add_row("answered", f"{summary.answered} of {summary.jobs}")
     for failure, count in summary.failures.items():
-        table.add_row(f"failed: {failure.replace('_', ' ')}", str(count))
-    table.add_row("answers that the model does not give", str(summary.wrong))
-    table.add_row("offer to first token", "{} ms (p99 {} ms)".format(*summary.first_token_ms))
-    table.add_row("offer to receipt", "{} ms (p99 {} ms)".format(*summary.duration_ms))
-    table.add_row("signed for", format_amount(summary.spent))
-    console.print(table)
+        jobs.add_row(f"failed: {failure.replace('_', ' ')}", str(count))
+    jobs.add_row("answers that the model does not give", str(summary.wrong))
+    jobs.add_row("offer to first token", "{} ms, the slowest hundredth {} ms".format(*summary.first_token_ms))
+    jobs.add_row("offer to receipt", "{} ms, the slowest hundredth {} ms".format(*summary.duration_ms))
+    jobs.add_row("signed for", format_amount(summary.spent))
+    print_table(jobs)
     if result.fired:
-        faults = Table("fault", "struck", title="what went wrong", title_justify="left")
+        faults = _table("what went wrong", "struck")
         for fault, count in result.fired.items():
             faults.add_row(fault, str(count))
-        console.print(faults)
+        click.echo()
+        print_table(faults)
     if simulation.attackers:
-        cheats = Table("strategy", "nodes", "goal", "gained", title="who cheated", title_justify="left")
+        cheats = _table("who cheated", "nodes", "paid", "unearned", "not stopped yet, for")
         for gain in simulation.gains():
-            cheats.add_row(gain.strategy, str(gain.nodes), gain.goal, format_amount(gain.gained))
-        console.print(cheats)
-    console.print(f"{result.events} events, {result.checks} checks of invariants, none broken")
+            amounts = (format_amount(gain.income), format_amount(gain.unearned))
+            cheats.add_row(gain.strategy, str(gain.nodes), *amounts, gain.undefended)
+        click.echo()
+        print_table(cheats)
+    click.echo(f"\n{result.events} events, {result.checks} checks of invariants, none broken")

@@ -4,6 +4,8 @@ Its logits are a hash of everything before them, so that a teacher-forced pass o
 its generation did, other weights give another answer, and nothing can be told about the answer without computing it.
 """
 
+# ruff: noqa: ARG002 - the executor has one model, whatever it is called
+
 from __future__ import annotations
 
 import hashlib
@@ -43,8 +45,8 @@ CONTEXT: Final = 4_096
 MEAN_ANSWER: Final = 32
 """Tokens of an answer without a limit, on average."""
 
-_SYLLABLES: Final = tuple(f"{a}{b}" for a in "bdfghjklmnprstvz" for b in ("a", "e", "i", "o", "u", "ai", "au", "ei",
-                                                                     "an", "en", "in", "on", "un", "as", "is", "us"))  # fmt: skip
+_VOWELS: Final = ("a", "e", "i", "o", "u", "ai", "au", "ei", "an", "en", "in", "on", "un", "as", "is", "us")
+_SYLLABLES: Final = tuple(consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in _VOWELS)
 _SCALE: Final = np.float32(1 / 4096)
 _END_BONUS: Final = np.float32(100)
 

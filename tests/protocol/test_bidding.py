@@ -140,3 +140,17 @@ def test_latency_follows_what_was_measured(book: BidBook) -> None:
     for _ in range(200):
         book.measured(10**9)
     assert bid(book, 2).body.latency_ms <= MAX_LATENCY_MS
+
+
+def test_one_consumer_cannot_use_up_our_bids(book: BidBook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bidding, "MAX_PER_CONSUMER", 2)
+    first = bid(book, 1)
+    bid(book, 2)
+    assert book.bid(offer(3), NOW, running=0, addresses=()) is None
+    other = STRANGER.seal(offer(3).body, NOW)
+    assert book.bid(other, NOW, running=0, addresses=()) is not None
+    # One is awarded, or expires: there is room again.
+    book.take(award(first), NOW, running=0)
+    bid(book, 4)
+    assert book.bid(offer(5), NOW, running=0, addresses=()) is None
+    assert book.bid(offer(5), NOW + BID_LIFETIME_MS, running=0, addresses=()) is not None

@@ -1,23 +1,36 @@
 """A market of thousands of nodes in one process, from one seed."""
 
-from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker
-from aci_p2p.testing.simulator.invariants import InvariantBroken
+from aci_p2p.testing.simulator.adversaries import STRATEGIES, UNBUILT, Attacker, UnbuiltAttack
+from aci_p2p.testing.simulator.invariants import Invariant, InvariantBroken
+from aci_p2p.testing.simulator.measuring import Measurement, measure
 from aci_p2p.testing.simulator.report import Summary, page, summarise
 from aci_p2p.testing.simulator.roles import Outcome
-from aci_p2p.testing.simulator.scenario import Fault, Scenario
+from aci_p2p.testing.simulator.sampling import random_scenario
+from aci_p2p.testing.simulator.scenario import Fault, PlannedJob, Scenario
+from aci_p2p.testing.simulator.scenario_file import BadScenario, dump_scenario, load_scenario
 from aci_p2p.testing.simulator.simulation import Gain, Result, Simulation
 
 __all__ = [
     "STRATEGIES",
+    "UNBUILT",
     "Attacker",
+    "BadScenario",
     "Fault",
     "Gain",
+    "Invariant",
     "InvariantBroken",
+    "Measurement",
     "Outcome",
+    "PlannedJob",
     "Result",
     "Scenario",
     "Simulation",
     "Summary",
+    "UnbuiltAttack",
+    "dump_scenario",
+    "load_scenario",
+    "measure",
     "page",
+    "random_scenario",
     "summarise",
 ]

@@ -2,30 +2,38 @@
 
 Thousands of nodes cannot each handle each copy of each message. What a message takes is computed once for each
 publisher: the shortest paths over a random graph of meshes, through nodes that are up and forward. The checks run for
-real at some of the publisher's neighbours, whose judgement decides whether it spreads, and at those whom it concerns.
+real at the publisher's neighbours, whose judgement decides whether it spreads, and at those whom it concerns.
+Neighbours keep accounts and scores of each other as real ones do, and look at nothing that a flooder sends.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
+from aci_p2p.gossip.topic import MAX_PUBLISHED
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.messages import Bid, Offer
 from aci_p2p.protocol.validation import MessageRefused
+from aci_p2p.testing.simulator.guard import NeighbourGuard
 from aci_p2p.testing.simulator.node import SimNode
+from aci_p2p.testing.simulator.scenario import Fault
 from aci_p2p.testing.simulator.transport import Transport
 
 DEGREE: Final = 6
 """Mesh neighbours that each node looks for (gossipsub's D)."""
 WITNESSES: Final = 3
-"""Neighbours of a publisher whose judgement is computed; one that accepts is enough for a message to spread."""
+"""Neighbours of an honest publisher whose judgement is computed; one that accepts is enough for a message to spread."""
 SHIFT: Final = 1 << 20
 """More than the nodes of any world."""
 CATCH_UP_MS: Final = 5_000
 """After how long a message that was lost on every way is pulled from a neighbour."""
+MAX_WAITING: Final = 4_096
+"""Messages of a topic that wait for a partition's end: as many as a node's log of it holds."""
+OVERTAKEN: Final = 10
+"""A message that is overtaken takes up to so many times longer."""
 
 B = TypeVar("B")
 Listener = Callable[[Envelope[B]], None]
@@ -37,35 +45,54 @@ class Topic(Generic[B]):
 
     def __init__(
         self,
+        name: str,
         gossip: Gossip,
         check: Callable[[SimNode, bytes], Envelope[B]],
         concerned: Callable[[Envelope[B]], list[tuple[SimNode, Listener[B]]]],
     ) -> None:
+        """`check` raises MessageRefused; `concerned` tells who listens to a message."""
+        self._name = name
         self._gossip = gossip
         self._check = check
         self._concerned = concerned
         self._waiting: list[tuple[bytes, SimNode, Listener[B]]] = []
+        self._own: defaultdict[int, list[int]] = defaultdict(list)
+
+    def say(self, origin: SimNode, envelope: Envelope[B]) -> None:
+        """Let an honest node broadcast a message of its own, unless too many of its are out, as `gossip.Topic` does."""
+        out = self._own[origin.index]
+        if len(out) >= MAX_PUBLISHED:
+            out[:] = [expires_at for expires_at in out if expires_at > origin.clock]
+            if len(out) >= MAX_PUBLISHED:
+                self._gossip.unsaid += 1
+                return
+        out.append(envelope.header.expires_at)
+        self.publish(origin, envelope.data)
+
+    def restarted(self, node: SimNode) -> None:
+        """A node has forgotten what it said."""
+        self._own.pop(node.index, None)
 
     def publish(self, origin: SimNode, data: bytes) -> None:
         """Let a node broadcast bytes, whatever they are."""
         gossip = self._gossip
         arrivals = gossip.arrivals(origin)
-        if not arrivals:
+        witnesses = [one for one in gossip.neighbours(origin) if one.honest and one.index in arrivals]
+        if not witnesses:
             return
-        gossip.bytes_sent += len(data) * len(arrivals)
-        first = min(arrivals[one.index] for one in gossip.neighbours(origin) if one.index in arrivals)
-        gossip.world.after(first, self._spread, origin, data, arrivals)
+        if origin.honest:
+            del witnesses[WITNESSES:]
+        first = min(arrivals[one.index] for one in witnesses)
+        gossip.world.after(first, self._spread, origin, data, arrivals, witnesses)
 
-    def _spread(self, origin: SimNode, data: bytes, arrivals: dict[int, int]) -> None:
+    def _spread(self, origin: SimNode, data: bytes, arrivals: dict[int, int], witnesses: list[SimNode]) -> None:
         """The publisher's neighbours judge; if one accepts, those whom the message concerns get it in their time."""
         gossip = self._gossip
-        judged = {
-            witness.index: self._judge(witness, data)
-            for witness in [one for one in gossip.neighbours(origin) if one.up and one.honest][:WITNESSES]
-        }
+        judged = {one.index: self._witness(one, origin, data) for one in witnesses if one.up}
         accepted = next((envelope for envelope in judged.values() if envelope), None)
         if accepted is None:
             return
+        gossip.bytes_sent += len(data) * len(arrivals)
         for node, listener in self._concerned(accepted):
             if node is origin:
                 continue
@@ -75,23 +102,36 @@ class Topic(Generic[B]):
                     listener(envelope)
             elif node.index not in arrivals:
                 self._waiting.append((data, node, listener))
+                del self._waiting[:-MAX_WAITING]
             else:
                 for delay in gossip.copies(arrivals[node.index]):
                     gossip.world.after(delay, self._arrive, data, node, listener)
 
+    def _witness(self, node: SimNode, origin: SimNode, data: bytes) -> Envelope[B] | None:
+        """The judgement of one of the publisher's neighbours."""
+        gossip, now = self._gossip, self._gossip.world.now
+        guard = gossip.guard(node)
+        if not guard.admits(origin.node_id, len(data), now):
+            gossip.unread += 1
+            return None
+        try:
+            envelope = self._check(node, data)
+        except MessageRefused as error:
+            gossip.refused[error.validation.reason.value] += 1
+            guard.refused(origin.node_id, self._name, data, error, now)
+            return None
+        guard.accepted(len(data))
+        return envelope
+
     def _arrive(self, data: bytes, node: SimNode, listener: Listener[B]) -> None:
         if not node.up:
             return
-        accepted = self._judge(node, data)
-        if accepted is not None:
-            listener(accepted)
-
-    def _judge(self, node: SimNode, data: bytes) -> Envelope[B] | None:
         try:
-            return self._check(node, data)
+            envelope = self._check(node, data)
         except MessageRefused as error:
-            self._gossip.refused[str(error.validation.reason)] += 1
-            return None
+            self._gossip.refused[error.validation.reason.value] += 1
+            return
+        listener(envelope)
 
     def catch_up(self) -> None:
         """The network is whole again: what did not reach somebody is pulled."""
@@ -105,12 +145,21 @@ class Gossip:
 
     def __init__(self, transport: Transport, nodes: list[SimNode]) -> None:
         self.world = transport.world
+        """Clock, queue and trace."""
         self.refused: Counter[str] = Counter()
         """Messages that a check refused, by reason."""
+        self.unread = 0
+        """Messages of flooders that nobody looked at."""
+        self.disturbed: Counter[Fault] = Counter()
+        """Messages that the network lost, doubled or held back."""
+        self.unsaid = 0
+        """Messages that honest nodes kept to themselves, for too many of theirs were out."""
         self.bytes_sent = 0
         """Bytes that all nodes together received."""
-        self.offers: Topic[Offer] = Topic(self, _check_offer, self._providers_of)
-        self.bids: Topic[Bid] = Topic(self, _check_bid, self._consumer_of)
+        self.offers: Topic[Offer] = Topic("offers", self, _check_offer, self._providers_of)
+        """The topic of offers."""
+        self.bids: Topic[Bid] = Topic("bids", self, _check_bid, self._consumer_of)
+        """The topic of bids."""
         self.providers: dict[bytes, dict[SimNode, Listener[Offer]]] = {}
         """Weights root -> who wants to hear its offers."""
         self.consumers: dict[bytes, tuple[SimNode, Listener[Bid]]] = {}
@@ -121,6 +170,7 @@ class Gossip:
         self._nodes = nodes
         self._random = self.world.dice["gossip"]
         self._meshes: dict[int, list[SimNode]] = {node.index: [] for node in nodes}
+        self._guards: dict[int, NeighbourGuard] = {}
         self._arrivals: dict[int, dict[int, int]] = {}
         self._wire()
 
@@ -144,18 +194,37 @@ class Gossip:
         self.bids.catch_up()
 
     def neighbours(self, node: SimNode) -> list[SimNode]:
-        """Mesh neighbours, nearest first."""
+        """Mesh neighbours."""
         return self._meshes[node.index]
+
+    def guard(self, node: SimNode) -> NeighbourGuard:
+        """What a node holds against its neighbours."""
+        guard = self._guards.get(node.index)
+        if guard is None:
+            guard = self._guards[node.index] = NeighbourGuard()
+        return guard
+
+    def restarted(self, node: SimNode) -> None:
+        """A node has forgotten what it held against its neighbours."""
+        self._guards.pop(node.index, None)
+        self.offers.restarted(node)
+        self.bids.restarted(node)
+        self.changed()
 
     def copies(self, arrival: int) -> list[int]:
         """When the copies of a message arrive somewhere, given the way's time: later if lost on it, perhaps twice."""
         model, random = self._transport.model, self._random
         if random.random() < model.loss:
+            self.disturbed[Fault.LOSS] += 1
             arrival += CATCH_UP_MS
         late = round(arrival * (1 + model.jitter * random.random()))
         if random.random() < model.reordering:
-            late += random.randrange(1, 10 * arrival + 2)
-        return [late, late + arrival + 1] if random.random() < model.duplication else [late]
+            self.disturbed[Fault.REORDERING] += 1
+            late += random.randint(1, OVERTAKEN * arrival + 1)
+        if random.random() < model.duplication:
+            self.disturbed[Fault.DUPLICATION] += 1
+            return [late, late + arrival + 1]
+        return [late]
 
     def arrivals(self, origin: SimNode) -> dict[int, int]:
         """Milliseconds to every node that a message of `origin` reaches (Dijkstra)."""

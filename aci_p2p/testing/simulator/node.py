@@ -2,53 +2,72 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Callable
-from typing import Any, Final, Protocol, TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from aci_p2p.network.model import Place
 from aci_p2p.protocol.envelope import Envelope, Sealer, check_age, open_envelope
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.job import (
-    CloseStream,
-    Effect,
-    FrameArrived,
-    JobRecord,
-    Persist,
-    Send,
-    SetTimer,
-    StreamEnded,
-    TimerFired,
-)
+from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.market import MarketView
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.testing.simulator.transport import End, Transport
-from aci_p2p.testing.simulator.world import Timer, World
+from aci_p2p.testing.simulator.world import World
+
+if TYPE_CHECKING:
+    from aci_p2p.testing.simulator.driver import Driver
 
 NETWORK: Final = "aci-sim"
 """Network id of simulated nodes."""
 MAX_READ: Final = 65_536
 """Envelopes whose reading is remembered: those of the last minutes."""
-
+SECRET_BYTES: Final = 32
+"""Bytes of salts and nonces."""
 
 B = TypeVar("B")
 
 
-class Crashed(Exception):
-    """The node died while it performed an effect."""
+class NodeDied(Exception):
+    """The node died while it wrote; nothing that would have followed happens."""
 
 
-class Machine(Protocol):
-    """A job's state machine."""
+class DiskFull(Exception):
+    """A transition could not be stored."""
 
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will happen."""
+
+class WriteFate(Enum):
+    """What becomes of a transaction."""
+
+    STORED = "stored"
+    """It is durable."""
+    LOST = "lost"
+    """The node dies before it is durable."""
+    LAST = "last"
+    """The node dies when it is durable, before anything else happens."""
+    REFUSED = "refused"
+    """The disk is full."""
+
+
+class Watch(Protocol):
+    """The world's view of its nodes: sees what they do, and decides what becomes of their writes."""
+
+    def signed(self, envelope: Envelope[Any]) -> None:
+        """A node has signed a message."""
         ...
 
-    def handle(self, event: Any, now: int) -> list[Effect]:  # noqa: ANN401 - the machine's own events
-        """React to an event."""
+    def fate(self, node: SimNode, records: Sequence[JobRecord]) -> WriteFate:
+        """A node is about to store transitions, in one transaction."""
+        ...
+
+    def stored(self, node: SimNode, record: JobRecord) -> None:
+        """A transition is on a node's disk."""
+        ...
+
+    def dies(self, node: SimNode, record: JobRecord) -> None:
+        """A node dies at a write, whose last transition this is."""
         ...
 
 
@@ -81,6 +100,7 @@ class TellingSealer(Sealer):
     """Signs as a real one does, and tells what it signed."""
 
     def __init__(self, key: KeyPair, tell: Callable[[Envelope[Any]], None]) -> None:
+        """`tell` hears of every message."""
         super().__init__(key, NETWORK)
         self._tell = tell
 
@@ -91,50 +111,59 @@ class TellingSealer(Sealer):
 
 
 class Disk:
-    """What survives a crash: the jobs' records, and their history for the invariants."""
+    """What survives a crash: the jobs' records."""
 
     def __init__(self) -> None:
         self.jobs: dict[tuple[bytes, Party], JobRecord] = {}
-        self.history: dict[tuple[bytes, Party], list[JobRecord]] = {}
-
-    def put(self, record: JobRecord) -> None:
-        """Store a record durably."""
-        key = (record.job_id, record.role)
-        self.jobs[key] = record
-        self.history.setdefault(key, []).append(record)
+        """The latest record of each job and role."""
+        self.is_full = False
+        """Whether it refuses what is written."""
 
 
 class SimNode:
     """One node. What it does is in its roles; this is what all of them share."""
 
     def __init__(
-        self,
-        world: World,
-        transport: Transport,
-        index: int,
-        place: Place,
-        said: Callable[[Envelope[Any]], None],
-        reader: Reader,
+        self, world: World, transport: Transport, index: int, place: Place, watch: Watch, reader: Reader
     ) -> None:
-        """`index`: its number in the world; `said` hears of every message that it signs; `reader` is the world's."""
+        """`index`: its number in the world; `reader` is the world's."""
         self.world = world
+        """Clock, queue and trace."""
         self.transport = transport
+        """Streams to the others."""
         self.index = index
+        """Its number in the world."""
         self.place = place
+        """Where it stands in the network."""
         self.key = KeyPair(world.dice.secret(f"key/{index}"))
-        self._said = said
-        self.sealer = TellingSealer(self.key, said)
+        """Its identity's key."""
+        self.sealer = TellingSealer(self.key, watch.signed)
+        """Signs its messages."""
         self.random = world.dice[f"node/{index}"]
+        """Its own randomness."""
         self.disk = Disk()
-        self._reader = reader
-        self.view = MarketView(NETWORK, self._reader)
+        """What it keeps over a crash."""
         self.streams: dict[End, None] = {}
+        """Its open streams, the oldest first."""
         self.up = True
+        """Whether it runs."""
         self.skew_ms = 0
+        """How far its clock is ahead, milliseconds."""
         self.accepting: Callable[[End], None] | None = None
+        """Takes streams that others open; None: they are closed."""
         self.drivers: dict[Driver, None] = {}
+        """Its running jobs, the oldest first."""
         self.honest = True
+        """Whether it keeps to the protocol."""
         self.forwards = True
+        """Whether it passes on gossip of others."""
+        self._watch = watch
+        self._reader = reader
+        self.view = MarketView(NETWORK, reader)
+        """The market as it has seen it."""
+
+    def __repr__(self) -> str:
+        return f"<node {self.index}>"
 
     @property
     def node_id(self) -> NodeId:
@@ -155,7 +184,21 @@ class SimNode:
 
     def entropy(self) -> bytes:
         """32 random bytes of its own."""
-        return self.random.randbytes(32)
+        return self.random.randbytes(SECRET_BYTES)
+
+    def store(self, records: Sequence[JobRecord]) -> None:
+        """Store transitions in one durable transaction. Raises DiskFull, NodeDied."""
+        fate = self._watch.fate(self, records)
+        if fate is WriteFate.REFUSED:
+            raise DiskFull
+        if fate is not WriteFate.LOST:
+            for record in records:
+                self.disk.jobs[record.job_id, record.role] = record
+                self.world.note(record.state.value, self.index, record.job_id)
+                self._watch.stored(self, record)
+        if fate is not WriteFate.STORED:
+            self._watch.dies(self, records[-1])
+            raise NodeDied
 
     def crash(self) -> None:
         """Lose everything but the disk."""
@@ -172,90 +215,5 @@ class SimNode:
         """Come back with what the disk holds."""
         self.up = True
         self.view = MarketView(NETWORK, self._reader)
-        self.sealer = TellingSealer(self.key, self._said)
+        self.sealer = TellingSealer(self.key, self._watch.signed)
         self.world.note("start", self.index)
-
-
-class Driver:
-    """Drives one job's machine on one node."""
-
-    def __init__(self, node: SimNode, machine: Machine) -> None:
-        self.node = node
-        self.machine = machine
-        self.end: End | None = None
-        self._timer: Timer | None = None
-        self._waiting: deque[Any] = deque()
-        self._busy = False
-        self._done = False
-        node.drivers[self] = None
-
-    def tell(self, event: Any) -> None:  # noqa: ANN401 - the machine's own events
-        """Hand an event to the machine and perform what follows."""
-        if self._done:
-            return
-        self._waiting.append(event)
-        if self._busy:
-            return
-        self._busy = True
-        try:
-            while self._waiting and not self.machine.over:
-                for effect in self.machine.handle(self._waiting.popleft(), self.node.clock):
-                    self._perform(effect)
-        except Crashed:
-            return
-        finally:
-            self._busy = False
-        if self.machine.over:
-            self.abandon()
-            self.node.drivers.pop(self, None)
-            self.over()
-
-    def attach(self, end: End) -> None:
-        """The job's stream is open."""
-        self.end = end
-        end.on_frame = lambda frame: self._from(end, FrameArrived(frame))
-        end.on_end = lambda detail: self._from(end, StreamEnded(detail))
-
-    def _from(self, end: End, event: FrameArrived | StreamEnded) -> None:
-        if self.end is end:
-            self.tell(event)
-
-    def abandon(self) -> None:
-        """Nothing more happens here."""
-        self._done = True
-        if self._timer:
-            self._timer.cancel()
-        self._waiting.clear()
-
-    def _perform(self, effect: Effect) -> None:
-        node = self.node
-        match effect:
-            case Persist(record):
-                node.disk.put(record)
-                node.world.note(record.state.value, node.index, record.job_id)
-                self.stored(record)
-                if not node.up:
-                    raise Crashed
-            case Send(data):
-                if self.end:
-                    self.end.send(data)
-            case CloseStream():
-                if self.end:
-                    end, self.end = self.end, None
-                    end.close()
-            case SetTimer(at):
-                if self._timer:
-                    self._timer.cancel()
-                self._timer = node.world.at(at - node.skew_ms, self.tell, TimerFired())
-            case _:
-                self.perform(effect)
-
-    def stored(self, record: JobRecord) -> None:
-        """A transition is on disk: the moment at which crashes hurt most."""
-
-    def perform(self, effect: Effect) -> None:
-        """Perform an effect of one role."""
-        raise NotImplementedError
-
-    def over(self) -> None:
-        """The job has ended."""

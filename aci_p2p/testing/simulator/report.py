@@ -81,7 +81,8 @@ def page(result: Result) -> str:
             for index in range(BUCKETS)
         ]
 
-    spent, total = [], 0.0
+    spent: list[float] = []
+    total = 0.0
     for index in range(BUCKETS):
         total += sum(one.price for one in answered if bucket(one) == index)
         spent.append(total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from aci_p2p.executor import FinishReason, Message, Sampling
@@ -12,22 +12,26 @@ from aci_p2p.protocol.consumer import BidArrived, ConsumerJob, JobRequest, JobSe
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import (
+    BidSeen,
     Broadcast,
     Deliver,
     Effect,
     Failed,
     FrameArrived,
-    JobRecord,
     OpenStream,
     StartGeneration,
     StopGeneration,
 )
-from aci_p2p.protocol.messages import AbortCode, Bid, Engine, Finish, Offer
+from aci_p2p.protocol.messages import AbortCode, Bid, CapabilityRecord, Engine, Finish, Offer
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
 from aci_p2p.protocol.selection import PriceThenLatency
 from aci_p2p.protocol.validation import MessageRefused
+from aci_p2p.store import StoreError
+from aci_p2p.testing.simulator.directory import Announcing, Directory
+from aci_p2p.testing.simulator.driver import Driver
 from aci_p2p.testing.simulator.gossip import Gossip
-from aci_p2p.testing.simulator.node import Driver, SimNode
+from aci_p2p.testing.simulator.invariants import Judge
+from aci_p2p.testing.simulator.node import SimNode
 from aci_p2p.testing.simulator.transport import End
 from aci_p2p.testing.simulator.world import Timer
 from aci_p2p.testing.toy_model import CONTEXT, Step, ToyModel
@@ -36,10 +40,25 @@ ENGINE: Final = Engine("aci-toy/1", "toy", "simulated", "none")
 """What simulated providers say runs their models."""
 CHUNK_TOKENS: Final = 8
 """Tokens that a simulated provider sends at once."""
+INPUT_SHARE: Final = 4
+"""A prompt token costs this part of an output token."""
+AWARD_WAIT_MS: Final = 5_000
+"""How long a provider waits for the award on a stream, milliseconds, as real ones do (`provider.AWARD_WAIT_S`)."""
 _FINISH: Final = {FinishReason.STOP: Finish.STOP, FinishReason.LENGTH: Finish.LENGTH}
 
-Find = Callable[[NodeId], SimNode | None]
-"""Who has an identity."""
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every role of a world needs."""
+
+    gossip: Gossip
+    """Offers and bids."""
+    directory: Directory
+    """Records of nodes."""
+    judge: Judge
+    """Sees what nodes believe."""
+    find: Callable[[NodeId], SimNode | None]
+    """Who has an identity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +90,30 @@ class Outcome:
 class Consumer:
     """Offers jobs and sees them through."""
 
-    def __init__(self, node: SimNode, gossip: Gossip, find: Find) -> None:
+    def __init__(self, node: SimNode, around: Surroundings) -> None:
+        """Does nothing until `offer`."""
         self.node = node
-        self.gossip = gossip
-        self.find = find
+        """Where it runs."""
+        self.around = around
+        """What it does it in."""
         self.outcomes: list[Outcome] = []
         """Jobs that have ended."""
-        self.stored: Callable[[SimNode, JobRecord], None] = _nothing
-        """Called when a transition is on disk."""
-        self.believes: Callable[[SimNode, Envelope[Bid]], None] = _nothing
-        """Called with every bid that passed the checks."""
+
+    def offer(self, request: JobRequest, model: ToyModel) -> None:
+        """Look the providers of a model up as `ACI.inference` does, then offer the job to all."""
+        node, around = self.node, self.around
+
+        def found(records: Sequence[Envelope[CapabilityRecord]]) -> None:
+            for record in records:
+                around.judge.heard(node, record)
+            there = [record.sender for record in records if self._is_reachable(record.sender)]
+            self.start(replace(request, expected_bidders=frozenset(there)), model)
+
+        around.directory.find(node, request.model_root, found)
+
+    def _is_reachable(self, provider: NodeId) -> bool:
+        node = self.around.find(provider)
+        return node is not None and node.up and not self.node.transport.is_cut(self.node, node)
 
     def start(self, request: JobRequest, model: ToyModel) -> None:
         """Offer a job; `model` is the true one, for judging the answer and nothing else."""
@@ -88,8 +121,12 @@ class Consumer:
         secrets = JobSecrets(node.entropy(), node.entropy())
         machine = ConsumerJob(node.sealer, request, secrets, PriceThenLatency())
         driver = self.drive(machine, request, model)
-        self.gossip.consumers[machine.job_id] = (node, driver.hear)
+        self.around.gossip.consumers[machine.job_id] = (node, driver.hear)
         driver.tell(Start())
+
+    def broadcast(self, offer: Envelope[Offer]) -> None:
+        """Publish an offer."""
+        self.around.gossip.offers.say(self.node, offer)
 
     def drive(self, machine: ConsumerJob, request: JobRequest, model: ToyModel) -> ConsumerDriver:
         """The driver of a job; attackers use their own."""
@@ -100,9 +137,11 @@ class ConsumerDriver(Driver):
     """One job of a consumer."""
 
     def __init__(self, consumer: Consumer, machine: ConsumerJob, request: JobRequest, model: ToyModel) -> None:
-        super().__init__(consumer.node, machine)
-        self._consumer = consumer
+        """`model` is the true one."""
+        super().__init__(consumer.node, machine, consumer.around.judge)
         self.job = machine
+        """The machine."""
+        self._consumer = consumer
         self._started = consumer.node.world.now
         self._first: int | None = None
         self._text: list[str] = []
@@ -112,19 +151,22 @@ class ConsumerDriver(Driver):
 
     def hear(self, bid: Envelope[Bid]) -> None:
         """A bid has come over gossip."""
-        if self.node.honest:
-            self._consumer.believes(self.node, bid)
+        self._consumer.around.judge.heard(self.node, bid)
         self.tell(BidArrived(bid))
 
-    def stored(self, record: JobRecord) -> None:
-        self._consumer.stored(self.node, record)
-
     def perform(self, effect: Effect) -> None:
+        """Perform what a consumer's job asks for."""
+        around = self._consumer.around
         match effect:
             case Broadcast(offer):
-                self._consumer.gossip.offers.publish(self.node, offer.data)
+                around.judge.published(self.node, offer)
+                self._consumer.broadcast(offer)
+            case BidSeen(bid):
+                around.judge.weighed(self.node, self.job.job_id, bid)
             case OpenStream(provider, _):
-                self._open(provider)
+                target = around.find(provider)
+                if target is not None:
+                    self.attach(self.node.transport.dial(self.node, target))
             case Deliver(_, text):
                 if self._first is None:
                     self._first = self.node.world.now - self._started
@@ -134,20 +176,19 @@ class ConsumerDriver(Driver):
             case _:
                 pass
 
-    def _open(self, provider: NodeId) -> None:
-        target = self._consumer.find(provider)
-        if target is not None:
-            self.attach(self.node.transport.dial(self.node, target))
-
     def _expected(self) -> str:
         request = self._request
         messages = [Message(turn.role, turn.content) for turn in request.conversation.turns]
         steps = self._model.answer(self._model.encode(messages), request.max_tokens, Sampling())
         return "".join(step.text for step in steps)
 
+    def abandon(self) -> None:
+        """Nothing more happens here, and bids for it concern nobody."""
+        super().abandon()
+        self._consumer.around.gossip.consumers.pop(self.job.job_id, None)
+
     def over(self) -> None:
-        now = self.node.world.now
-        self._consumer.gossip.consumers.pop(self.job.job_id, None)
+        """The job has ended: note how."""
         self._consumer.outcomes.append(
             Outcome(
                 job_id=self.job.job_id,
@@ -157,59 +198,106 @@ class ConsumerDriver(Driver):
                 price=self.job.price,
                 started=self._started,
                 first_token_ms=self._first,
-                duration_ms=now - self._started,
+                duration_ms=self.node.world.now - self._started,
                 expected=self._expected(),
                 text="".join(self._text),
             )
         )
 
+    def disk_full(self) -> None:
+        """The user is told."""
+        self._failure = StoreError.code
+        self.over()
+
 
 class Provider:
     """Bids on offers and runs what it wins, on a toy model."""
 
-    def __init__(self, node: SimNode, gossip: Gossip, model: ToyModel, *, price: int, slots: int, pace_ms: int) -> None:
+    def __init__(
+        self, node: SimNode, around: Surroundings, model: ToyModel, *, price: int, slots: int, pace_ms: int
+    ) -> None:
         """`price`: base units for each output token; `pace_ms`: milliseconds for each token."""
         self.node = node
-        self.gossip = gossip
+        """Where it runs."""
+        self.around = around
+        """What it does it in."""
         self.model = model
+        """What it serves."""
         self.slots = slots
+        """Jobs at once."""
         self.pace_ms = pace_ms
-        self.offering = Offering(model.name, model.root, CONTEXT, price // 4, price)
+        """Milliseconds for each token."""
+        self.offering = _offering(model, price)
+        """What it serves, for how much."""
         self.book = BidBook(node.sealer, (self.offering,), slots)
+        """Its bids."""
         self.running: dict[ProviderDriver, None] = {}
+        """Its jobs, the oldest first."""
         self.stopped = False
         """Whether it has left the market in good order."""
         self.slowness = 1
         """How many times slower than it should be it computes."""
         self.fail_after: int | None = None
         """Tokens after which the executor dies; None: never."""
-        self.stored: Callable[[SimNode, JobRecord], None] = _nothing
-        """Called when a transition is on disk."""
+        self.announcing = Announcing(node, around.directory, self.capabilities)
+        """What it publishes in the DHT."""
         self.start()
+
+    def reprice(self, price: int) -> None:
+        """Ask another price for each output token, base units."""
+        self.offering = _offering(self.model, price)
+        self.book.offer((self.offering,), self.slots)
 
     def start(self) -> None:
         """Begin, or begin again after a crash."""
         self.book = BidBook(self.node.sealer, (self.offering,), self.slots)
         self.running.clear()
         self.stopped = False
+        self.announcing.come_back()
         self.node.accepting = self.accept
-        self.gossip.providers.setdefault(self.model.root, {})[self.node] = self.hear
+        self.around.gossip.providers.setdefault(self.model.root, {})[self.node] = self.hear
 
     def stop(self) -> None:
         """Leave the market: hear no more offers and take no more jobs."""
         self.stopped = True
+        self.announcing.leave()
         self.node.accepting = None
-        self.gossip.providers[self.model.root].pop(self.node, None)
+        self.around.gossip.providers[self.model.root].pop(self.node, None)
+
+    def capabilities(self) -> Sequence[CapabilityRecord]:
+        """What is announced in the DHT."""
+        offering = self.offering
+        return (
+            CapabilityRecord(
+                model_root=offering.root,
+                model_name=offering.name,
+                context=offering.context,
+                engine=ENGINE,
+                input_token_price=offering.input_token_price,
+                output_token_price=offering.output_token_price,
+                slots=self.slots,
+                addresses=(),
+                free_slots=max(self.slots - len(self.running), 0),
+                price_curve=(),
+            ),
+        )
 
     def hear(self, offer: Envelope[Offer]) -> None:
         """An offer has come over gossip."""
+        self.around.judge.heard(self.node, offer)
         bid = self.book.bid(offer, self.node.clock, running=len(self.running), addresses=())
         if bid is not None:
-            self.gossip.bids.publish(self.node, bid.data)
+            self.around.gossip.bids.say(self.node, bid)
 
     def accept(self, end: End) -> None:
-        """A consumer has opened a job's stream: its first frame awards a bid."""
-        end.on_frame = lambda frame: self._on_award(end, frame)
+        """A consumer has opened a job's stream: its first frame awards a bid, or it is closed."""
+        patience = self.node.world.after(AWARD_WAIT_MS, end.close)
+
+        def award(frame: bytes) -> None:
+            patience.cancel()
+            self._on_award(end, frame)
+
+        end.on_frame = award
 
     def _on_award(self, end: End, frame: bytes) -> None:
         node = self.node
@@ -227,6 +315,7 @@ class Provider:
         )
         driver = self.drive(machine)
         driver.attach(end)
+        self.around.judge.bounded(node, outstanding=len(self.book), running=len(self.running), slots=self.slots)
         driver.tell(FrameArrived(frame))
 
     def drive(self, machine: ProviderJob) -> ProviderDriver:
@@ -243,18 +332,20 @@ class ProviderDriver(Driver):
     """One job that a provider has won."""
 
     def __init__(self, provider: Provider, machine: ProviderJob) -> None:
-        super().__init__(provider.node, machine)
+        """Takes one of the provider's slots."""
+        super().__init__(provider.node, machine, provider.around.judge)
         self.provider = provider
+        """Whose job it is."""
+        self._started = provider.node.world.now
         self._next: Timer | None = None
         provider.running[self] = None
 
-    def stored(self, record: JobRecord) -> None:
-        self.provider.stored(self.node, record)
-
     def perform(self, effect: Effect) -> None:
+        """Perform what a provider's job asks for."""
         match effect:
             case StartGeneration():
                 steps = self.provider.answer(effect)
+                self._started = self.node.world.now
                 self._produce(iter(steps), 0, len(prompt_of(self.provider.model, effect)))
             case StopGeneration():
                 self.stop()
@@ -282,6 +373,8 @@ class ProviderDriver(Driver):
         if dies is not None and made >= dies:
             self.tell(GenerationFailed(AbortCode.EXECUTOR_FAILED, "the computation failed"))
             return
+        if made == len(chunk):
+            self.provider.book.measured(self.node.world.now - self._started)
         if chunk:
             self.tell(Produced(tuple(step.token for step in chunk), "".join(step.text for step in chunk)))
         finish = chunk[-1].finish if chunk else FinishReason.STOP
@@ -291,6 +384,7 @@ class ProviderDriver(Driver):
             self.tell(GenerationEnded(_FINISH[finish], input_tokens, ENGINE))
 
     def abandon(self) -> None:
+        """Nothing more happens here, and the slot is free."""
         super().abandon()
         self.stop()
         self.provider.running.pop(self, None)
@@ -301,10 +395,10 @@ class ProviderDriver(Driver):
             self._next.cancel()
 
 
+def _offering(model: ToyModel, price: int) -> Offering:
+    return Offering(model.name, model.root, CONTEXT, price // INPUT_SHARE, price)
+
+
 def prompt_of(model: ToyModel, run: StartGeneration) -> tuple[int, ...]:
     """Token ids of a job's prompt."""
     return model.encode([Message(turn.role, turn.content) for turn in run.conversation.turns])
-
-
-def _nothing(_node: SimNode, _what: object) -> None:
-    """Nobody watches."""

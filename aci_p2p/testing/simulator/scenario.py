@@ -8,11 +8,19 @@ from typing import Final
 
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
+from aci_p2p.protocol.messages import MAX_SLOTS, MAX_TOKENS
 
+MIN_NODES: Final = 2
+"""One that asks and one that answers."""
 MAX_NODES: Final = 100_000
 """Nodes of one world; each takes some kilobytes."""
 NODES_PER_MODEL: Final = 25
 """Nodes for each model of a world that does not say: some seven providers each, as of a common model."""
+MAX_HOURS: Final = 24 * 366
+"""Longest simulated time: a year."""
+MAX_PROMPT: Final = 1_024
+"""Characters of a planned prompt: toy models read one token a byte, and have 4,096."""
 
 
 class Fault(StrEnum):
@@ -21,7 +29,9 @@ class Fault(StrEnum):
     CRASH = "crash"
     """A node dies at any moment, and comes back with its disk."""
     CRASH_AT_WRITE = "crash at write"
-    """A node dies just after a transition reached its disk and before anything was sent of it."""
+    """A node dies when a transition was about to reach its disk, or just has, and before anything was sent of it."""
+    DISK_FULL = "disk full"
+    """A disk takes nothing more for a while."""
     PARTITION = "partition"
     """The network falls into two parts for a while."""
     SKEW = "skew"
@@ -45,6 +55,29 @@ class Fault(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedJob:
+    """One job that is offered at a fixed time, in place of random ones."""
+
+    consumer: int
+    """Which of the consumers asks; the first is 0."""
+    at_s: float
+    """Seconds after the beginning."""
+    prompt: str
+    """What it asks."""
+    max_tokens: int = 64
+    """Most output tokens."""
+
+    def __post_init__(self) -> None:
+        """Raises LocalError for a job that cannot be."""
+        if self.consumer < 0 or self.at_s < 0 or not 1 <= self.max_tokens <= MAX_TOKENS:
+            msg = "a planned job has a consumer, a time and a number of tokens, none below zero"
+            raise LocalError(msg)
+        if not 0 < len(self.prompt) <= MAX_PROMPT:
+            msg = f"a planned prompt has 1 to {MAX_PROMPT} characters"
+            raise LocalError(msg)
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """One world."""
 
@@ -62,8 +95,16 @@ class Scenario:
     """Share of the nodes that serve a model."""
     models: int = 0
     """Models, of which each provider serves one; 0: one for NODES_PER_MODEL nodes."""
+    slots: int = 4
+    """Jobs that a provider runs at once."""
     job_interval_s: float = 300.0
     """Mean time between two jobs of one consumer, seconds."""
+    bid_window_ms: int = 1_000
+    """How long consumers wait for bids, milliseconds."""
+    prices: tuple[int, ...] = ()
+    """Base units that the providers ask for an output token, in their order; none, or too few: drawn by lot."""
+    jobs: tuple[PlannedJob, ...] = ()
+    """Jobs at fixed times, in place of random ones and of the probe at the end; none: random ones."""
     faults: frozenset[Fault] = frozenset()
     """What goes wrong."""
     network: NetworkModel = field(default_factory=NetworkModel)
@@ -71,12 +112,31 @@ class Scenario:
 
     def __post_init__(self) -> None:
         """Raises LocalError for a world that cannot be."""
-        if not 2 <= self.nodes <= MAX_NODES:
-            msg = f"a world has 2 to {MAX_NODES} nodes, not {self.nodes}"
+        if not MIN_NODES <= self.nodes <= MAX_NODES:
+            msg = f"a world has {MIN_NODES} to {MAX_NODES} nodes, not {self.nodes}"
             raise LocalError(msg)
-        if self.hours <= 0 or self.job_interval_s <= 0 or self.models < 0:
-            msg = "hours and intervals are more than nothing, models not fewer"
+        if not (0 < self.hours <= MAX_HOURS and self.job_interval_s > 0 and self.models >= 0):
+            msg = f"a world lasts up to {MAX_HOURS} hours, and intervals are more than nothing, models not fewer"
             raise LocalError(msg)
         if not (0 <= self.adversaries < 1 and 0 < self.providers < 1):
             msg = "shares are between 0 and 1"
             raise LocalError(msg)
+        if not (1 <= self.slots <= MAX_SLOTS and 1 <= self.bid_window_ms <= MAX_BID_WINDOW_MS):
+            msg = f"slots are 1 to {MAX_SLOTS}, and bids are awaited for 1 to {MAX_BID_WINDOW_MS} ms"
+            raise LocalError(msg)
+        if any(price <= 0 for price in self.prices):
+            msg = "prices are more than nothing"
+            raise LocalError(msg)
+        if any(job.consumer >= self.nodes - self.provider_count for job in self.jobs):
+            msg = f"planned jobs are of the {self.nodes - self.provider_count} consumers, the first of which is 0"
+            raise LocalError(msg)
+
+    @property
+    def provider_count(self) -> int:
+        """How many nodes serve a model; the others consume."""
+        return min(max(1, round(self.providers * self.nodes)), self.nodes - 1)
+
+    @property
+    def model_count(self) -> int:
+        """How many models are served; each by one provider at least."""
+        return min(self.models or max(1, self.nodes // NODES_PER_MODEL), self.provider_count)

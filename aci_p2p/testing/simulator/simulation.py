@@ -3,48 +3,52 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.consumer import JobRequest
+from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.job import Cancel, JobRecord, recovered
+from aci_p2p.protocol.job import JobRecord, recovered, settled
 from aci_p2p.protocol.lifecycle import LIMITS, State
-from aci_p2p.protocol.messages import Conversation, Turn
+from aci_p2p.protocol.messages import CapabilityRecord, Conversation, Turn
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part
+from aci_p2p.testing.simulator.directory import Announcing, Directory
 from aci_p2p.testing.simulator.faults import Faults
 from aci_p2p.testing.simulator.gossip import Gossip
-from aci_p2p.testing.simulator.invariants import InvariantBroken, Judge
-from aci_p2p.testing.simulator.node import Reader, SimNode
-from aci_p2p.testing.simulator.roles import Consumer, Outcome, Provider
-from aci_p2p.testing.simulator.scenario import NODES_PER_MODEL, Fault, Scenario
+from aci_p2p.testing.simulator.invariants import Invariant, Judge, fail
+from aci_p2p.testing.simulator.node import Reader, SimNode, WriteFate
+from aci_p2p.testing.simulator.roles import Consumer, Outcome, Provider, Surroundings
+from aci_p2p.testing.simulator.scenario import Fault, PlannedJob, Scenario
 from aci_p2p.testing.simulator.transport import Transport
 from aci_p2p.testing.simulator.world import START_MS, World
 from aci_p2p.testing.toy_model import ToyModel
 
+MS_PER_S: Final = 1_000
 HOUR_MS: Final = 3_600_000
 """Milliseconds."""
 CALM_MS: Final = 180_000
 """After the faults have ended: longer than any state of a running job may last, milliseconds."""
 PROBE_MS: Final = 120_000
 """Time in which every honest consumer's last job must be answered, milliseconds."""
+PROBE_WINDOW_MS: Final = 5_000
+"""How long these last jobs wait for bids: longer than gossip takes in any of these networks, milliseconds."""
 MAX_TOKENS: Final = 64
-"""Longest answer asked for."""
-BID_WINDOW_MS: Final = 1_000
-"""How long consumers wait for bids."""
+"""Longest answer asked for at random."""
 MAX_PRICE: Final = 10**12
 """What consumers pay at most: more than any honest provider of these worlds asks."""
-SLOTS: Final = 4
-"""Jobs that a provider runs at once."""
+MAX_LATENCY_MS: Final = 600_000
+"""Longest promise that consumers take: more than any provider of these worlds makes, however slow it has become."""
 PACE_MS: Final = (5, 40)
 """Milliseconds for each token, fastest and slowest provider."""
 PRICE: Final = (1_000, 4_000)
-"""Base units for each token, cheapest and dearest provider."""
-"""Tokens of simulated models are cheap; only differences matter."""
+"""Base units for each token, cheapest and dearest provider; only differences matter."""
 LOOK_MS: Final = 60_000
 """How often the bounds of all queues are checked, milliseconds."""
+RETRY_MS: Final = 10_000
+"""After how long a node that could not start is started again, milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +67,16 @@ class Result:
     """The jobs of honest consumers, in the order of their ends."""
     fired: dict[str, int]
     """Faults, and how often each struck."""
+    died_at: dict[str, int]
+    """Transitions at which nodes died while they wrote: role and state."""
     refused: dict[str, int]
     """Gossip that checks refused, by reason."""
+    unread: int
+    """Gossip of flooders that nobody looked at."""
+    lookups: int
+    """Searches for providers."""
+    found: int
+    """Providers that they found, together."""
     income: dict[int, int]
     """What honest providers have receipts for, base units, by node."""
     spending: int
@@ -81,36 +93,87 @@ class Gain:
     """What it wants."""
     nodes: int
     """Attackers that follow it."""
-    gained: int
-    """Base units: payments for answers that the true model does not give, and answers taken without paying."""
-    pays: str
-    """Why it still pays; empty: it must gain nothing."""
+    income: int
+    """What honest consumers paid them, base units."""
+    unearned: int
+    """Of it for answers that the true model does not give, and the worth of answers taken without paying."""
+    undefended: str
+    """Why it still pays or harms; empty: it does not."""
 
 
 class Simulation:
     """A world in progress."""
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, *, disarmed: bool = False) -> None:
+        """`disarmed`: those who would cheat ask the same prices and are honest, for comparison."""
         self.scenario = scenario
+        """What is simulated."""
         self.world = World(scenario.seed)
-        self.network = _disturbed(scenario.network, scenario.faults)
-        self.transport = Transport(self.world, self.network)
+        """Clock, queue and trace."""
+        self.transport = Transport(self.world, _disturbed(scenario.network, scenario.faults))
+        """Streams."""
         self.judge = Judge(self._is_honest)
+        """Watches honest nodes."""
         dice, reader = self.world.dice, Reader()
         self.nodes = [
-            SimNode(self.world, self.transport, index, self.network.place(dice["places"]), self.judge.said, reader)
+            SimNode(self.world, self.transport, index, scenario.network.place(dice["places"]), self, reader)
             for index in range(scenario.nodes)
         ]
-        self.by_id: dict[NodeId, SimNode] = {node.node_id: node for node in self.nodes}
+        """All nodes, providers first."""
+        self.by_id = {node.node_id: node for node in self.nodes}
+        """The same by their identities."""
         self.gossip = Gossip(self.transport, self.nodes)
-        models = scenario.models or max(1, scenario.nodes // NODES_PER_MODEL)
-        self.models = [ToyModel(f"toy-{number}") for number in range(models)]
+        """Offers and bids."""
+        self.directory = Directory(self.transport, self.nodes)
+        """The DHT."""
+        self.models = [ToyModel(f"toy-{number}" if number else "toy") for number in range(scenario.model_count)]
+        """What is served."""
         self.consumers: dict[int, Consumer] = {}
+        """Honest consumers, by the numbers of their nodes."""
         self.providers: dict[int, Provider] = {}
+        """Honest providers, by the numbers of their nodes."""
         self.ends_at = START_MS + round(scenario.hours * HOUR_MS)
+        """When the last random job is offered, Unix milliseconds."""
+        self.around = Surroundings(self.gossip, self.directory, self.judge, self.by_id.get)
+        """What roles are made of."""
+        self._retired = False
+        self._announcing: dict[int, Announcing] = {}
         self._cast()
-        self.attackers = self._corrupt()
+        self.suspects = self._suspect()
+        """Nodes that cheat, and what they would do."""
         self.faults = Faults(self)
+        """What goes wrong."""
+        self.attackers: list[Attacker] = []
+        """Those that do it."""
+        if disarmed:
+            for node, strategy in self.suspects:
+                if (provider := self.providers.get(node.index)) is not None:
+                    provider.reprice(strategy.price(provider.offering.output_token_price))
+        else:
+            self.attackers = [strategy(self, node) for node, strategy in self.suspects]
+            for attacker in self.attackers:
+                attacker.begin()
+
+    # What the world sees of its nodes (`node.Watch`).
+
+    def signed(self, envelope: Envelope[Any]) -> None:
+        """A node has signed a message."""
+        self.judge.signed(envelope)
+
+    def fate(self, node: SimNode, records: Sequence[JobRecord]) -> WriteFate:
+        """A node is about to store transitions."""
+        return self.faults.fate(node, records)
+
+    def stored(self, node: SimNode, record: JobRecord) -> None:
+        """A transition is on a node's disk."""
+        self.judge.stored(node, record)
+
+    def dies(self, node: SimNode, record: JobRecord) -> None:
+        """A node dies while it writes."""
+        del record
+        self.faults.down(node)
+
+    # Who is who.
 
     def _is_honest(self, identity: NodeId) -> bool:
         node = self.by_id.get(identity)
@@ -118,94 +181,161 @@ class Simulation:
 
     def _cast(self) -> None:
         """Give the nodes their roles."""
-        random = self.world.dice["roles"]
-        count = max(1, round(self.scenario.providers * self.scenario.nodes))
-        for node in self.nodes[:count]:
+        random, scenario = self.world.dice["roles"], self.scenario
+        for node in self.nodes[: scenario.provider_count]:
+            drawn = random.randint(*PRICE)
             provider = Provider(
                 node,
-                self.gossip,
+                self.around,
                 self.models[node.index % len(self.models)],
-                price=random.randint(*PRICE),
-                slots=SLOTS,
+                price=scenario.prices[node.index] if node.index < len(scenario.prices) else drawn,
+                slots=scenario.slots,
                 pace_ms=random.randint(*PACE_MS),
             )
-            provider.stored = self._stored
             self.providers[node.index] = provider
-        for node in self.nodes[count:]:
-            consumer = Consumer(node, self.gossip, self.by_id.get)
-            consumer.stored = self._stored
-            consumer.believes = self.judge.heard
-            self.consumers[node.index] = consumer
+            self._announcing[node.index] = provider.announcing
+        for node in self.nodes[scenario.provider_count :]:
+            self.consumers[node.index] = Consumer(node, self.around)
+            self._announcing[node.index] = Announcing(node, self.directory, _nothing)
+        for announcing in self._announcing.values():
+            announcing.begin()
 
-    def _corrupt(self) -> list[Attacker]:
-        """Turn a share of the nodes into attackers, each with one strategy."""
+    def _suspect(self) -> list[tuple[SimNode, type[Attacker]]]:
+        """Choose a share of the nodes as attackers, each with one strategy."""
         random = self.world.dice["attackers"]
         count = round(self.scenario.adversaries * len(self.nodes))
         names = self.scenario.strategies or tuple(STRATEGIES)
         strategies = [STRATEGIES[name] for name in names]
-        attackers: list[Attacker] = []
+        suspects: list[tuple[SimNode, type[Attacker]]] = []
         for node in random.sample(self.nodes, count):
             part = Part.PROVIDER if node.index in self.providers else Part.CONSUMER
             fitting = [strategy for strategy in strategies if strategy.part in {part, Part.ANY}]
             if fitting:
-                attackers.append(random.choice(fitting)(self, node))
-        for attacker in attackers:
-            attacker.begin()
-        return attackers
+                suspects.append((node, random.choice(fitting)))
+        return suspects
 
-    def _stored(self, node: SimNode, record: JobRecord) -> None:
-        if node.honest:
-            self.judge.stored(node, record)
-        self.faults.stored(node, record)
+    def replace_announcing(self, node: SimNode, announcing: Announcing) -> None:
+        """Let a node publish other records from now on."""
+        self._announcing[node.index] = announcing
+        announcing.begin()
+
+    # What happens.
 
     def run(self, progress: Callable[[float], None] = lambda _share: None) -> Result:
         """Run the world to its end. Raises InvariantBroken."""
         world = self.world
-        for consumer in self.consumers.values():
-            self._next_job(consumer)
+        for job in self.scenario.jobs:
+            world.after(round(job.at_s * MS_PER_S), self._ask, job)
+        if not self.scenario.jobs:
+            for consumer in self.consumers.values():
+                self._next_job(consumer)
         self.faults.begin()
+        world.after(HOUR_MS, self._settle)
         end = self.ends_at + CALM_MS + PROBE_MS
         while world.now < self.ends_at:
             self._look(min(world.now + LOOK_MS, self.ends_at))
             progress((world.now - START_MS) / (end - START_MS))
         self.faults.end()
+        self._retire()
         self._look(self.ends_at + CALM_MS)
         self._all_over()
-        self._probe()
+        if not self.scenario.jobs:
+            self._probe()
         progress(1.0)
         return self.result()
 
     def _look(self, until: int) -> None:
         self.world.run_until(until)
+        for node in self.nodes:
+            for driver in node.drivers:
+                self.judge.timely(driver)
         for index, provider in self.providers.items():
-            self.judge.bounded(self.nodes[index], len(provider.book), len(provider.running), provider.slots)
+            self.judge.bounded(
+                self.nodes[index],
+                outstanding=len(provider.book),
+                running=len(provider.running),
+                slots=provider.slots,
+            )
 
     def _next_job(self, consumer: Consumer) -> None:
-        wait = self.world.dice["workload"].expovariate(1 / (1_000 * self.scenario.job_interval_s))
+        random = self.world.dice[f"workload/{consumer.node.index}"]
+        wait = random.expovariate(1 / (MS_PER_S * self.scenario.job_interval_s))
         if self.world.now + wait < self.ends_at:
             self.world.after(round(wait), self._start_job, consumer)
 
     def _start_job(self, consumer: Consumer) -> None:
         self._next_job(consumer)
+        request, model = self.question(consumer.node)
         if consumer.node.up:
-            self.offer(consumer)
+            consumer.offer(request, model)
 
-    def offer(self, consumer: Consumer) -> None:
-        """Let a consumer ask a model something."""
-        random = self.world.dice["questions"]
-        model = random.choice(self.models)
-        conversation = Conversation((Turn("user", f"question {random.randrange(1 << 32)}"),))
+    def question(self, node: SimNode) -> tuple[JobRequest, ToyModel]:
+        """The next thing that a node's user wants to know, of which model; a stream of its own for each node."""
+        random = self.world.dice[f"questions/{node.index}"]
+        prompt = f"question {random.randrange(1 << 32)}"
+        return self._request(prompt, random.randint(1, MAX_TOKENS), random.choice(self.models))
+
+    def _ask(self, job: PlannedJob) -> None:
+        consumer = self.consumers.get(self.scenario.provider_count + job.consumer)
+        if consumer is not None and consumer.node.up:
+            consumer.offer(*self._request(job.prompt, job.max_tokens, self.models[0]))
+
+    def _request(self, prompt: str, max_tokens: int, model: ToyModel) -> tuple[JobRequest, ToyModel]:
         request = JobRequest(
             model_root=model.root,
-            conversation=conversation,
-            max_tokens=random.randint(1, MAX_TOKENS),
+            conversation=Conversation((Turn("user", prompt),)),
+            max_tokens=max_tokens,
             temperature_milli=0,
             max_price=MAX_PRICE,
-            max_latency_ms=60_000,
-            bid_window_ms=BID_WINDOW_MS,
+            max_latency_ms=MAX_LATENCY_MS,
+            bid_window_ms=self.scenario.bid_window_ms,
             expected_bidders=frozenset(),
         )
-        consumer.start(request, model)
+        return request, model
+
+    def _settle(self) -> None:
+        """Every hour nodes finalise the jobs whose challenge windows are over."""
+        for node in self.nodes:
+            if node.up and not node.disk.is_full:
+                self._change(node, settled)
+        self.world.after(HOUR_MS, self._settle)
+
+    def _change(self, node: SimNode, change: Callable[[JobRecord, int], JobRecord | None]) -> None:
+        for record in tuple(node.disk.jobs.values()):
+            if record.state in LIMITS and (changed := change(record, node.clock)) is not None:
+                node.disk.jobs[record.job_id, record.role] = changed
+                self.world.note(changed.state.value, node.index, changed.job_id)
+                self.judge.stored(node, changed)
+
+    def crash(self, node: SimNode) -> None:
+        """Kill a node."""
+        if node.up:
+            node.crash()
+            self.gossip.changed()
+            self.directory.changed()
+
+    def restart(self, node: SimNode) -> None:
+        """Start a node that was killed: what its disk holds is ended or settled, as after a real start."""
+        if node.up or (self._retired and not node.honest):
+            return
+        if node.disk.is_full:
+            self.world.after(RETRY_MS, self.restart, node)
+            return
+        node.start()
+        self._change(node, recovered)
+        if node.index in self.providers:
+            self.providers[node.index].start()
+        self._announcing[node.index].restarted()
+        self.gossip.restarted(node)
+        self.directory.restarted(node)
+
+    # What came of it.
+
+    def _retire(self) -> None:
+        """The cheats leave for good: what they have done to the others must not outlast them."""
+        self._retired = True
+        for attacker in self.attackers:
+            self.crash(attacker.node)
 
     def _all_over(self) -> None:
         """Safety's other half: nothing that was begun is left hanging once the world is calm."""
@@ -213,20 +343,24 @@ class Simulation:
             for driver in node.drivers:
                 msg = f"a job of node {node.index} still runs {CALM_MS // 1000} s after the last fault"
                 if node.honest:
-                    raise InvariantBroken("every job ends", f"{msg}: {driver}")
+                    fail(Invariant.ENDS, f"{msg}: {driver}")
             for record in node.disk.jobs.values():
                 if node.honest and record.state in LIMITS and record.state is not State.PENDING:
                     msg = f"job {record.job_id.hex()[:8]} of node {node.index} is {record.state.value} for ever"
-                    raise InvariantBroken("every job ends", msg)
+                    fail(Invariant.ENDS, msg)
 
     def _probe(self) -> None:
-        """Liveness: once the world is calm, every honest consumer is answered."""
+        """Liveness: once the world is calm and the cheats are gone, every honest consumer is answered."""
+        served = {provider.model.name for provider in self.providers.values()}
         before = len(self.outcomes())
         asked = 0
         for consumer in self.consumers.values():
-            if consumer.node.honest:
+            question, model = self.question(consumer.node)
+            request = replace(question, bid_window_ms=PROBE_WINDOW_MS)
+            if model.name in served:
                 # One after the other, so that slots are free.
-                self.world.after(asked * PROBE_MS // (2 * len(self.consumers)), self.offer, consumer)
+                delay = asked * PROBE_MS // (2 * len(self.consumers))
+                self.world.after(delay, consumer.offer, request, model)
                 asked += 1
         self._look(self.world.now + PROBE_MS)
         outcomes = self.outcomes()[before:]
@@ -234,7 +368,7 @@ class Simulation:
         if len(outcomes) < asked or failed:
             why = Counter(outcome.failure for outcome in failed)
             msg = f"{len(outcomes) - len(failed)} of {asked} consumers were answered in a calm network: {dict(why)}"
-            raise InvariantBroken("the market recovers", msg)
+            fail(Invariant.RECOVERS, msg)
 
     def outcomes(self) -> list[Outcome]:
         """The jobs of honest consumers so far, in the order of their ends."""
@@ -247,11 +381,18 @@ class Simulation:
         for outcome in self.outcomes():
             if outcome.provider and outcome.text != outcome.expected:
                 unearned[outcome.provider] += outcome.price
+        paid = self.judge.paid_to()
         gains: dict[str, Gain] = {}
         for attacker in self.attackers:
-            gained = unearned[attacker.node.node_id] + attacker.stolen
-            known = gains.get(attacker.name) or Gain(attacker.name, attacker.goal, 0, 0, attacker.pays)
-            gains[attacker.name] = replace(known, nodes=known.nodes + 1, gained=known.gained + gained)
+            identity = attacker.node.node_id
+            why = attacker.pays or attacker.harms
+            known = gains.get(attacker.name) or Gain(attacker.name, attacker.goal, 0, 0, 0, why)
+            gains[attacker.name] = replace(
+                known,
+                nodes=known.nodes + 1,
+                income=known.income + paid.get(identity, 0),
+                unearned=known.unearned + unearned[identity] + attacker.stolen,
+            )
         return [gains[name] for name in sorted(gains)]
 
     def result(self) -> Result:
@@ -263,39 +404,19 @@ class Simulation:
             checks=self.judge.checks,
             outcomes=tuple(self.outcomes()),
             fired={fault.value: self.faults.fired[fault] for fault in Fault if self.faults.fired[fault]},
-            refused=dict(self.gossip.refused),
+            died_at=dict(sorted(self.faults.died_at.items())),
+            refused=dict(sorted(self.gossip.refused.items())),
+            unread=self.gossip.unread,
+            lookups=self.directory.lookups,
+            found=self.directory.found,
             income=self.judge.income(),
             spending=self.judge.spending(),
         )
 
-    def crash(self, node: SimNode) -> None:
-        """Kill a node."""
-        node.crash()
-        provider = self.providers.get(node.index)
-        if provider:
-            provider.running.clear()
-        self.gossip.changed()
 
-    def restart(self, node: SimNode) -> None:
-        """Start a node that was killed: what its disk holds is ended or settled, as after a real start."""
-        if node.up:
-            return
-        node.start()
-        for record in tuple(node.disk.jobs.values()):
-            changed = recovered(record, node.clock)
-            if changed:
-                node.disk.put(changed)
-                self._stored(node, changed)
-        if node.index in self.providers:
-            self.providers[node.index].start()
-        self.gossip.changed()
-
-    def cancel(self, consumer: Consumer) -> bool:
-        """Let the user of a consumer give up a job; False when none runs."""
-        for driver in consumer.node.drivers:
-            driver.tell(Cancel())
-            return True
-        return False
+def _nothing() -> Sequence[CapabilityRecord]:
+    """What a consumer serves."""
+    return ()
 
 
 def _disturbed(network: NetworkModel, faults: frozenset[Fault]) -> NetworkModel:

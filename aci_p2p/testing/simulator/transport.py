@@ -1,4 +1,4 @@
-"""Streams between simulated nodes: ordered, lossless while the nodes are up and can reach each other, slow otherwise."""
+"""Streams between simulated nodes: in order, without loss while both are up, late when they cannot reach each other."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Dice:
         """The stream for a purpose; it goes on where it was left."""
         stream = self._streams.get(purpose)
         if stream is None:
-            stream = self._streams[purpose] = Random(self.secret(purpose))
+            stream = self._streams[purpose] = Random(self.secret(purpose))  # noqa: S311 - must be reproducible
         return stream
 
     def secret(self, purpose: str) -> bytes:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.job import Effect, StartGeneration
+from aci_p2p.protocol.messages import Bid, Offer
 from aci_p2p.protocol.provider import ProviderJob
 from aci_p2p.testing.simulator.node import SimNode
 from aci_p2p.testing.simulator.roles import Provider, ProviderDriver
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
 
 SLOTS: Final = 64
 """Jobs that a cheating provider takes at once: it computes little."""
+REACTION_MS: Final = 3_000
+"""An eavesdropper answers one offer in so many milliseconds: its hands are full with each."""
+VERIFICATION: Final = "nobody executes an answer again before proofs and disputes are built"
+"""Why wrong answers are paid."""
+FAILOVER: Final = "a job whose provider fails after it has accepted is not taken over by another one yet"
+"""Why a provider that fails its jobs spoils them."""
 
 
 class Part(Enum):
@@ -33,23 +41,33 @@ class Attacker:
 
     part: ClassVar[Part] = Part.ANY
     """Which nodes can be cast as it."""
-
     name: ClassVar[str]
     """What it is called in tables and on the command line."""
     goal: ClassVar[str]
     """What it wants, in words."""
     pays: ClassVar[str] = ""
-    """Why it still gains: what is not built yet that will stop it. Empty: it must gain nothing."""
+    """Why it still gains money: what is not built yet that will stop it. Empty: it gains nothing."""
+    harms: ClassVar[str] = ""
+    """Why it still spoils jobs of honest consumers. Empty: it spoils next to none."""
 
     def __init__(self, simulation: Simulation, node: SimNode) -> None:
         """Takes over `node`."""
         self.simulation = simulation
+        """The world that it attacks."""
         self.world = simulation.world
+        """Its clock and queue."""
         self.gossip = simulation.gossip
+        """Offers and bids."""
         self.node = node
+        """The node that cheats."""
         self.stolen = 0
         """Base units' worth of answers that it had without paying."""
         node.honest = False
+
+    @classmethod
+    def price(cls, honest: int) -> int:
+        """What it asks for an output token in place of an honest provider that asks `honest`, base units."""
+        return honest
 
     def begin(self) -> None:
         """Take up the attack."""
@@ -63,6 +81,34 @@ class Attacker:
             self.world.after(interval_ms, self.every, interval_ms, act)
 
 
+class Eavesdropper(Attacker):
+    """Wants no jobs of its own, and reacts to what it hears."""
+
+    def begin(self) -> None:
+        """Leave the market, and listen."""
+        self.simulation.consumers.pop(self.node.index, None)
+        honest = self.simulation.providers.pop(self.node.index, None)
+        if honest:
+            honest.stop()
+        self._ready_at = 0
+        self.gossip.eavesdroppers.append((self.node, self._react, self.hears_bid))
+
+    def _react(self, offer: Envelope[Offer]) -> None:
+        if self.world.now >= self._ready_at:
+            self._ready_at = self.world.now + REACTION_MS
+            self.hears_offer(offer)
+
+    def hears_offer(self, offer: Envelope[Offer]) -> None:
+        """Somebody offers a job."""
+
+    def hears_bid(self, bid: Envelope[Bid]) -> None:
+        """Somebody bids."""
+
+    def bid_for(self, offer: Envelope[Offer]) -> Bid:
+        """A bid that nobody can beat."""
+        return Bid(offer.body.job_id, offer.digest, 0, 1, 1, ())
+
+
 class CheatingProvider(Attacker):
     """Takes part as a provider, cheaper than the honest ones, and cheats in its jobs."""
 
@@ -70,11 +116,17 @@ class CheatingProvider(Attacker):
     discount: ClassVar[int] = 2
     """It asks so many times less than the honest provider in its place."""
 
+    @classmethod
+    def price(cls, honest: int) -> int:
+        """So much less that it wins."""
+        return max(1, honest // cls.discount)
+
     def begin(self) -> None:
+        """Take the honest provider's place."""
         honest = self.simulation.providers.pop(self.node.index)
         honest.stop()
-        price = max(1, honest.offering.output_token_price // self.discount)
-        _Cheat(self, honest, price)
+        cheat = _Cheat(self, honest, self.price(honest.offering.output_token_price))
+        self.simulation.replace_announcing(self.node, cheat.announcing)
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """The answer that is given; `honest` is the one that the model gives."""
@@ -95,7 +147,7 @@ class CheatingProvider(Attacker):
 class _Cheat(Provider):
     def __init__(self, attacker: CheatingProvider, honest: Provider, price: int) -> None:
         self._attacker = attacker
-        super().__init__(honest.node, honest.gossip, honest.model, price=price, slots=SLOTS, pace_ms=honest.pace_ms)
+        super().__init__(honest.node, honest.around, honest.model, price=price, slots=SLOTS, pace_ms=honest.pace_ms)
 
     def accept(self, end: End) -> None:
         if self._attacker.accepts(end):

@@ -1,34 +1,44 @@
 """Consumers that cheat their providers."""
 
+# ruff: noqa: ARG002 - each strategy heeds what it needs
+
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar, Final
+
 from aci_p2p.protocol.consumer import ConsumerJob, JobRequest
-from aci_p2p.protocol.envelope import kind_of
+from aci_p2p.protocol.envelope import Envelope, kind_of, open_envelope
 from aci_p2p.protocol.job import Effect, Send
-from aci_p2p.protocol.messages import Kind
+from aci_p2p.protocol.messages import Conversation, Input, Kind, Offer, Receipt, Turn
 from aci_p2p.testing.simulator.adversaries.base import Attacker, Part
+from aci_p2p.testing.simulator.node import NETWORK
 from aci_p2p.testing.simulator.roles import Consumer, ConsumerDriver
 from aci_p2p.testing.toy_model import ToyModel
 
-FLOOD_MS = 20
-"""Milliseconds between two offers of a flood: fifty a second, where honest consumers make one in minutes."""
-ASK_MS = 30_000
+FLOOD_MS: Final = 100
+"""Milliseconds between two offers of a flood: more than a node may have live."""
+ASK_MS: Final = 30_000
 """Milliseconds between two jobs of a consumer that cheats in them."""
+SILENCE_MS: Final = 1_000
+"""Milliseconds between two jobs of a consumer that holds slots."""
 
 
 class _CheatingConsumer(Attacker):
     """Takes part as a consumer, and cheats in its jobs."""
 
     part = Part.CONSUMER
-    interval_ms = ASK_MS
+    interval_ms: ClassVar[int] = ASK_MS
+    """Milliseconds between two of its jobs."""
 
     def begin(self) -> None:
+        """Take the honest consumer's place."""
         honest = self.simulation.consumers.pop(self.node.index)
         self._consumer = _Cheat(self, honest)
         self.every(self.interval_ms, self._ask)
 
     def _ask(self) -> None:
-        self.simulation.offer(self._consumer)
+        self._consumer.start(*self.simulation.question(self.node))
 
     def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
         """Whether an effect of a job's machine is performed as an honest node would."""
@@ -38,8 +48,11 @@ class _CheatingConsumer(Attacker):
 
 class _Cheat(Consumer):
     def __init__(self, attacker: _CheatingConsumer, honest: Consumer) -> None:
-        super().__init__(honest.node, honest.gossip, honest.find)
+        super().__init__(honest.node, honest.around)
         self.attacker = attacker
+
+    def broadcast(self, offer: Envelope[Offer]) -> None:
+        self.around.gossip.offers.publish(self.node, offer.data)
 
     def drive(self, machine: ConsumerJob, request: JobRequest, model: ToyModel) -> ConsumerDriver:
         return _CheatDriver(self.attacker, self, machine, request, model)
@@ -70,8 +83,28 @@ class PaymentRefusal(_CheatingConsumer):
     pays = "a consumer risks nothing before there are vouchers for parts of an answer"
 
     def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
+        """All but the payment."""
         if isinstance(effect, Send) and kind_of(effect.data) is Kind.RECEIPT:
             self.stolen += driver.job.price
+            return False
+        return True
+
+
+class ForgedReceipt(_CheatingConsumer):
+    """Takes the whole answer, and signs a receipt for a tenth of its price."""
+
+    name = "forged receipt"
+    goal = "have answers for less than was bid"
+    pays = "a consumer risks nothing before there are vouchers for parts of an answer"
+
+    def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
+        """All, but for a tenth."""
+        if isinstance(effect, Send) and kind_of(effect.data) is Kind.RECEIPT:
+            true = open_envelope(effect.data, Receipt, network=NETWORK, now=None).body
+            forged = self.node.sealer.seal(replace(true, price=true.price // 10), self.node.clock)
+            if driver.end:
+                driver.end.send(forged.data)
+            self.stolen += true.price
             return False
         return True
 
@@ -81,19 +114,52 @@ class SilentWinner(_CheatingConsumer):
 
     name = "award and silence"
     goal = "hold the slots of providers for nothing"
-    interval_ms = 1_000
-    pays = "slots are not shared out by consumer yet"
+    interval_ms = SILENCE_MS
+    harms = "slots are not shared out by consumer yet"
 
     def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
+        """All but the prompt."""
         return not (isinstance(effect, Send) and kind_of(effect.data) is Kind.INPUT)
 
 
+class OtherPrompt(_CheatingConsumer):
+    """Sends a longer prompt than the one that it offered and the bid was made for."""
+
+    name = "other prompt"
+    goal = "have a long prompt read for the price of a short one"
+
+    def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
+        """All but the prompt, in whose place another goes out."""
+        if isinstance(effect, Send) and kind_of(effect.data) is Kind.INPUT:
+            true = open_envelope(effect.data, Input, network=NETWORK, now=None).body
+            longer = Conversation((*true.conversation.turns, Turn("user", "and another, much longer question")))
+            other = self.node.sealer.seal(replace(true, conversation=longer), self.node.clock)
+            if driver.end:
+                driver.end.send(other.data)
+            return False
+        return True
+
+
+class AwardTwice(_CheatingConsumer):
+    """Sends each award a second time, on a stream of its own."""
+
+    name = "replayed award"
+    goal = "have a job run twice for one bid"
+
+    def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
+        """All, and the award again."""
+        if isinstance(effect, Send) and kind_of(effect.data) is Kind.AWARD and driver.end:
+            self.node.transport.dial(self.node, driver.end.other).send(effect.data)
+        return True
+
+
 class OfferSpam(_CheatingConsumer):
-    """Offers fifty jobs a second, and awards none."""
+    """Offers ten jobs a second, and awards none."""
 
     name = "offer spam"
     goal = "keep providers busy with bidding, and bury honest offers"
     interval_ms = FLOOD_MS
 
     def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
+        """All but the award."""
         return not (isinstance(effect, Send) and kind_of(effect.data) is Kind.AWARD)

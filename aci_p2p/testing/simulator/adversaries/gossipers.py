@@ -6,73 +6,60 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from aci_p2p.protocol.envelope import Envelope, Sealer
+from aci_p2p.protocol import cbor
+from aci_p2p.protocol.envelope import VERSION, Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair
-from aci_p2p.protocol.messages import Bid, Offer
-from aci_p2p.testing.simulator.adversaries.base import Attacker
+from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
+from aci_p2p.testing.simulator.adversaries.base import Eavesdropper
 from aci_p2p.testing.simulator.node import NETWORK, SimNode, TellingSealer
 
 if TYPE_CHECKING:
     from aci_p2p.testing.simulator.simulation import Simulation
 
-FLOOD_MS: Final = 20
-"""Milliseconds between two messages of a flood."""
-SYBILS: Final = 80
-"""Keys of a Sybil attacker: more than the bids that a consumer weighs."""
+SPAM: Final = MAX_BIDS + 6
+"""Bids of a spammer for each offer: more than a consumer weighs."""
+SYBILS: Final = MAX_BIDS + 6
+"""Keys of a Sybil attacker: the same."""
 KEPT: Final = 64
 """Messages that a replaying attacker has at hand."""
+REPLAY_MS: Final = 1_000
+"""Milliseconds between two old messages that are said again."""
 HOUR_MS: Final = 3_600_000
 """How wrong a lying clock is, milliseconds."""
-
-
-class Eavesdropper(Attacker):
-    """Reacts to what it hears."""
-
-    def begin(self) -> None:
-        # It wants no jobs of its own.
-        self.simulation.providers.pop(self.node.index, None)
-        self.simulation.consumers.pop(self.node.index, None)
-        for listeners in self.gossip.providers.values():
-            listeners.pop(self.node, None)
-        self.gossip.eavesdroppers.append((self.node, self.hears_offer, self.hears_bid))
-
-    def hears_offer(self, offer: Envelope[Offer]) -> None:
-        """Somebody offers a job."""
-
-    def hears_bid(self, bid: Envelope[Bid]) -> None:
-        """Somebody bids."""
-
-    def bid_for(self, offer: Envelope[Offer]) -> Bid:
-        """A bid that nobody can beat."""
-        return Bid(offer.body.job_id, offer.digest, 0, 1, 1, ())
+NOISE: Final = 500
+"""Most bytes of a message that is noise."""
+_VERSION_FIELD: Final = 1
 
 
 class BidSpam(Eavesdropper):
-    """Answers each offer with a hundred bids."""
+    """Answers each offer with seventy bids."""
 
     name = "bid spam"
     goal = "bury honest bids, so that consumers never see them"
 
     def hears_offer(self, offer: Envelope[Offer]) -> None:
-        for number in range(100):
+        """Bid, and bid again."""
+        for number in range(SPAM):
             bid = replace(self.bid_for(offer), output_token_price=number)
             self.gossip.bids.publish(self.node, self.node.sealer.seal(bid, self.node.clock).data)
 
 
 class SybilBids(Eavesdropper):
-    """Bids under eighty names, and serves under none."""
+    """Bids under many names, and serves under none."""
 
     name = "sybil bids"
     goal = "fill every consumer's list of bids before honest ones arrive"
-    pays = "bids cost nothing before providers have a stake"
+    harms = "bids cost nothing before providers have a stake"
 
     def __init__(self, simulation: Simulation, node: SimNode) -> None:
+        """Makes the keys."""
         super().__init__(simulation, node)
         dice = simulation.world.dice
         keys = [KeyPair(dice.secret(f"sybil/{node.index}/{number}")) for number in range(SYBILS)]
-        self._sealers = [TellingSealer(key, simulation.judge.said) for key in keys]
+        self._sealers = [TellingSealer(key, simulation.signed) for key in keys]
 
     def hears_offer(self, offer: Envelope[Offer]) -> None:
+        """Bid under every name."""
         for sealer in self._sealers:
             self.gossip.bids.publish(self.node, sealer.seal(self.bid_for(offer), self.node.clock).data)
 
@@ -84,16 +71,37 @@ class ForgedBid(Eavesdropper):
     goal = "win jobs in the names of others, who then fail them"
 
     def hears_bid(self, bid: Envelope[Bid]) -> None:
+        """Underbid it in its own name."""
         if bid.sender == self.node.node_id:
             return
         cheaper = replace(bid.body, output_token_price=0, input_token_price=0)
-        forged = self._sign_as(bid, cheaper)
-        self.gossip.bids.publish(self.node, forged)
+        mine = Sealer(self.node.key, NETWORK).seal(cheaper, self.node.clock).data
+        self.gossip.bids.publish(self.node, mine.replace(self.node.node_id.public_key, bid.sender.public_key))
 
-    def _sign_as(self, bid: Envelope[Bid], body: Bid) -> bytes:
-        """An envelope that names the bid's sender and holds our signature."""
-        mine = Sealer(self.node.key, NETWORK).seal(body, self.node.clock).data
-        return mine.replace(self.node.node_id.public_key, bid.sender.public_key)
+
+class OtherTerms(Eavesdropper):
+    """Bids for an offer that was never made, under the number of one that was."""
+
+    name = "other terms"
+    goal = "be awarded under terms that its consumer never offered"
+
+    def hears_offer(self, offer: Envelope[Offer]) -> None:
+        """Bid for the other one."""
+        bid = replace(self.bid_for(offer), offer_digest=bytes(len(offer.digest)))
+        self.gossip.bids.publish(self.node, self.node.sealer.seal(bid, self.node.clock).data)
+
+
+class StolenOffer(Eavesdropper):
+    """Offers the jobs of others as its own."""
+
+    name = "stolen offer"
+    goal = "take the place of an honest offer, so that nobody serves it"
+
+    def hears_offer(self, offer: Envelope[Offer]) -> None:
+        """Say the same in its own name."""
+        if offer.sender != self.node.node_id:
+            stolen = self.node.sealer.seal(offer.body, self.node.clock)
+            self.gossip.offers.publish(self.node, stolen.data)
 
 
 class Replay(Eavesdropper):
@@ -103,16 +111,19 @@ class Replay(Eavesdropper):
     goal = "have old offers served and old bids awarded a second time"
 
     def begin(self) -> None:
+        """Listen, and say again."""
         super().begin()
         self._offers: deque[bytes] = deque(maxlen=KEPT)
         self._bids: deque[bytes] = deque(maxlen=KEPT)
-        self.every(1_000, self._say_again)
+        self.every(REPLAY_MS, self._say_again)
 
     def hears_offer(self, offer: Envelope[Offer]) -> None:
+        """Keep it, and say it at once."""
         self._offers.append(offer.data)
         self.gossip.offers.publish(self.node, offer.data)
 
     def hears_bid(self, bid: Envelope[Bid]) -> None:
+        """Keep it, and say it at once."""
         self._bids.append(bid.data)
         self.gossip.bids.publish(self.node, bid.data)
 
@@ -127,12 +138,27 @@ class Replay(Eavesdropper):
 class OtherNetwork(Eavesdropper):
     """Signs its messages for another network, and says them in this one."""
 
-    name = "other network"
+    name = "replay from another network"
     goal = "have what was signed for a test network count in this one"
 
     def hears_offer(self, offer: Envelope[Offer]) -> None:
+        """Bid in the other network."""
         foreign = Sealer(self.node.key, "aci-test").seal(self.bid_for(offer), self.node.clock)
         self.gossip.bids.publish(self.node, foreign.data)
+
+
+class OtherVersion(Eavesdropper):
+    """Says messages of a version that does not exist yet."""
+
+    name = "replay as another version"
+    goal = "have a message count that its readers cannot understand"
+
+    def hears_offer(self, offer: Envelope[Offer]) -> None:
+        """Bid in the other version."""
+        value = cbor.decode(self.node.sealer.seal(self.bid_for(offer), self.node.clock).data)
+        assert isinstance(value, dict)  # every envelope is a map
+        value[_VERSION_FIELD] = VERSION + 1
+        self.gossip.bids.publish(self.node, cbor.encode(value))
 
 
 class StaleBid(Eavesdropper):
@@ -142,6 +168,7 @@ class StaleBid(Eavesdropper):
     goal = "be awarded a bid that binds it to nothing any more"
 
     def hears_offer(self, offer: Envelope[Offer]) -> None:
+        """Bid an hour ago."""
         old = self.node.sealer.seal(self.bid_for(offer), self.node.clock - HOUR_MS)
         self.gossip.bids.publish(self.node, old.data)
 
@@ -153,6 +180,7 @@ class LyingClock(Eavesdropper):
     goal = "hold bids that never expire, and be the freshest everywhere"
 
     def hears_offer(self, offer: Envelope[Offer]) -> None:
+        """Bid in an hour."""
         early = self.node.sealer.seal(self.bid_for(offer), self.node.clock + HOUR_MS)
         self.gossip.bids.publish(self.node, early.data)
 
@@ -164,11 +192,12 @@ class Malformed(Eavesdropper):
     goal = "crash those who read it"
 
     def hears_offer(self, offer: Envelope[Offer]) -> None:
+        """Say something that is none."""
         random = self.node.random
         cut = offer.data[: random.randrange(len(offer.data))]
         flipped = bytearray(offer.data)
         flipped[random.randrange(len(flipped))] ^= 1 << random.randrange(8)
-        for data in (random.randbytes(random.randrange(1, 500)), cut, bytes(flipped)):
+        for data in (random.randbytes(random.randrange(1, NOISE)), cut, bytes(flipped)):
             self.gossip.offers.publish(self.node, data)
             self.gossip.bids.publish(self.node, data)
 
@@ -180,6 +209,7 @@ class Censor(Eavesdropper):
     goal = "keep offers and bids from those behind it"
 
     def begin(self) -> None:
+        """Fall silent."""
         super().begin()
         self.node.forwards = False
         self.gossip.changed()

@@ -1,23 +1,30 @@
 """Providers that cheat in the jobs they win."""
 
+# ruff: noqa: ARG002 - each strategy heeds what it needs
+
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import replace
+from typing import Any, Final
 
 from aci_p2p.executor import FinishReason, Message, Sampling
-from aci_p2p.protocol.envelope import kind_of
+from aci_p2p.protocol.envelope import kind_of, open_envelope
+from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.job import Effect, Send, StartGeneration
-from aci_p2p.protocol.messages import Kind
-from aci_p2p.testing.simulator.adversaries.base import CheatingProvider
+from aci_p2p.protocol.messages import KINDS, Commit, Kind
+from aci_p2p.testing.simulator.adversaries.base import FAILOVER, VERIFICATION, CheatingProvider
+from aci_p2p.testing.simulator.node import NETWORK, TellingSealer
 from aci_p2p.testing.simulator.roles import ProviderDriver
 from aci_p2p.testing.simulator.transport import End
 from aci_p2p.testing.toy_model import Step, ToyModel
 
-VERIFICATION: Final = "nobody executes an answer again before proofs and disputes are built"
-"""Why wrong answers are paid."""
 ROUNDING: Final = 12
 """Bits that a cheaply quantised model drops of its 16."""
+DRIP_MS: Final = 50_000
+"""Milliseconds between two parts of an answer that is kept from ending: just within what its consumer waits."""
+SURPLUS: Final = 8
+"""Tokens by which an answer is made longer than was asked for."""
 
 
 class WithheldResult(CheatingProvider):
@@ -25,8 +32,10 @@ class WithheldResult(CheatingProvider):
 
     name = "withheld result"
     goal = "keep the consumer waiting, and spoil its job"
+    harms = FAILOVER
 
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
+        """All but the end."""
         return not (isinstance(effect, Send) and kind_of(effect.data) in {Kind.COMMIT, Kind.REVEAL})
 
 
@@ -38,8 +47,8 @@ class TruncatedResult(CheatingProvider):
     pays = VERIFICATION
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
-        half = honest[: max(1, len(honest) // 2)]
-        return [*half[:-1], Step(half[-1].token, half[-1].text, FinishReason.STOP)]
+        """Half of it."""
+        return _cut(honest, FinishReason.STOP)
 
 
 class CutShort(CheatingProvider):
@@ -47,10 +56,25 @@ class CutShort(CheatingProvider):
 
     name = "cut short"
     goal = "be paid for the whole length after half of the work"
+    harms = FAILOVER
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
-        half = honest[: max(1, len(honest) // 2)]
-        return [*half[:-1], Step(half[-1].token, half[-1].text, FinishReason.LENGTH)]
+        """Half of it; an answer of one token cannot be halved."""
+        return _cut(honest, FinishReason.LENGTH) if len(honest) > 1 else honest
+
+
+class TooLong(CheatingProvider):
+    """Goes on behind the last token that was asked for."""
+
+    name = "overlong result"
+    goal = "be paid for tokens that nobody wanted"
+    harms = FAILOVER
+
+    def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
+        """More than the most."""
+        padding = run.max_tokens + SURPLUS - len(honest)
+        steps = [replace(step, finish=None) for step in (*honest, *([honest[-1]] * padding))]
+        return [*steps[:-1], replace(steps[-1], finish=FinishReason.STOP)]
 
 
 class WrongModel(CheatingProvider):
@@ -61,6 +85,7 @@ class WrongModel(CheatingProvider):
     pays = VERIFICATION
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
+        """Another model's."""
         return _run(ToyModel("small"), run)
 
 
@@ -72,6 +97,7 @@ class QuantisedModel(CheatingProvider):
     pays = VERIFICATION
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
+        """The rounded model's."""
         return _run(ToyModel(model.name, rounding=ROUNDING), run)
 
 
@@ -83,8 +109,75 @@ class WrongPrompt(CheatingProvider):
     pays = VERIFICATION
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
+        """The other question's."""
         prompt = model.encode([Message("user", "the usual question")])
         return list(model.answer(prompt, run.max_tokens, Sampling()))
+
+
+class LooseCommitment(CheatingProvider):
+    """Commits to nothing, and reveals whatever it likes afterwards."""
+
+    name = "loose commitment"
+    goal = "choose its answer when it has seen those of others"
+    harms = FAILOVER
+
+    def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
+        """All but the commitment, in whose place another goes out."""
+        if isinstance(effect, Send) and kind_of(effect.data) is Kind.COMMIT:
+            empty = Commit(driver.machine.job_id, self.node.entropy())
+            if driver.end:
+                driver.end.send(self.node.sealer.seal(empty, self.node.clock).data)
+            return False
+        return True
+
+
+class Impostor(CheatingProvider):
+    """Signs what it says in its jobs with another key than the one that bid."""
+
+    name = "impostor"
+    goal = "have its answers count as somebody else's"
+
+    def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
+        """All, under the other name."""
+        if not isinstance(effect, Send):
+            return True
+        kind = kind_of(effect.data)
+        frame: Any = open_envelope(effect.data, KINDS[kind].body, network=NETWORK, now=None)
+        key = KeyPair(self.world.dice.secret(f"impostor/{self.node.index}"))
+        if driver.end:
+            other = TellingSealer(key, self.simulation.signed)
+            driver.end.send(other.seal(frame.body, self.node.clock).data)
+        return False
+
+
+class SlowStream(CheatingProvider):
+    """Sends the parts of its answers as late as it can."""
+
+    name = "slow stream"
+    goal = "hold consumers for as long as it can"
+    harms = "parts of an answer may come a minute apart, whatever latency was promised; reputation will remember it"
+
+    def begin(self) -> None:
+        """Take the honest provider's place."""
+        super().begin()
+        self._parts = 0
+
+    def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
+        """All, but late while jobs are offered."""
+        if isinstance(effect, Send) and kind_of(effect.data) is Kind.TOKENS:
+            late = DRIP_MS if self.world.now < self.simulation.ends_at else 0
+            self.world.after(late, self._send, driver, effect.data)
+            return False
+        if isinstance(effect, Send) and kind_of(effect.data) in {Kind.COMMIT, Kind.REVEAL}:
+            # Behind what is late.
+            late = DRIP_MS + 1 if self.world.now < self.simulation.ends_at else 1
+            self.world.after(late, self._send, driver, effect.data)
+            return False
+        return True
+
+    def _send(self, driver: ProviderDriver, data: bytes) -> None:
+        if driver.end:
+            driver.end.send(data)
 
 
 class BidDumping(CheatingProvider):
@@ -95,6 +188,7 @@ class BidDumping(CheatingProvider):
     discount = 1_000
 
     def accepts(self, end: End) -> bool:
+        """None."""
         return False
 
 
@@ -104,14 +198,20 @@ class FailsAfterWinning(CheatingProvider):
     name = "fails after winning"
     goal = "win every job and spoil it late"
     discount = 1_000
-    pays = "a job whose provider fails while it streams is not taken over by another one yet"
+    harms = FAILOVER
 
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
+        """All up to the first part of the answer."""
         if isinstance(effect, Send) and kind_of(effect.data) is Kind.TOKENS:
             if driver.end:
                 driver.end.close()
             return False
         return True
+
+
+def _cut(honest: Sequence[Step], finish: FinishReason) -> list[Step]:
+    half = honest[: max(1, len(honest) // 2)]
+    return [*half[:-1], replace(half[-1], finish=finish)]
 
 
 def _run(model: ToyModel, run: StartGeneration) -> list[Step]:

@@ -1,0 +1,50 @@
+"""Random worlds, one for each seed: swarm testing.
+
+Each world has a random subset of the faults and of the strategies, so that those that hide each other also meet alone.
+
+Source: Groce et al., "Swarm Testing" (2012).
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Final
+
+from aci_p2p.network.model import LAN, ROUGH, WIDE_AREA
+from aci_p2p.testing.simulator.adversaries import STRATEGIES
+from aci_p2p.testing.simulator.scenario import Fault, Scenario
+
+NODES: Final = (6, 24)
+"""Fewest and most nodes of a random world."""
+HOURS: Final = (0.03, 0.08)
+"""Shortest and longest time in which jobs are offered."""
+INTERVAL_S: Final = (30, 120)
+"""Least and greatest mean time between two jobs of one consumer, seconds."""
+MAX_SLOTS: Final = 3
+"""Most jobs that a provider of a random world runs at once: few, so that they run out."""
+WINDOWS_MS: Final = (300, 1_000, 4_000)
+"""How long consumers wait for bids, milliseconds."""
+ADVERSARIES: Final = 0.2
+"""Share of the nodes that cheat."""
+MOST_STRATEGIES: Final = 4
+"""Strategies in one world, at most."""
+
+
+def random_scenario(seed: int) -> Scenario:
+    """The world of a seed."""
+    random = Random(f"scenario/{seed}")  # noqa: S311 - worlds, not secrets
+    strategies = list(STRATEGIES)
+    return Scenario(
+        seed=seed,
+        nodes=random.randint(*NODES),
+        hours=round(random.uniform(*HOURS), 3),
+        adversaries=ADVERSARIES,
+        strategies=tuple(sorted(random.sample(strategies, random.randint(1, MOST_STRATEGIES)))),
+        providers=random.choice((0.3, 0.5)),
+        models=random.choice((1, 1, 2)),
+        slots=random.randint(1, MAX_SLOTS),
+        job_interval_s=random.randint(*INTERVAL_S),
+        bid_window_ms=random.choice(WINDOWS_MS),
+        faults=frozenset(fault for fault in Fault if random.random() < random.choice((0.2, 0.8))),
+        network=random.choice((LAN, WIDE_AREA, ROUGH)),
+    )

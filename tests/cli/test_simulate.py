@@ -1,0 +1,90 @@
+"""`aci-p2p simulate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from aci_p2p.cli import simulate
+from aci_p2p.testing.simulator import Invariant, InvariantBroken, Simulation, load_scenario
+from tests.cli.conftest import Cli, one_line
+
+SMALL = ("simulate", "--nodes", "8", "--hours", "0.03", "--interval", "60")
+
+
+def test_the_trace_comes_last(cli: Cli) -> None:
+    first, second = (cli(*SMALL, "--faults", "all", "--adversaries", "0.2", "--seed", "7") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert first.stderr == ""
+    *_, last = first.stdout.splitlines()
+    word, trace = last.split()
+    assert (word, len(bytes.fromhex(trace))) == ("trace", 32)
+    assert "answered" in first.stdout
+    assert "who cheated" in first.stdout
+
+
+def test_json_and_html(cli: Cli, tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "page.html"
+    done = cli(*SMALL, "--html", str(picture), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["jobs"] == report["answered"] > 0
+    assert report["trace"] in picture.read_text()
+
+
+def test_a_scenario_from_a_file(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "world.toml"
+    file.write_text('nodes = 4\nhours = 0.02\njobs = [{consumer = 0, at_s = 20.0, prompt = "why?"}]\n')
+    done = cli("simulate", "--scenario", str(file), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["answered"] == 1
+    file.write_text("nodes = 0\n")
+    assert "2 to 100000 nodes" in one_line(cli("simulate", "--scenario", str(file)), 2)
+    assert "No such file" in one_line(cli("simulate", "--scenario", str(tmp_path / "none.toml")), 2)
+
+
+def test_options_that_do_not_go_together(cli: Cli) -> None:
+    for options, problem in (
+        (("--random", "3", "--nodes", "5"), "--nodes"),
+        (("--random", "3", "--scenario", "a.toml"), "--scenario"),
+        (("--strategy", "magic"), "magic"),
+        (("--nodes", "1"), "2<=x<="),
+    ):
+        done = cli("simulate", *options)
+        assert done.returncode == 2
+        assert problem in done.stderr
+
+
+def test_a_page_that_cannot_be_written(cli: Cli) -> None:
+    assert "cannot write" in one_line(cli(*SMALL, "--html", "/proc/page.html"), 2)
+
+
+def test_the_strategies_are_listed(cli: Cli) -> None:
+    listing = cli("simulate", "--strategies").stdout
+    assert "payment refusal" in listing
+    assert "before there are vouchers" in listing
+
+
+def test_a_failure_names_the_command_that_replays_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(_self: Simulation, _progress: object) -> None:
+        raise InvariantBroken(Invariant.MONEY, "gone")
+
+    monkeypatch.setattr(Simulation, "run", fail)
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    world = ["--nodes", "8", "--hours", "0.1", "--seed", "4", "--adversaries", "0.25", "--strategy", "bid spam"]
+    done = runner.invoke(simulate.command, [*world, "--faults", "disk full", "--models", "2", "--keep", str(tmp_path)])
+    error = done.exception
+    assert isinstance(error, simulate.SimulationFailed)
+    assert error.hint is not None
+    again = "--nodes 8 --hours 0.1 --seed 4 --adversaries 0.25 --strategy 'bid spam' --faults 'disk full' --models 2"
+    assert again in error.hint
+    kept = load_scenario(tmp_path / "seed-4.json")
+    assert (kept.nodes, kept.strategies, kept.models) == (8, ("bid spam",), 2)
+    done = runner.invoke(simulate.command, ["--random", "42"])
+    assert isinstance(done.exception, simulate.SimulationFailed)
+    assert "--random 42" in str(done.exception.hint)

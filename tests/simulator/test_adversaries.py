@@ -1,0 +1,93 @@
+"""What each attack brings and spoils, against the same world in which nobody cheats."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from aci_p2p.testing.simulator import STRATEGIES, UNBUILT, Measurement, Scenario, UnbuiltAttack, measure
+from aci_p2p.testing.simulator.adversaries import Part
+
+NODES = 24
+MOST_HARM = 0.05
+"""Share of the honest jobs that an attack may spoil."""
+PAYING = [name for name, strategy in STRATEGIES.items() if strategy.pays]
+HARMING = [name for name, strategy in STRATEGIES.items() if strategy.harms]
+
+REQUIRED = {
+    "offer spam", "bid spam", "bid dumping", "stale bid", "withheld result", "truncated result", "wrong model",
+    "quantised model", "wrong prompt", "copied result", "equivocation", "forged receipt", "replay", "replayed award",
+    "replay from another network", "replay as another version", "sybil bids", "eclipse", "censoring relay",
+    "lying clock", "malformed message", "slow stream", "colluding providers", "lazy validator", "colluding validators",
+    "false challenge", "challenge censorship", "payment refusal", "double spend of a voucher",
+}  # fmt: skip
+"""What the library must hold at least."""
+
+
+@functools.cache
+def measured(name: str) -> Measurement:
+    part = STRATEGIES[name].part
+    providers = 0.5 if part is Part.PROVIDER else 0.3
+    return measure(
+        Scenario(
+            seed=5,
+            nodes=NODES,
+            hours=0.15,
+            providers=providers,
+            adversaries=0.2,
+            strategies=(name,),
+            models=1,
+            job_interval_s=45,
+            bid_window_ms=2_000,
+        )
+    )
+
+
+def marked(names: list[str], reason: str) -> list[object]:
+    """Each strategy, those that are not stopped yet as expected failures with their reason."""
+    return [
+        pytest.param(
+            name, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=getattr(STRATEGIES[name], reason))
+        )
+        if name in names
+        else name
+        for name in STRATEGIES
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("name", marked(PAYING, "pays"))
+def test_an_attack_brings_nothing(name: str) -> None:
+    found = measured(name)
+    assert found.nodes
+    assert found.jobs
+    assert found.unearned == 0, found
+    assert found.profit <= 0, found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("name", marked(HARMING, "harms"))
+def test_an_attack_spoils_next_to_nothing(name: str) -> None:
+    found = measured(name)
+    assert found.harm <= MOST_HARM, found
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [pytest.param(one, marks=pytest.mark.xfail(strict=True, reason=one.waits_for), id=one.name) for one in UNBUILT],
+)
+def test_an_attack_on_what_is_not_built(attack: UnbuiltAttack) -> None:
+    assert attack.is_expressible, f"the protocol knows no {attack.kind.lower()}"
+
+
+def test_the_library_is_complete() -> None:
+    assert {*STRATEGIES, *(one.name for one in UNBUILT)} >= REQUIRED
+    assert not set(STRATEGIES) & {one.name for one in UNBUILT}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_every_strategy_states_its_goal(strategy: type) -> None:
+    assert getattr(strategy, "goal", "")

@@ -1,0 +1,122 @@
+"""Hundreds of random worlds with faults and a fifth of attackers: nothing breaks, and each fault strikes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.testing.simulator import (
+    STRATEGIES,
+    Fault,
+    Simulation,
+    dump_scenario,
+    load_scenario,
+    random_scenario,
+)
+
+HUNT = Path(__file__).with_name("hunt.py")
+KEPT = Path(__file__).parents[1] / "seeds"
+SEEDS = int(os.environ.get("ACI_SIMULATION_SEEDS", "40"))
+"""Random worlds of one run; `make test-simulation` runs 500."""
+ENOUGH_FOR_COVERAGE = 200
+"""Worlds after which each fault and each strategy must have had its turn."""
+PROCESSES = 2
+
+WRITES = {
+    "consumer offered", "consumer awarded", "consumer streaming", "consumer committed", "consumer receipted",
+    "consumer pending", "consumer expired", "consumer rejected", "consumer cancelled", "consumer provider_fault",
+    "provider accepted", "provider streaming", "provider committed", "provider revealed", "provider pending",
+    "provider cancelled", "provider provider_fault", "provider consumer_fault",
+}  # fmt: skip
+"""Every transaction that a job makes, by its last transition: those in between are never alone on a disk."""
+
+
+def start(first: int, last: int, step: int) -> subprocess.Popen[str]:
+    command = [sys.executable, str(HUNT), str(first), str(last), str(step)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def keep(seed: int) -> Path:
+    path = KEPT / f"random-{seed}.json"
+    path.write_text(dump_scenario(random_scenario(seed)))
+    return path
+
+
+def add(found: list[dict[str, Any]], name: str) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for one in found:
+        total.update(one[name])
+    return total
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_random_worlds() -> None:
+    hunts = [start(first, SEEDS, PROCESSES) for first in range(1, PROCESSES + 1)]
+    found: list[dict[str, Any]] = [json.loads(hunt.communicate()[0]) for hunt in hunts]
+    for one in found:
+        if one["seed"] is not None:
+            path = keep(one["seed"])
+            pytest.fail(f"{one['broken']}\nsee it again: aci-p2p simulate --random {one['seed']}\nkept as {path}")
+    fired, died_at, strategies = (add(found, name) for name in ("fired", "died_at", "strategies"))
+    sys.stdout.write(
+        "\n".join(f"{count:7} {name}" for name, count in [*fired.items(), *died_at.items(), *strategies.items()])
+    )
+    assert set(died_at) <= WRITES
+    if SEEDS >= ENOUGH_FOR_COVERAGE:
+        assert set(fired) == {fault.value for fault in Fault}
+        assert set(died_at) == WRITES
+        assert set(strategies) == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("path", sorted(KEPT.glob("*.json")), ids=lambda path: path.stem)
+def test_worlds_that_failed_once(path: Path) -> None:
+    Simulation(load_scenario(path)).run()
+
+
+def test_a_kept_world_is_the_same_world(tmp_path: Path) -> None:
+    path = tmp_path / "world.json"
+    for seed in range(1, 50):
+        scenario = random_scenario(seed)
+        path.write_text(dump_scenario(scenario))
+        assert load_scenario(path) == scenario
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("a.json", "{", "Expecting"),
+        ("a.toml", "nodes = ", "Invalid value"),
+        ("a.toml", "nods = 3", "nothing about nods"),
+        ("a.toml", "nodes = true", "nodes is a int"),
+        ("a.toml", "nodes = 1", "2 to"),
+        ("a.toml", "nodes = [3]", "not supported"),
+        ("a.toml", "hours = nan", "hours"),
+        ("a.toml", 'faults = ["flood"]', "flood"),
+        ("a.toml", 'faults = "crash"', "no list"),
+        ("a.toml", "jobs = [1]", "no table"),
+        ("a.toml", 'jobs = [{consumer = 200, at_s = 0, prompt = "x"}]', "first of which is 0"),
+        ("a.toml", "network = 3", "no table"),
+        ("a.toml", "[network]\nloss = 2", "probabilities"),
+        ("a.toml", 'strategies = ["magic"]', "no strategy is called magic"),
+        ("a.json", "[]", "no table"),
+    ],
+)
+def test_files_that_are_no_scenario(tmp_path: Path, name: str, text: str, problem: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(LocalError, match=problem):
+        load_scenario(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(LocalError, match="No such file"):
+        load_scenario(tmp_path / "none.toml")
