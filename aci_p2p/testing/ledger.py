@@ -15,13 +15,7 @@ from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import FINAL_STATES, TRANSITIONS, Party, State
 from aci_p2p.protocol.messages import Receipt
 from aci_p2p.store import Store
-from aci_p2p.testing.simulator.invariants import RECEIPTED, InvariantBroken
-
-STEPS_FOLLOW: Final = "states follow the table"
-PAID_ONCE: Final = "one result for a job"
-CONSERVED: Final = "money is conserved"
-RECEIPT_FIRST: Final = "no money without a receipt"
-"""Names of the invariants."""
+from aci_p2p.testing.simulator.invariants import RECEIPTED, Invariant, InvariantBroken
 
 _STEPS: Final = frozenset((state, target) for (state, _), target in TRANSITIONS.items())
 _AT_REST: Final = (*FINAL_STATES, State.PENDING)
@@ -48,7 +42,7 @@ class Ledger:
                 continue
             if (before, record.state) not in _STEPS:
                 detail = f"{_name(record)} of {node} went from {before.value} to {record.state.value}"
-                self._broken.append(InvariantBroken(STEPS_FOLLOW, detail))
+                self._broken.append(InvariantBroken(Invariant.TABLE, detail))
             history.append(record)
 
     def jobs(self, node: str) -> list[JobRecord]:
@@ -74,24 +68,24 @@ class Ledger:
         for node, record in receipted:
             self._check_receipt(node, record)
             if record.role is Party.PROVIDER and paid.setdefault(record.job_id, record) is not record:
-                raise InvariantBroken(PAID_ONCE, f"{_name(record)} was paid to two providers")
+                raise InvariantBroken(Invariant.ONE_RESULT, f"{_name(record)} was paid to two providers")
         for _, record in receipted:
             if record.role is not Party.CONSUMER:
                 continue
             provider = paid.pop(record.job_id, None)
             if provider is not None and (provider.receipt, provider.price) != (record.receipt, record.price):
-                raise InvariantBroken(CONSERVED, f"the two sides of {_name(record)} disagree")
+                raise InvariantBroken(Invariant.MONEY, f"the two sides of {_name(record)} disagree")
         for record in paid.values():
-            raise InvariantBroken(CONSERVED, f"{_name(record)} was paid by nobody")
+            raise InvariantBroken(Invariant.MONEY, f"{_name(record)} was paid by nobody")
 
     def _check_receipt(self, node: str, record: JobRecord) -> None:
         try:
             receipt = open_envelope(record.receipt, Receipt, network=self._network, now=None).body
         except AciError as error:
-            raise InvariantBroken(RECEIPT_FIRST, f"{_name(record)} of {node}: {error}") from error
+            raise InvariantBroken(Invariant.RECEIPTS, f"{_name(record)} of {node}: {error}") from error
         if (receipt.job_id, receipt.price) != (record.job_id, record.price):
             detail = f"{_name(record)} of {node} claims {record.price}, and the receipt says {receipt.price}"
-            raise InvariantBroken(RECEIPT_FIRST, detail)
+            raise InvariantBroken(Invariant.RECEIPTS, detail)
 
 
 class WatchedStore(Store):

@@ -36,7 +36,7 @@ from aci_p2p.tasks import open_background
 from aci_p2p.testing.ledger import Ledger
 from aci_p2p.testing.running import repeatable_scheduling
 from aci_p2p.testing.severable import Cables
-from aci_p2p.testing.simulator.invariants import InvariantBroken
+from aci_p2p.testing.simulator.invariants import Invariant, InvariantBroken
 from aci_p2p.testing.swarm_node import Surroundings, SwarmNode
 from aci_p2p.testing.toy_model import ToyExecutor, ToyModel
 
@@ -63,9 +63,6 @@ LOOK_S: Final = 0.5
 SETTLE_S: Final = 180.0
 """Seconds in which everything must have come to rest: longer than any state of a running job may last."""
 
-NOTHING_LEFT: Final = "nothing is left over"
-BOUNDED: Final = "queues are bounded"
-"""Names of invariants."""
 
 OpenExecutor: TypeAlias = Callable[[int], AbstractAsyncContextManager[Executor]]
 """Opens the executor of the n-th provider, which serves one model named MODEL."""
@@ -204,7 +201,7 @@ class Swarm:
             while self._left_over():  # noqa: ASYNC110 - many things are waited for
                 await trio.sleep(LOOK_S)
         for detail in self._left_over():
-            raise InvariantBroken(NOTHING_LEFT, detail)
+            raise InvariantBroken(Invariant.ENDS, detail)
         self.assert_invariants()
 
     def _left_over(self) -> list[str]:
@@ -232,7 +229,7 @@ class Swarm:
         for node in self.running:
             for what, size, limit in _queues(node):
                 if size > limit:
-                    raise InvariantBroken(BOUNDED, f"{node.name}: {size} {what}, and not {limit}")
+                    raise InvariantBroken(Invariant.BOUNDED, f"{node.name}: {size} {what}, and not {limit}")
 
 
 def _queues(node: SwarmNode) -> list[tuple[str, int, int]]:

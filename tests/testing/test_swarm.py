@@ -185,7 +185,7 @@ async def test_crash_and_restart_over_sockets() -> None:
 async def test_job_that_goes_on_is_no_rest(swarm: Swarm) -> None:
     async with swarm.consumers[0].stream("Tell me everything", max_tokens=200) as stream:
         await anext(stream)
-        with pytest.raises(InvariantBroken, match="nothing is left over"):
+        with pytest.raises(InvariantBroken, match="every job ends"):
             await swarm.settle(0.1)
 
 
