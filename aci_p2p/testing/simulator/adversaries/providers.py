@@ -11,7 +11,7 @@ from typing import Any, Final
 from aci_p2p.executor import FinishReason, Message, Sampling
 from aci_p2p.protocol.envelope import kind_of, open_envelope
 from aci_p2p.protocol.identity import KeyPair
-from aci_p2p.protocol.job import Effect, Send, StartGeneration
+from aci_p2p.protocol.job import CloseStream, Effect, Send, StartGeneration
 from aci_p2p.protocol.messages import KINDS, Commit, Kind
 from aci_p2p.testing.simulator.adversaries.base import FAILOVER, VERIFICATION, CheatingProvider
 from aci_p2p.testing.simulator.node import NETWORK, TellingSealer
@@ -28,15 +28,16 @@ SURPLUS: Final = 8
 
 
 class WithheldResult(CheatingProvider):
-    """Streams the answer, and never commits to it."""
+    """Streams the answer, never commits to it, and holds the line."""
 
     name = "withheld result"
     goal = "keep the consumer waiting, and spoil its job"
     harms = FAILOVER
 
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
-        """All but the end."""
-        return not (isinstance(effect, Send) and kind_of(effect.data) in {Kind.COMMIT, Kind.REVEAL})
+        """All but the end, whatever it is."""
+        is_last = isinstance(effect, Send) and kind_of(effect.data) in {Kind.COMMIT, Kind.REVEAL, Kind.ABORT}
+        return not (is_last or isinstance(effect, CloseStream))
 
 
 class TruncatedResult(CheatingProvider):
