@@ -8,6 +8,7 @@ allowed for its kind fails. Run: `.venv/bin/python tests/benchmarks/soak.py [--m
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -66,6 +67,8 @@ ALLOWED_TABLE: Final = (32.0, 0.05)
 FILLING: Final = frozenset({"Joiner._others", "Topic._refused"})
 """Tables that forget nothing before they are full (MAX_CANDIDATES, MAX_REFUSED): shown, but not judged. Churners listen
 on another port each time, and each of their addresses is one to try."""
+
+_LIBC: Final = ctypes.CDLL("libc.so.6")
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,8 @@ def _attributes(thing: object) -> list[tuple[str, object]]:
 def sample(residents: Sequence[Node]) -> dict[str, float]:
     """Everything that must not grow, now."""
     gc.collect()
+    # What the allocator has free goes back to the system first: it is not in use.
+    _LIBC.malloc_trim(0)
     statistics = trio.lowlevel.current_statistics()
     process: dict[str, float] = {
         "memory MiB": _memory(os.getpid()),
