@@ -12,21 +12,23 @@ from aci_p2p.testing.simulator import InvariantBroken, Simulation, random_scenar
 
 
 def hunt(seeds: range) -> dict[str, object]:
-    """Run the worlds of some seeds until an invariant breaks."""
+    """Run the worlds of some seeds until an invariant breaks, or a world itself does."""
     fired: Counter[str] = Counter()
     died_at: Counter[str] = Counter()
     strategies: Counter[str] = Counter()
+    package = str(Path(aci_p2p.__file__).parent)
     for seed in seeds:
-        simulation = Simulation(random_scenario(seed))
-        strategies.update(attacker.name for attacker in simulation.attackers)
         try:
+            simulation = Simulation(random_scenario(seed))
+            strategies.update(attacker.name for attacker in simulation.attackers)
             result = simulation.run()
         except InvariantBroken as broken:
-            return {"seed": seed, "broken": str(broken), "package": str(Path(aci_p2p.__file__).parent)}
+            return {"package": package, "seed": seed, "invariant": broken.invariant, "why": str(broken)}
+        except Exception as error:  # noqa: BLE001 - its seed is what matters
+            return {"package": package, "seed": seed, "invariant": None, "why": repr(error)}
         fired.update(result.fired)
         died_at.update(result.died_at)
-    return {"seed": None, "fired": fired, "died_at": died_at, "strategies": strategies,
-            "package": str(Path(aci_p2p.__file__).parent)}  # fmt: skip
+    return {"package": package, "seed": None, "fired": fired, "died_at": died_at, "strategies": strategies}
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def test_a_planted_bug_is_found(patch: Path, tmp_path: Path) -> None:
     subprocess.run([GIT, "apply", str(patch)], cwd=package, env=environment, check=True)
     found = hunt(package, MOST_SEEDS)
     assert found["seed"] is not None, f"{patch.stem} is not found in {MOST_SEEDS} worlds"
-    sys.stdout.write(f"{patch.stem}: world {found['seed']}: {found['broken']}\n")
+    assert found["invariant"], found["why"]
+    sys.stdout.write(f"{patch.stem}: world {found['seed']}: {found['why']}\n")
 
 
 @pytest.mark.slow

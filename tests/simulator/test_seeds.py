@@ -62,11 +62,15 @@ def add(found: list[dict[str, Any]], name: str) -> Counter[str]:
 @pytest.mark.timeout(900)
 def test_random_worlds() -> None:
     hunts = [start(first, SEEDS, PROCESSES) for first in range(1, PROCESSES + 1)]
-    found: list[dict[str, Any]] = [json.loads(hunt.communicate()[0]) for hunt in hunts]
+    found: list[dict[str, Any]] = []
+    for hunt in hunts:
+        output, _ = hunt.communicate()
+        assert hunt.returncode == 0
+        found.append(json.loads(output))
     for one in found:
         if one["seed"] is not None:
             path = keep(one["seed"])
-            pytest.fail(f"{one['broken']}\nsee it again: aci-p2p simulate --random {one['seed']}\nkept as {path}")
+            pytest.fail(f"{one['why']}\nsee it again: aci-p2p simulate --random {one['seed']}\nkept as {path}")
     fired, died_at, strategies = (add(found, name) for name in ("fired", "died_at", "strategies"))
     sys.stdout.write(
         "\n".join(f"{count:7} {name}" for name, count in [*fired.items(), *died_at.items(), *strategies.items()])
