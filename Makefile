@@ -39,7 +39,7 @@ ifeq ($(origin PROMPT),command line)
 export ACI_DEMO_PROMPT := $(value PROMPT)
 endif
 
-.PHONY: demo test model lint format types check exports lock torch test-torch test-interop test-scenarios bench clean help
+.PHONY: demo test model lint format types check exports lock torch test-torch test-interop test-scenarios test-simulation bench clean help
 
 demo: model ## run the main job on a small swarm: make demo PROMPT="Why is the sky blue?"
 	@$(BIN)/aci-p2p demo $${ACI_DEMO_PROMPT:+--prompt "$$ACI_DEMO_PROMPT"}
@@ -88,6 +88,9 @@ test-torch: model $(DEV) $(TORCH) ## run the tests that need torch
 
 test-interop: $(DEV) $(NODE_MODULES) ## run the tests against js-libp2p
 	@ACI_REQUIRE_INTEROP=1 $(BIN)/python -m pytest -m interop $(ARGS)
+
+test-simulation: $(DEV) ## run many simulated worlds: random seeds, attackers, planted bugs
+	@$(BIN)/python -m pytest -m simulation $(ARGS)
 
 test-scenarios: $(DEV) ## run the tests with whole swarms: daemons, NATs, attacks, a short soak
 	@$(BIN)/python -m pytest -m scenario $(ARGS)

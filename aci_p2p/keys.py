@@ -72,14 +72,14 @@ class KeyRing:
         with _open(path) as file:
             return _read(path, file)
 
-    def create(self, name: str) -> KeyPair:
-        """Make a new key, durably. Raises KeyFileError when one of that name exists."""
+    def create(self, name: str, *, seed: bytes | None = None) -> KeyPair:
+        """Make a new key, durably: of `seed` (SEED_BYTES), or at random. Raises KeyFileError when the name is taken."""
         path = self._path(name)
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise KeyFileError(path, f"cannot make its folder: {str(error.strerror).lower()}") from None
-        key = KeyPair(secrets.token_bytes(SEED_BYTES))
+        key = KeyPair(secrets.token_bytes(SEED_BYTES) if seed is None else seed)
         part = self._directory / f".{name}.{os.getpid()}{_PART}"
         part.unlink(missing_ok=True)
         try:

@@ -7,6 +7,8 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random, SystemRandom
 from typing import Final, TypeAlias
 
 import trio
@@ -43,6 +45,8 @@ SETTLE_S: Final = 3_600.0
 
 OpenNetwork: TypeAlias = Callable[[KeyPair, NetworkConfig, RecordRules], AbstractAsyncContextManager[Network]]
 """Opens a network for a key, what it is told, and the rules of DHT records."""
+OpenStore: TypeAlias = Callable[[Path, NodeId], AbstractAsyncContextManager[Store]]
+"""Opens the database at a path, for one node's jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,12 @@ class NodeParts:
     """Unix milliseconds."""
     entropy: Callable[[int], bytes] = secrets.token_bytes
     """n random bytes."""
+    random: Random = field(default_factory=SystemRandom)
+    """Picks neighbours and moments."""
     rule: SelectionRule = field(default_factory=PriceThenLatency)
     """How bids are chosen."""
+    open_store: OpenStore | None = None
+    """None: SQLite, as `open_store` opens it."""
     threads: bool = True
     """Write the database in a thread; False under virtual time."""
 
@@ -158,10 +166,12 @@ async def open_node(
     with _key(config) as key:
         sealer = Sealer(key, config.network)
         async with (
-            open_store(config.database_path, key.node_id, threads=parts.threads) as store,
+            _open_store(config, key.node_id, parts) as store,
             open_network(key, replace(config.p2p, named_only=config.offline), rules) as network,
-            open_market(network, config.network, parts.clock) as market,
-            open_discovery(network, sealer, rules, parts.clock, _discovery_options(config, parts)) as discovery,
+            open_market(network, config.network, parts.clock, random=parts.random) as market,
+            open_discovery(
+                network, sealer, rules, parts.clock, _discovery_options(config, parts), parts.random
+            ) as discovery,
             open_background() as tasks,
         ):
             await store.note_key(parts.clock())
@@ -180,6 +190,12 @@ async def open_node(
                 if config.own_key:
                     await node.announce()
                 yield node
+
+
+def _open_store(config: NodeConfig, node: NodeId, parts: NodeParts) -> AbstractAsyncContextManager[Store]:
+    if parts.open_store is not None:
+        return parts.open_store(config.database_path, node)
+    return open_store(config.database_path, node, threads=parts.threads)
 
 
 def _discovery_options(config: NodeConfig, parts: NodeParts) -> DiscoveryOptions:

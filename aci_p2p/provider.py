@@ -135,8 +135,8 @@ class ProviderRole:
         self._sealer = sealer
         self._clock = clock
         self._entropy = entropy
-        self._on_change = on_change
         self._book = BidBook(sealer, offerings, slots)
+        self._on_change = on_change
         self._jobs: dict[trio.CancelScope, _ServedJob] = {}
         self._idle = trio.Event()
         self._idle.set()

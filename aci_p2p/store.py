@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
 
 import trio
 
@@ -260,12 +260,22 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
             return
 
 
+class MakeStore(Protocol):
+    """Makes a store over an open database; Store itself does."""
+
+    def __call__(self, connection: sqlite3.Connection, node: NodeId, *, threads: bool) -> Store:
+        """As Store's constructor."""
+        ...
+
+
 @asynccontextmanager
-async def open_store(path: Path, node: NodeId, *, threads: bool = True) -> AsyncGenerator[Store]:
+async def open_store(
+    path: Path, node: NodeId, *, threads: bool = True, make: MakeStore = Store
+) -> AsyncGenerator[Store]:
     """The database at `path`, made if missing, within the block. Raises StoreError.
 
     It is written in a thread, since a durable commit takes milliseconds; without `threads` the event loop waits, which
-    virtual time needs (trio's autojump clock does not wait for threads).
+    virtual time needs (trio's autojump clock does not wait for threads). `make`: Store, or a kind of it.
     """
     try:
         connection = await trio.to_thread.run_sync(_open, path) if threads else _open(path)
@@ -274,6 +284,6 @@ async def open_store(path: Path, node: NodeId, *, threads: bool = True) -> Async
         msg = f"cannot open {path}: {problem}"
         raise StoreError(msg, hint="check the disk and the permissions of the folder") from error
     try:
-        yield Store(connection, node, threads=threads)
+        yield make(connection, node, threads=threads)
     finally:
         connection.close()

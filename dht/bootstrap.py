@@ -250,6 +250,8 @@ class Joiner:
         if (candidate := self._find(address)) is None:
             return
         candidate.is_busy, candidate.is_tried, candidate.failure = False, True, error
+        # Kept for a long time, and of many addresses: without the frames that it came through.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         if isinstance(error, LocalError) and not candidate.is_lasting:
             # It is none, or leads to ourselves.
             del self._others[address]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from math import inf
 
 import trio
 
@@ -14,14 +16,24 @@ WINDOW_BYTES = 256 << 10
 """Bytes in flight in one direction of a stream before `send` waits, as in yamux."""
 
 
-class Pipe:
-    """One direction of a stream: frames become readable `latency` after they were sent."""
+def _at_once(_frame: bytes) -> float:
+    return trio.current_time()
 
-    def __init__(self, latency: float) -> None:
-        self._latency = latency
-        self._frames: deque[tuple[float, bytes]] = deque()
+
+def _perform(action: Callable[[], None]) -> None:
+    action()
+
+
+class Pipe:
+    """One direction of a stream: frames become readable, in order, when they arrive."""
+
+    def __init__(self, arrival: Callable[[bytes], float] = _at_once) -> None:
+        """`arrival`: when a frame that is sent now arrives, on trio's clock; inf: not before `release`."""
+        self._arrival = arrival
+        self._frames: deque[tuple[float, bytes | None]] = deque()
         self._buffered = 0
         self._ended = False
+        self._unread = False
         self._broken = False
         self._changed = trio.Event()
 
@@ -32,44 +44,63 @@ class Pipe:
     async def send(self, frame: bytes) -> None:
         """Put a frame in, waiting while a window's worth is unread. Raises StreamClosed."""
         await trio.lowlevel.checkpoint()
-        while not (self._ended or self._broken) and self._buffered >= WINDOW_BYTES:
+        while not (self._ended or self._unread) and self._buffered >= WINDOW_BYTES:
             await self._changed.wait()
-        if self._ended or self._broken:
+        if self._ended or self._unread:
             msg = "the peer closed the stream"
             raise StreamClosed(msg)
-        self._frames.append((trio.current_time() + self._latency, frame))
+        self._put(frame)
         self._buffered += len(frame)
         self._notify()
 
+    def _put(self, frame: bytes | None) -> None:
+        # Taken out in this order, so that a frame that could arrive before another waits for it.
+        self._frames.append((self._arrival(frame or b""), frame))
+
     async def receive(self) -> bytes:
-        """Take the next frame out when it is due. Raises StreamClosed."""
+        """Take the next frame out when it has arrived. Raises StreamClosed."""
         await trio.lowlevel.checkpoint()
         while True:
             if self._broken:
                 msg = "the peer reset the stream"
                 raise StreamClosed(msg)
-            if self._frames:
-                due, frame = self._frames[0]
-                if due <= trio.current_time():
-                    self._frames.popleft()
-                    self._buffered -= len(frame)
-                    self._notify()
-                    return frame
+            due, frame = self._frames[0] if self._frames else (inf, b"")
+            if due > trio.current_time():
                 with trio.move_on_at(due):
                     await self._changed.wait()
-            elif self._ended:
+                continue
+            if frame is None:
                 msg = "the peer ended the stream"
                 raise StreamClosed(msg)
+            self._frames.popleft()
+            self._buffered -= len(frame)
+            self._notify()
+            return frame
+
+    def release(self) -> None:
+        """Send anew what could not be sent."""
+        frames, self._frames = self._frames, deque()
+        for due, frame in frames:
+            if due == inf:
+                self._put(frame)
             else:
-                await self._changed.wait()
+                self._frames.append((due, frame))
+        self._notify()
 
     def end(self) -> None:
-        """No more frames: what is buffered stays readable."""
+        """No more frames: what was sent stays readable."""
+        if not (self._ended or self._unread):
+            self._put(None)
         self._ended = True
         self._notify()
 
+    def refuse(self) -> None:
+        """The writer learns that nobody reads any more."""
+        self._unread = True
+        self._notify()
+
     def break_off(self) -> None:
-        """Lose everything, at once."""
+        """The reader loses everything, at once."""
         self._broken = True
         self._frames.clear()
         self._notify()
@@ -78,10 +109,18 @@ class Pipe:
 class MemoryStream(Stream):
     """One end of a stream between two endpoints of a hub."""
 
-    def __init__(self, peer: NodeId, incoming: Pipe, outgoing: Pipe) -> None:
+    def __init__(
+        self,
+        peer: NodeId,
+        incoming: Pipe,
+        outgoing: Pipe,
+        carry: Callable[[Callable[[], None]], None] = _perform,
+    ) -> None:
+        """`carry` lets the other end feel something, as soon as the medium allows."""
         self._peer = peer
         self._incoming = incoming
         self._outgoing = outgoing
+        self._carry = carry
 
     @property
     def peer(self) -> NodeId:
@@ -98,8 +137,11 @@ class MemoryStream(Stream):
         """End our side; what was sent still arrives."""
         self._outgoing.end()
         self._incoming.break_off()
+        self._carry(self._incoming.refuse)
 
     def reset(self) -> None:
         """Lose everything in both directions."""
-        self._outgoing.break_off()
+        self._outgoing.refuse()
         self._incoming.break_off()
+        self._carry(self._incoming.refuse)
+        self._carry(self._outgoing.break_off)

@@ -7,154 +7,109 @@ medium between them, the clock and the models are imagined, and each of these ca
 from __future__ import annotations
 
 import hashlib
+import struct
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from random import Random
+from typing import Final, Literal, TypeAlias
 
 import trio
-import trio.testing
+from trio.testing import MockClock
 
-from aci_p2p.client import ACI, Answer, Requirements
-from aci_p2p.clock import MS_PER_S, Clock, system_clock, virtual_clock
+from aci_p2p.clock import MS_PER_S, system_clock, virtual_clock
 from aci_p2p.config import NodeConfig, ProviderConfig
 from aci_p2p.dht import RecordRules
 from aci_p2p.executor import Executor
+from aci_p2p.gossip.market import MAX_WAITING_JOBS, OFFER_QUEUE
 from aci_p2p.network import Network, NetworkConfig
+from aci_p2p.network.limits import MAX_STREAMS
 from aci_p2p.network.memory import MemoryHub
-from aci_p2p.node import Node, NodeParts, open_libp2p, open_node
+from aci_p2p.network.model import NetworkModel
+from aci_p2p.node import open_libp2p
+from aci_p2p.protocol.bidding import MAX_OUTSTANDING
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.tasks import open_background
+from aci_p2p.testing.ledger import Ledger
+from aci_p2p.testing.running import repeatable_scheduling
+from aci_p2p.testing.severable import Cables
+from aci_p2p.testing.simulator.invariants import Invariant, InvariantBroken
+from aci_p2p.testing.swarm_node import Surroundings, SwarmNode
 from aci_p2p.testing.toy_model import ToyExecutor, ToyModel
 
 MODEL: Final = "toy"
 """Name of the model that providers of a swarm serve."""
 NETWORK: Final = "aci-swarm"
 """Network id of swarms."""
+START_MS: Final = 1_750_000_000_000
+"""Unix milliseconds at which virtual time begins; real envelopes hold real dates."""
+LATENCY_S: Final = 0.01
+"""Between any two nodes where no model says otherwise, one way, seconds."""
 FIRST_PRICE: Final = 1_000
 """Base units for each output token of the first provider."""
 PRICE_STEP: Final = 100
 """So much more asks each further one."""
+INPUT_SHARE: Final = 4
+"""A token of the prompt costs this part of one of the answer."""
 HOUR_S: Final = 3_600.0
 """Seconds."""
+RENDEZVOUS_S: Final = 60.0
+"""Seconds in which nodes must find each other."""
+LOOK_S: Final = 0.5
+"""Seconds between looks at whether what is waited for has come."""
+SETTLE_S: Final = 180.0
+"""Seconds in which everything must have come to rest: longer than any state of a running job may last."""
 
-OpenExecutor = Callable[[int], AbstractAsyncContextManager[Executor]]
+
+OpenExecutor: TypeAlias = Callable[[int], AbstractAsyncContextManager[Executor]]
 """Opens the executor of the n-th provider, which serves one model named MODEL."""
 
 
-class SwarmNode:
-    """One node of a swarm: runs, is killed, comes back."""
+class Trace:
+    """A hash of all that happens between nodes."""
 
-    def __init__(self, swarm: Swarm, name: str, config: NodeConfig, executor: int | None) -> None:
-        """`executor`: number of the provider that it is; None: it only consumes."""
-        self.name = name
-        """What it is called in messages."""
-        self.skew_ms = 0
-        """How far its clock is ahead, milliseconds."""
-        self._swarm = swarm
-        self._config = config
-        self._executor = executor
-        self._node: Node | None = None
-        self._scope = trio.CancelScope()
-        self._ended = trio.Event()
-        self._drawn = 0
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
 
-    def __repr__(self) -> str:
-        return f"<{self.name}{'' if self.is_up else ', down'}>"
+    def note(self, kind: str, source: NodeId, target: NodeId, data: bytes) -> None:
+        """Something happens, at this moment of trio's clock."""
+        when = struct.pack(">dI", trio.current_time(), len(data))
+        self._hash.update(b"".join((when, kind.encode(), source.public_key, target.public_key, data)))
 
     @property
-    def is_up(self) -> bool:
-        """Whether it runs."""
-        return self._node is not None
-
-    @property
-    def node(self) -> Node:
-        """The node itself. Raises LocalError while it is down."""
-        if self._node is None:
-            msg = f"{self.name} is down"
-            raise LocalError(msg)
-        return self._node
-
-    @property
-    def node_id(self) -> NodeId:
-        """Its identity."""
-        return self.node.node_id
-
-    async def ask(self, prompt: str, *, max_tokens: int = 64, requirements: Requirements | None = None) -> Answer:
-        """Run one inference from here. Raises what `ACI.inference` raises."""
-        async with ACI(self.node) as aci:
-            return await aci.inference(
-                prompt=prompt, model=self._swarm.model_root.hex(), max_tokens=max_tokens, requirements=requirements
-            )
-
-    def _entropy(self, size: int) -> bytes:
-        self._drawn += 1
-        seed = f"{self._swarm.seed}/{self.name}/{self._drawn}".encode()
-        return hashlib.shake_256(seed).digest(size)
-
-    def _clock(self) -> int:
-        return self._swarm.clock() + self.skew_ms
-
-    async def run(self, bootstrap: Sequence[str], started: trio.Event) -> None:
-        """Run until `stop` or `kill`."""
-        swarm, number = self._swarm, self._executor
-        parts = NodeParts(
-            open_network=swarm.open_network,
-            open_executor=None if number is None else lambda: swarm.open_executor(number),
-            clock=self._clock,
-            entropy=self._entropy,
-            threads=not swarm.is_virtual,
-        )
-        config = NodeConfig(
-            home=self._config.home, network=NETWORK, key=self.name, own_key=True, bootstrap=tuple(bootstrap),
-            provider=self._config.provider, p2p=self._config.p2p,
-        )  # fmt: skip
-        self._scope, self._ended = trio.CancelScope(), trio.Event()
-        try:
-            with self._scope:
-                async with open_node(config, parts=parts, require_bootstrap=False) as node:
-                    self._node = node
-                    started.set()
-                    await trio.sleep_forever()
-        finally:
-            self._node = None
-            self._ended.set()
-
-    async def stop(self) -> None:
-        """Stop in good order, as SIGTERM does."""
-        self._scope.cancel()
-        await self._ended.wait()
+    def digest(self) -> str:
+        """In hex."""
+        return self._hash.hexdigest()
 
 
 class Swarm:
     """Nodes that have found each other. Made by `open_swarm`."""
 
-    def __init__(
-        self,
-        seed: int,
-        nursery: trio.Nursery,
-        hub: MemoryHub | None,
-        clock: Clock,
-        open_executor: OpenExecutor,
-        root: bytes,
-    ) -> None:
-        """`hub`: None for libp2p."""
-        self.seed = seed
-        """What fixes keys and nonces."""
-        self.clock = clock
+    def __init__(self, around: Surroundings, nursery: trio.Nursery, hub: MemoryHub | None, trace: Trace | None) -> None:
+        """`nursery` runs the nodes; `hub` is None over libp2p; `trace` hashes what happens on the hub."""
+        self.seed = around.seed
+        """What fixes keys, nonces and choices."""
+        self.clock = around.clock
         """Unix milliseconds, as nodes without skew see them."""
-        self.open_executor = open_executor
-        """Opens the n-th provider's executor."""
-        self.model_root = root
+        self.model_root = around.model_root
         """Weights root of the model that the providers serve."""
+        self.ledger = around.ledger
+        """Every record that reached a disk."""
         self.providers: list[SwarmNode] = []
         """Nodes that serve the model, the cheapest first."""
         self.consumers: list[SwarmNode] = []
         """Nodes that only ask."""
-        self._hub = hub
         self._nursery = nursery
-        self._addresses: dict[SwarmNode, str] = {}
+        self._hub = hub
+        self._trace = trace
+
+    @property
+    def model(self) -> str:
+        """The model that the providers serve, as `ACI.inference` takes it."""
+        return self.model_root.hex()
 
     @property
     def nodes(self) -> list[SwarmNode]:
@@ -162,43 +117,137 @@ class Swarm:
         return [*self.providers, *self.consumers]
 
     @property
-    def is_virtual(self) -> bool:
-        """Whether time is virtual."""
-        return self.clock is virtual_clock
+    def running(self) -> list[SwarmNode]:
+        """Those that run."""
+        return [node for node in self.nodes if node.is_up]
 
-    @asynccontextmanager
-    async def open_network(self, key: KeyPair, config: NetworkConfig, rules: RecordRules) -> AsyncGenerator[Network]:
-        """The medium of one node."""
-        if self._hub is None:
-            async with open_libp2p(key, config, rules) as network:
-                yield network
-            return
-        async with self._hub.open_network(
-            key, record_validator=rules.validate, record_selector=rules.select
-        ) as network:
-            yield network
+    @property
+    def trace(self) -> str:
+        """Hash of all that has happened between the nodes so far, in hex; empty over libp2p."""
+        return self._trace.digest if self._trace else ""
 
     async def start(self, node: SwarmNode) -> None:
-        """Start a node that is down; it knows the addresses of those that have run so far."""
-        if node.is_up:
-            return
-        started = trio.Event()
-        known = [address for other, address in self._addresses.items() if other is not node]
-        self._nursery.start_soon(node.run, known, started)
-        await started.wait()
-        self._addresses[node] = node.node.addresses[0]
+        """Start a node that is down; it knows where the others are or were."""
+        if not node.is_up:
+            known = [other.address for other in self.nodes if other is not node and other.address]
+            await node.start(self._nursery, known)
 
     async def stop(self, node: SwarmNode) -> None:
-        """Stop a node in good order: it finishes or hands back its jobs."""
+        """Stop a node in good order: it hands back its jobs and says that it leaves."""
         await node.stop()
+
+    async def crash(self, node: SwarmNode) -> None:
+        """Kill a node: at once nothing of it reaches its disk or anybody else. Returns when its tasks are gone."""
+        node.kill()
+        await node.wait_until_down()
+
+    def crash_at(self, node: SwarmNode, transition: int) -> None:
+        """Kill a node when its n-th transition from now on is on its disk, and nothing is sent of it."""
+        if transition < 1:
+            msg = "the next transition is number 1"
+            raise LocalError(msg)
+        node.kill_after(transition)
+
+    async def restart(self, node: SwarmNode) -> None:
+        """Start a node again with its key and its disk, stopping it in good order if it runs."""
+        if node.is_up:
+            await node.stop()
+        await self.start(node)
+
+    def skew(self, node: SwarmNode, seconds: float) -> None:
+        """Set a node's clock ahead, or back if negative."""
+        node.skew_ms = round(seconds * MS_PER_S)
+
+    def partition(self, *groups: Iterable[SwarmNode]) -> None:
+        """Split the network: only members of the same group reach each other; those in none are one more group."""
+        self._memory().partition(*([node.node_id for node in group] for group in groups))
+
+    def heal(self) -> None:
+        """End the partition."""
+        self._memory().heal()
+
+    def _memory(self) -> MemoryHub:
+        if self._hub is None:
+            msg = "real sockets cannot be partitioned"
+            raise LocalError(msg, hint="leave network= out")
+        return self._hub
 
     async def advance(self, *, hours: float = 0.0, seconds: float = 0.0) -> None:
         """Let time pass: real time, or virtual time in next to none."""
         await trio.sleep(hours * HOUR_S + seconds)
 
-    def skew(self, node: SwarmNode, seconds: float) -> None:
-        """Set a node's clock ahead, or back if negative."""
-        node.skew_ms = round(seconds * MS_PER_S)
+    async def rendezvous(self, timeout_s: float = RENDEZVOUS_S) -> None:
+        """Wait until every running consumer has found all running providers, and they hear it. Raises TooSlowError."""
+        with trio.fail_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                for consumer in self.consumers:
+                    if consumer.is_up:
+                        nursery.start_soon(self._find_providers, consumer)
+
+    async def _find_providers(self, consumer: SwarmNode) -> None:
+        wanted = {provider.node_id for provider in self.providers if provider.is_up}
+        while True:
+            found = await consumer.node.find_providers(self.model_root)
+            if wanted <= {record.sender for record in found} & set(consumer.node.network.peers):
+                return
+            await trio.sleep(LOOK_S)
+
+    async def settle(self, timeout_s: float = SETTLE_S) -> None:
+        """Wait until all jobs have ended and nothing of them is left over, then check everything.
+
+        Raises InvariantBroken, also when it takes longer than `timeout_s` seconds.
+        """
+        with trio.move_on_after(timeout_s):
+            while self._left_over():  # noqa: ASYNC110 - many things are waited for
+                await trio.sleep(LOOK_S)
+        for detail in self._left_over():
+            raise InvariantBroken(Invariant.ENDS, detail)
+        self.assert_invariants()
+
+    def _left_over(self) -> list[str]:
+        """What running nodes still have to do."""
+        left: list[str] = []
+        for node in self.running:
+            streams = node.node.network.statistics().streams
+            left += [
+                f"job {job.job_id.hex()[:8]} of {node.name} is {job.state.value}"
+                for job in self.ledger.unfinished(node.name)
+            ]
+            if streams:
+                left.append(f"{node.name} has {streams} streams")
+            # Over libp2p each connection has tasks, and connections come and go.
+            if self._hub is not None and node.tasks > node.idle_tasks:
+                left.append(f"{node.name} has {node.tasks} tasks, {node.idle_tasks} when it was idle")
+        return left
+
+    def assert_invariants(self) -> None:
+        """Check what must hold at any moment. Raises InvariantBroken.
+
+        States follow the table; nobody is paid twice or without a receipt; both sides agree; queues are bounded.
+        """
+        self.ledger.check()
+        for node in self.running:
+            for what, size, limit in _queues(node):
+                if size > limit:
+                    raise InvariantBroken(Invariant.BOUNDED, f"{node.name}: {size} {what}, and not {limit}")
+
+
+def _queues(node: SwarmNode) -> list[tuple[str, int, int]]:
+    """What a node holds of something, and how much it may."""
+    market, role = node.node.market.statistics(), node.node.provider
+    queues = [
+        ("offers waiting", market.offers.waiting, OFFER_QUEUE),
+        ("bids waiting", market.bids.waiting, OFFER_QUEUE),
+        ("jobs waiting for bids", market.waiting_jobs, MAX_WAITING_JOBS),
+        ("streams", node.node.network.statistics().streams, 2 * MAX_STREAMS),
+    ]
+    if role is not None:
+        provider = role.statistics()
+        queues += [
+            ("jobs running", provider.running, provider.slots),
+            ("bids out", provider.outstanding, MAX_OUTSTANDING),
+        ]
+    return queues
 
 
 @asynccontextmanager
@@ -208,45 +257,97 @@ async def open_swarm(
     consumers: int = 1,
     seed: int = 1,
     clock: Literal["virtual", "real"] = "virtual",
-    network: MemoryHub | Literal["libp2p"] | None = None,
+    network: NetworkModel | Literal["libp2p"] | None = None,
     executor: OpenExecutor | None = None,
     model_root: bytes | None = None,
 ) -> AsyncGenerator[Swarm]:
     """A swarm within the block: real nodes that have found each other.
 
-    With the virtual clock, run under `trio.testing.MockClock(autojump_threshold=0)`, as `aci_p2p.testing.run` and the
-    pytest fixture do. `executor` replaces the toy model; `model_root` is then the root of what it serves.
+    With the virtual clock, run under `MockClock(autojump_threshold=0)`, as `aci_p2p.testing.run` and the pytest fixture
+    do; equal seeds then give equal runs. `network`: how an imagined one behaves (None: 10 ms from node to node), or
+    "libp2p" for loopback sockets and real time. `executor` replaces the toy model; `model_root` is then the root of
+    what it serves.
 
-    Raises LocalError for parts that do not fit together.
+    Raises LocalError for parts that do not fit together, TooSlowError when the nodes do not find each other.
     """
-    model = ToyModel(MODEL)
+    _check(clock, network)
+    model, trace = ToyModel(MODEL), Trace()
 
     @asynccontextmanager
     async def open_toy(_number: int) -> AsyncGenerator[Executor]:
         yield ToyExecutor(model)
 
+    hub: MemoryHub | None = None
+    if network != "libp2p":
+        hub = MemoryHub(latency=LATENCY_S, model=network, random=Random(seed), note=trace.note)  # noqa: S311 - is to repeat
+    cables = Cables(partial(_open_endpoint, hub), hub)
     is_virtual = clock == "virtual"
-    if is_virtual and network == "libp2p":
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aci-swarm-")))
+        if is_virtual:
+            stack.enter_context(repeatable_scheduling(seed))
+        around = Surroundings(
+            seed=seed,
+            clock=_virtual_clock if is_virtual else system_clock,
+            threads=not is_virtual,
+            open_network=cables.open_network,
+            cut=cables.cut,
+            mend=cables.mend,
+            ledger=Ledger(NETWORK),
+            model_root=model_root or model.root,
+        )
+        async with open_background() as nursery:
+            swarm = Swarm(around, nursery, hub, trace if hub else None)
+            for number in range(providers):
+                swarm.providers.append(_provider(number, folder, around, executor or open_toy))
+            for number in range(consumers):
+                name = f"consumer-{number}"
+                swarm.consumers.append(SwarmNode(name, _config(folder, name), around, None))
+            await _begin(swarm)
+            yield swarm
+
+
+def _check(clock: str, network: NetworkModel | str | None) -> None:
+    if clock == "virtual" and network == "libp2p":
         msg = "sockets know nothing of virtual time"
         raise LocalError(msg, hint='use clock="real" with network="libp2p"')
-    hub = None if network == "libp2p" else network or MemoryHub(latency=0.01)
-    with tempfile.TemporaryDirectory(prefix="aci-swarm-") as folder:
-        async with trio.open_nursery() as nursery:
-            swarm = Swarm(
-                seed, nursery, hub, virtual_clock if is_virtual else system_clock, executor or open_toy,
-                model_root or model.root,
-            )  # fmt: skip
-            for number in range(providers):
-                price = FIRST_PRICE + number * PRICE_STEP
-                serving = ProviderConfig(models=(MODEL,), input_token_price=price // 4, output_token_price=price)
-                config = NodeConfig(home=Path(folder) / f"provider-{number}", provider=serving)
-                swarm.providers.append(SwarmNode(swarm, f"provider-{number}", config, number))
-            for number in range(consumers):
-                config = NodeConfig(home=Path(folder) / f"consumer-{number}")
-                swarm.consumers.append(SwarmNode(swarm, f"consumer-{number}", config, None))
-            for node in swarm.nodes:
-                await swarm.start(node)
-            try:
-                yield swarm
-            finally:
-                nursery.cancel_scope.cancel()
+    if clock == "virtual" and not isinstance(trio.lowlevel.current_clock(), MockClock):
+        msg = "the virtual clock needs trio's MockClock"
+        raise LocalError(msg, hint='use `aci_p2p.testing.run`, the fixture `swarm`, or clock="real"')
+
+
+def _virtual_clock() -> int:
+    return START_MS + virtual_clock()
+
+
+def _config(folder: Path, name: str, provider: ProviderConfig | None = None) -> NodeConfig:
+    return NodeConfig(home=folder / name, network=NETWORK, key=name, own_key=True, provider=provider)
+
+
+def _provider(number: int, folder: Path, around: Surroundings, executor: OpenExecutor) -> SwarmNode:
+    price = FIRST_PRICE + number * PRICE_STEP
+    serving = ProviderConfig(models=(MODEL,), input_token_price=price // INPUT_SHARE, output_token_price=price)
+    name = f"provider-{number}"
+    return SwarmNode(name, _config(folder, name, serving), around, lambda: executor(number))
+
+
+async def _begin(swarm: Swarm) -> None:
+    """Start all nodes, and let them find each other."""
+    for node in swarm.nodes:
+        await swarm.start(node)
+    await swarm.rendezvous()
+    for node in swarm.nodes:
+        node.idle_tasks = node.tasks
+
+
+@asynccontextmanager
+async def _open_endpoint(
+    hub: MemoryHub | None, key: KeyPair, config: NetworkConfig, rules: RecordRules
+) -> AsyncGenerator[Network]:
+    opening = (
+        open_libp2p(key, config, rules)
+        if hub is None
+        else hub.open_network(key, record_validator=rules.validate, record_selector=rules.select)
+    )
+    async with opening as network:
+        yield network

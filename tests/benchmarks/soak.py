@@ -8,18 +8,20 @@ allowed for its kind fails. Run: `.venv/bin/python tests/benchmarks/soak.py [--m
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
 import os
 import platform
 import random
+import socket
 import sys
 import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -30,6 +32,7 @@ import trio
 from aci_p2p import ACI, NodeConfig, ProviderConfig, open_node
 from aci_p2p.clock import system_clock
 from aci_p2p.executor import ModelStore
+from aci_p2p.network import NetworkConfig
 from aci_p2p.node import Node
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.tasks import open_background
@@ -63,9 +66,10 @@ ALLOWED: Final[Mapping[str, tuple[float, float]]] = {
 ALLOWED_TABLE: Final = (32.0, 0.05)
 """The same for each table of the residents, entries."""
 
-FILLING: Final = frozenset({"Joiner._others", "Topic._refused"})
-"""Tables that forget nothing before they are full (MAX_CANDIDATES, MAX_REFUSED): shown, but not judged. Churners listen
-on another port each time, and each of their addresses is one to try."""
+FILLING: Final = frozenset({"Topic._refused"})
+"""Tables that forget nothing before they are full (MAX_REFUSED): shown, but not judged."""
+
+_LIBC: Final = ctypes.CDLL("libc.so.6")
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,8 @@ def _attributes(thing: object) -> list[tuple[str, object]]:
 def sample(residents: Sequence[Node]) -> dict[str, float]:
     """Everything that must not grow, now."""
     gc.collect()
+    # What the allocator has free goes back to the system first: it is not in use.
+    _LIBC.malloc_trim(0)
     statistics = trio.lowlevel.current_statistics()
     process: dict[str, float] = {
         "memory MiB": _memory(os.getpid()),
@@ -222,7 +228,7 @@ async def main(seconds: float) -> Soak:
         nursery = await stack.enter_async_context(open_background())
         for node in residents:
             nursery.start_soon(_publish, node)
-        free = list(range(POOL))
+        free = _free_ports(POOL)
         for _ in range(CHURNERS):
             nursery.start_soon(_churn, home, residents, free, rng, root.hex(), counts)
         times: list[float] = []
@@ -233,6 +239,15 @@ async def main(seconds: float) -> Soak:
             samples.append(sample(residents))
             await trio.sleep(seconds / SAMPLES)
     return _report(times, samples, counts)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free now: each churner has its own, as a daemon has."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 async def _publish(node: Node) -> None:
@@ -249,9 +264,10 @@ async def _churn(
 ) -> None:
     """One churner after the other, for ever."""
     while True:
-        number = free.pop(rng.randrange(len(free)))
+        port = free.pop(rng.randrange(len(free)))
         bootstrap = tuple(rng.choice(residents).addresses[0] for _ in range(2))
-        config = NodeConfig(home=home / f"churner-{number}", bootstrap=bootstrap)
+        listen = NetworkConfig(listen=(f"/ip4/127.0.0.1/tcp/{port}",))
+        config = NodeConfig(home=home / f"churner-{port}", p2p=listen, bootstrap=bootstrap)
         try:
             with trio.move_on_after(rng.uniform(*VISIT_S)):
                 await _visit(config, model, counts, ask=rng.random() < 0.5)
@@ -259,7 +275,7 @@ async def _churn(
             counts.failed += 1
             sys.stderr.write(f"{error.message}\n")
         counts.visits += 1
-        free.append(number)
+        free.append(port)
 
 
 async def _visit(config: NodeConfig, model: str, counts: Counts, *, ask: bool) -> None:

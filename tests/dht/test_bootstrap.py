@@ -335,3 +335,20 @@ def test_whatever_happens_the_machine_holds(steps: list[tuple[int, int, float]])
     rest = joiner.next_attempts((), now + 10) + joiner.next_attempts((), now + 1_000)
     assert {at(1), "/dnsaddr/boot.example"} <= set(rest)
     assert bootstrap.MAX_BACK_OFF_S < 1_000
+
+
+def test_failures_are_kept_without_frames(joiner: Joiner) -> None:
+    address = at(1)
+    joiner.name([address], 0)
+    joiner.next_attempts(set(), 0)
+    try:
+        try:
+            int("")
+        except ValueError as cause:
+            msg = "refused"
+            raise ResourceError(msg) from cause
+    except ResourceError as error:
+        joiner.failed(address, error, 1)
+    ((_, failure),) = joiner.report()[0].failures
+    assert failure.message == "refused"
+    assert (failure.__traceback__, failure.__cause__, failure.__context__) == (None, None, None)

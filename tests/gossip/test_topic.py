@@ -18,7 +18,8 @@ from aci_p2p.gossip import topic as topics
 from aci_p2p.network import Network, Stream, StreamClosed
 from aci_p2p.network.delivery import message_id
 from aci_p2p.network.limits import MAX_REJECTS_PER_MINUTE
-from aci_p2p.network.memory import MemoryHub, MemoryNetwork
+from aci_p2p.network.memory import MemoryHub
+from aci_p2p.network.memory_endpoint import MemoryNetwork
 from aci_p2p.protocol.catchup import MAX_MESSAGE_BYTES, NO_EPOCH, Fetch, Fetched, Head, News, Since, decode, encode
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.errors import LocalError, ResourceError

@@ -374,7 +374,11 @@ async def test_connections_from_one_network_are_bounded(monkeypatch: pytest.Monk
             await _try_to_dial(other, ours)
         assert len(ours.peers) == 2
         # Others still come in.
-        monkeypatch.setattr(host, "source_of", lambda _: "2600:1:2::/64")
+
+        def elsewhere(_ip: str) -> str:
+            return "2600:1:2::/64"
+
+        monkeypatch.setattr(host, "source_of", elsewhere)
         await others[-1].dial(ours.node_id, ours.addresses)
         assert len(ours.peers) == 3
 

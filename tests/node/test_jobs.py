@@ -131,7 +131,7 @@ class PacedStream(Stream):
 
 def connected() -> tuple[MemoryStream, MemoryStream]:
     """Our end and the peer's end of a stream."""
-    there, back = Pipe(0), Pipe(0)
+    there, back = Pipe(), Pipe()
     return MemoryStream(PEER, back, there), MemoryStream(US, there, back)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from aci_p2p.protocol import bidding
@@ -54,16 +52,12 @@ def test_a_bid_names_the_price_of_its_model(book: BidBook) -> None:
 
 
 @pytest.mark.parametrize(
-    "refuses",
-    [
-        lambda book: book.bid(offer(root=bytes(32)), NOW, running=0, addresses=()),
-        lambda book: book.bid(offer(max_tokens=100), NOW, running=0, addresses=()),
-        lambda book: book.bid(offer(), NOW, running=2, addresses=()),
-    ],
+    ("offered", "running"),
+    [(offer(root=bytes(32)), 0), (offer(max_tokens=100), 0), (offer(), 2)],
     ids=["other model", "longer than the context", "no slot"],
 )
-def test_no_bid(book: BidBook, refuses: Callable[[BidBook], object]) -> None:
-    assert refuses(book) is None
+def test_no_bid(book: BidBook, offered: Envelope[Offer], running: int) -> None:
+    assert book.bid(offered, NOW, running=running, addresses=()) is None
     assert not len(book)
 
 

@@ -27,7 +27,7 @@ FIND_S = 2.0
 """Within which 95% of the daemons find the only provider, seconds."""
 BACK_S = 10.0
 """Within which those that were killed are back, the start of their processes included, seconds."""
-JOIN_S = 5.0
+JOIN_S = 10.0
 """The same beyond the start of as many bare interpreters, where that alone takes the time: a machine that is busy."""
 NEIGHBOURS = 3
 """Connections of a node that is back."""

@@ -59,6 +59,7 @@ def marked(names: list[str], reason: str) -> list[object]:
 
 @thorough
 @pytest.mark.slow
+@pytest.mark.simulation
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", marked(PAYING, "pays"))
 def test_an_attack_brings_nothing(name: str) -> None:
@@ -71,6 +72,7 @@ def test_an_attack_brings_nothing(name: str) -> None:
 
 @thorough
 @pytest.mark.slow
+@pytest.mark.simulation
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", marked(HARMING, "harms"))
 def test_an_attack_spoils_next_to_nothing(name: str) -> None:

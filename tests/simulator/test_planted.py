@@ -50,6 +50,7 @@ def test_there_are_bugs_to_find() -> None:
 
 @thorough
 @pytest.mark.slow
+@pytest.mark.simulation
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
 def test_a_planted_bug_is_found(patch: Path, tmp_path: Path) -> None:
@@ -65,6 +66,7 @@ def test_a_planted_bug_is_found(patch: Path, tmp_path: Path) -> None:
 
 @thorough
 @pytest.mark.slow
+@pytest.mark.simulation
 @pytest.mark.timeout(300)
 def test_nothing_is_found_without_a_bug(tmp_path: Path) -> None:
     assert hunt(copy_packages(tmp_path), TRUE_SEEDS)["seed"] is None

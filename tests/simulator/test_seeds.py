@@ -56,6 +56,7 @@ def add(found: list[dict[str, Any]], name: str) -> Counter[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.simulation
 @pytest.mark.timeout(900)
 def test_random_worlds() -> None:
     hunts = [start(first, SEEDS, PROCESSES) for first in range(1, PROCESSES + 1)]

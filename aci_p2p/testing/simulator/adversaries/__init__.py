@@ -1,56 +1,7 @@
 """Attackers of the simulated market, by name."""
 
-from typing import Final
-
 from aci_p2p.testing.simulator.adversaries.base import Attacker, Part
-from aci_p2p.testing.simulator.adversaries.consumers import (
-    AwardTwice,
-    ForgedReceipt,
-    OfferSpam,
-    OtherPrompt,
-    PaymentRefusal,
-    SilentWinner,
-)
-from aci_p2p.testing.simulator.adversaries.gossipers import (
-    BidSpam,
-    Censor,
-    ForgedBid,
-    LyingClock,
-    Malformed,
-    OtherNetwork,
-    OtherTerms,
-    OtherVersion,
-    Replay,
-    StaleBid,
-    StolenOffer,
-    SybilBids,
-)
-from aci_p2p.testing.simulator.adversaries.keepers import Eclipse
-from aci_p2p.testing.simulator.adversaries.providers import (
-    BidDumping,
-    CutShort,
-    FailsAfterWinning,
-    Impostor,
-    LooseCommitment,
-    QuantisedModel,
-    SlowStream,
-    TooLong,
-    TruncatedResult,
-    WithheldResult,
-    WrongModel,
-    WrongPrompt,
-)
+from aci_p2p.testing.simulator.adversaries.strategies import STRATEGIES
 from aci_p2p.testing.simulator.adversaries.unbuilt import UNBUILT, UnbuiltAttack
-
-STRATEGIES: Final[dict[str, type[Attacker]]] = {
-    strategy.name: strategy
-    for strategy in (
-        AwardTwice, BidDumping, BidSpam, Censor, CutShort, Eclipse, FailsAfterWinning, ForgedBid, ForgedReceipt,
-        Impostor, LooseCommitment, LyingClock, Malformed, OfferSpam, OtherNetwork, OtherPrompt, OtherTerms,
-        OtherVersion, PaymentRefusal, QuantisedModel, Replay, SilentWinner, SlowStream, StaleBid, StolenOffer,
-        SybilBids, TooLong, TruncatedResult, WithheldResult, WrongModel, WrongPrompt,
-    )
-}  # fmt: skip
-"""Every strategy, by name."""
 
 __all__ = ["STRATEGIES", "UNBUILT", "Attacker", "Part", "UnbuiltAttack"]

@@ -1,0 +1,308 @@
+"""Swarms: nodes that have found each other, what may happen to them, and that what must hold is noticed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import trio
+
+from aci_p2p import NoBids, Requirements
+from aci_p2p.executor import Executor
+from aci_p2p.network.memory_medium import KEEP_ALIVE_S
+from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.job import JobRecord
+from aci_p2p.protocol.lifecycle import State
+from aci_p2p.testing import ROUGH, InvariantBroken, NodeDown, Swarm, ToyExecutor, ToyModel, open_swarm, run
+from aci_p2p.testing.ledger import Ledger
+from aci_p2p.testing.swarm import NETWORK
+
+PAID = (State.AWARDED, State.ACCEPTED, State.STREAMING, State.COMMITTED, State.REVEALED, State.RECEIPTED)
+"""States of a provider's job until it is paid."""
+OpenSwarm = Callable[..., AbstractAsyncContextManager[Swarm]]
+
+
+async def test_cheapest_of_those_who_found_each_other_answers(swarm: Swarm) -> None:
+    consumer = swarm.consumers[0]
+    assert {node.node_id for node in swarm.providers} <= set(consumer.node.network.peers)
+    answer = await consumer.ask("Who are you?", max_tokens=8)
+    assert answer.provider == swarm.providers[0].node_id
+    assert answer.text
+    await swarm.settle()
+
+
+async def test_options_reach_the_client(swarm: Swarm) -> None:
+    with pytest.raises(NoBids):
+        await swarm.consumers[0].ask("For nothing?", requirements=Requirements(max_price=1))
+
+
+async def test_day_passes_and_jobs_become_final(swarm: Swarm) -> None:
+    await swarm.consumers[0].ask("Who are you?", max_tokens=8)
+    before = swarm.clock()
+    await swarm.advance(hours=25, seconds=100)
+    assert swarm.clock() - before == 25 * 3_600_000 + 100_000
+    assert [job.state for node in (*swarm.consumers, swarm.providers[0]) for job in node.jobs] == [State.FINAL] * 2
+
+
+async def test_stopped_node_is_missed_and_comes_back(swarm: Swarm) -> None:
+    first, second, _ = swarm.providers
+    identity = first.node_id
+    await swarm.stop(first)
+    assert first not in swarm.running
+    with pytest.raises(NodeDown):
+        await first.ask("Are you there?")
+    assert (await swarm.consumers[0].ask("Who is left?")).provider == second.node_id
+    await swarm.start(first)
+    await swarm.rendezvous()
+    assert first.node_id == identity
+    assert (await swarm.consumers[0].ask("Who is back?")).provider == identity
+    await swarm.restart(first)
+    assert first.is_up
+
+
+async def test_partition_hides_the_others_and_heals(swarm: Swarm) -> None:
+    consumer, (first, *others) = swarm.consumers[0], swarm.providers
+    swarm.partition([consumer, *others], [first])
+    await swarm.advance(seconds=KEEP_ALIVE_S + 1)
+    assert first.node_id not in consumer.node.network.peers
+    assert not first.node.network.peers
+    assert (await consumer.ask("Who hears me?")).provider == others[0].node_id
+    swarm.heal()
+    await swarm.rendezvous()
+    assert (await consumer.ask("Who hears me now?")).provider == first.node_id
+    await swarm.settle()
+
+
+async def test_unnamed_nodes_are_a_group_of_their_own(swarm: Swarm) -> None:
+    consumer = swarm.consumers[0]
+    swarm.partition([consumer])
+    await swarm.advance(seconds=KEEP_ALIVE_S + 1)
+    assert not consumer.node.network.peers
+    assert len(swarm.providers[0].node.network.peers) == 2
+
+
+async def test_job_across_a_partition_ends(swarm: Swarm) -> None:
+    consumer = swarm.consumers[0]
+    async with consumer.stream("Tell me everything", max_tokens=200) as stream:
+        await anext(stream)
+        swarm.partition([consumer])
+        with pytest.raises(AciError):
+            async for _ in stream:
+                pass
+    swarm.heal()
+    await swarm.settle()
+    assert [job.state for job in consumer.jobs] == [State.PROVIDER_FAULT]
+
+
+async def test_clock_that_is_off_is_not_believed(swarm: Swarm) -> None:
+    consumer = swarm.consumers[0]
+    swarm.skew(consumer, 3_600)
+    assert consumer.node.clock() == swarm.clock() + 3_600_000
+    with pytest.raises(NoBids):
+        await consumer.ask("What time is it?")
+    swarm.skew(consumer, 0)
+    await swarm.advance(seconds=120)
+    await consumer.ask("And now?")
+
+
+async def test_rough_internet(open_swarm: OpenSwarm) -> None:
+    async with open_swarm(providers=4, consumers=2, network=ROUGH, seed=3) as swarm:
+        for number in range(3):
+            for consumer in swarm.consumers:
+                assert (await consumer.ask(f"Question {number}?", max_tokens=4)).text
+        await swarm.settle()
+
+
+async def test_own_executor(open_swarm: OpenSwarm) -> None:
+    model = ToyModel("another")
+
+    def open_executor(number: int) -> AbstractAsyncContextManager[Executor]:
+        return _held(ToyExecutor(model, fail_after=0 if number == 0 else None))
+
+    async with open_swarm(providers=2, executor=open_executor, model_root=model.root) as swarm:
+        with pytest.raises(AciError):
+            await swarm.consumers[0].ask("Does it work?")
+        assert swarm.model_root == model.root
+
+
+class _held(AbstractAsyncContextManager[Executor]):  # noqa: N801 - used as a function
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    async def __aenter__(self) -> Executor:
+        return self._executor
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+
+async def test_virtual_time_needs_its_clock() -> None:
+    with pytest.raises(LocalError, match="MockClock"):
+        async with open_swarm():
+            pass
+
+
+async def test_sockets_need_real_time(autojump_clock: object) -> None:
+    with pytest.raises(LocalError, match="virtual time"):
+        async with open_swarm(network="libp2p"):
+            pass
+
+
+async def test_first_transition_is_number_one(swarm: Swarm) -> None:
+    with pytest.raises(LocalError):
+        swarm.crash_at(swarm.providers[0], 0)
+
+
+@pytest.mark.slow
+async def test_crash_and_restart_over_sockets() -> None:
+    async with open_swarm(providers=2, clock="real", network="libp2p") as swarm:
+        consumer, (first, second) = swarm.consumers[0], swarm.providers
+        async with consumer.stream("Tell me everything", max_tokens=200) as stream:
+            await anext(stream)
+            await swarm.crash(first)
+            with pytest.raises(AciError), trio.fail_after(20):
+                async for _ in stream:
+                    pass
+        assert [job.state for job in first.jobs] == [State.STREAMING]
+        assert (await consumer.ask("Who is left?", max_tokens=4)).provider == second.node_id
+        await swarm.restart(first)
+        await swarm.rendezvous()
+        assert [job.state for job in first.jobs] == [State.CANCELLED]
+        assert (await consumer.ask("Who is back?", max_tokens=4)).provider == first.node_id
+        with pytest.raises(LocalError, match="partitioned"):
+            swarm.partition([first])
+        swarm.assert_invariants()
+
+
+# What must hold is noticed when it does not.
+
+
+async def test_job_that_goes_on_is_no_rest(swarm: Swarm) -> None:
+    async with swarm.consumers[0].stream("Tell me everything", max_tokens=200) as stream:
+        await anext(stream)
+        with pytest.raises(InvariantBroken, match="every job ends"):
+            await swarm.settle(0.1)
+
+
+async def test_task_that_nobody_waits_for_is_noticed(swarm: Swarm) -> None:
+    node = swarm.providers[0]
+    async with swarm.consumers[0].stream("Who?", max_tokens=1) as stream:
+        async for _ in stream:
+            pass
+    await swarm.settle()
+    discovery = node.node.discovery
+    discovery._nursery.start_soon(trio.sleep_forever)
+    with pytest.raises(InvariantBroken, match="tasks"):
+        await swarm.settle(2)
+
+
+async def answered(swarm: Swarm) -> JobRecord:
+    """The first provider's record of a job that is done."""
+    await swarm.consumers[0].ask("Who are you?", max_tokens=4)
+    await swarm.settle()
+    (job,) = swarm.providers[0].jobs
+    return job
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("states follow the table", {"state": State.STREAMING}),
+        ("no money without a receipt", {"price": 7}),
+        ("no money without a receipt", {"receipt": b"IOU"}),
+    ],
+)
+async def test_wrong_record_is_noticed(open_swarm: OpenSwarm, name: str, change: dict[str, Any]) -> None:
+    async with open_swarm() as swarm:
+        job = await answered(swarm)
+        swarm.ledger.stored("provider-0", [replace(job, **{"state": State.FINAL, **change})])
+        with pytest.raises(InvariantBroken, match=name):
+            swarm.assert_invariants()
+
+
+async def test_two_paid_providers_are_noticed(open_swarm: OpenSwarm) -> None:
+    with pytest.raises(InvariantBroken, match="one result for a job"):
+        async with open_swarm() as swarm:
+            job = await answered(swarm)
+            swarm.ledger.stored("provider-1", [replace(job, state=state) for state in PAID])
+            swarm.assert_invariants()
+
+
+async def test_money_out_of_nowhere_is_noticed(open_swarm: OpenSwarm) -> None:
+    async with open_swarm() as swarm:
+        job = await answered(swarm)
+        swarm.ledger.stored("consumer-0", [replace(swarm.consumers[0].jobs[0], state=State.FINAL)])
+        ledger = Ledger(NETWORK)
+        ledger.stored("provider-0", [replace(job, state=state) for state in PAID])
+        with pytest.raises(InvariantBroken, match="paid by nobody"):
+            ledger.check()
+
+
+async def test_queue_without_bounds_is_noticed(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    await swarm.consumers[0].ask("Who are you?", max_tokens=4)
+    monkeypatch.setattr("aci_p2p.testing.swarm.MAX_OUTSTANDING", 0)
+    with pytest.raises(InvariantBroken, match="bids out"):
+        swarm.assert_invariants()
+    monkeypatch.undo()
+
+
+# Equal seeds give equal runs.
+
+_PROBE = """
+from aci_p2p.testing import ROUGH, open_swarm, run
+
+async def main():
+    async with open_swarm(providers=3, consumers=2, seed={seed}, network=ROUGH) as swarm:
+        await swarm.consumers[0].ask("Who?", max_tokens=4)
+        await swarm.crash(swarm.providers[1])
+        swarm.partition([swarm.consumers[0]])
+        await swarm.advance(seconds=60)
+        swarm.heal()
+        await swarm.restart(swarm.providers[1])
+        await swarm.advance(hours=1)
+        await swarm.consumers[1].ask("And who?", max_tokens=4)
+        await swarm.settle()
+        print(swarm.trace)
+
+run(main, seed={seed})
+"""
+
+
+def trace_of(seed: int, hash_seed: str) -> str:
+    """The trace of a run in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", _PROBE.format(seed=seed)],
+        check=True, capture_output=True, text=True, env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": ":".join(sys.path)},
+    ).stdout  # fmt: skip
+
+
+@pytest.mark.slow
+def test_runs_repeat_whatever_the_hash_seed() -> None:
+    traces = [trace_of(5, hash_seed) for hash_seed in ("0", "1", "42")]
+    assert len(traces[0]) == 65
+    assert len(set(traces)) == 1
+    assert trace_of(6, "0") != traces[0]
+
+
+def test_run_returns_what_the_function_returns_and_takes_no_time() -> None:
+    async def sleep(hours: float) -> float:
+        await trio.sleep(3_600 * hours)
+        return trio.current_time()
+
+    assert run(sleep, 1_000) == 3_600_000
+
+
+def test_scheduling_is_as_before_behind_a_run() -> None:
+    random = trio._core._run._r
+    before = random.getstate()
+
+    async def nothing() -> None:
+        await trio.lowlevel.checkpoint()
+
+    run(nothing)
+    assert random.getstate() == before
