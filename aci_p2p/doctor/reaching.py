@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Final
 
 import trio
@@ -92,11 +93,12 @@ def _is_bound_to(held: str, told: str) -> bool:
 
 async def check_names(subject: Subject) -> list[Finding]:
     """Whether the names of bootstrap addresses can be resolved."""
-    findings: list[Finding] = []
+    found: dict[str, list[Finding]] = {address: [] for address in subject.config.bootstrap}
     async with trio.open_nursery() as nursery:
-        for address in subject.config.bootstrap:
+        for address, findings in found.items():
             nursery.start_soon(_look_at_name, address, findings)
-    return findings or [ok("DNS", "no bootstrap address has a name to resolve")]
+    # Told in the order of the settings, whoever answers first.
+    return list(chain(*found.values())) or [ok("DNS", "no bootstrap address has a name to resolve")]
 
 
 async def _look_at_name(address: str, findings: list[Finding]) -> None:
@@ -141,13 +143,16 @@ async def check_bootstrap(subject: Subject, probe: Probe) -> list[Finding]:
         except AciError as error:
             failures[address] = error
 
+    addresses = list(dict.fromkeys(await _behind(told)))[:MAX_ADDRESSES]
     async with trio.open_nursery() as nursery:
-        for address in (await _behind(told))[:MAX_ADDRESSES]:
+        for address in addresses:
             nursery.start_soon(dial, address)
     action = "check that it runs and that no firewall is between, or use another --bootstrap"
     make = warning if results else problem
-    found = [ok("bootstrap", text) for text in results.values()]
-    found += [make("bootstrap", error.message, error.hint or action) for error in failures.values()]
+    # Told in the order of the settings, whoever answers first.
+    found = [ok("bootstrap", results[address]) for address in addresses if address in results]
+    failed = [failures[address] for address in addresses if address in failures]
+    found += [make("bootstrap", error.message, error.hint or action) for error in failed]
     return found or [problem("bootstrap", "no name leads to an address", "see DNS above")]
 
 

@@ -2,7 +2,7 @@
 
 Residents stay; churners come and go, each an identity out of a pool: they join, look for the only provider, publish
 offers, run a job now and then, and leave. A line is fitted to what comes after the warm-up, and growth beyond what is
-allowed for its kind fails. Run: `.venv/bin/python tests/benchmarks/soak.py [--minutes 20] [--json]`.
+allowed for its kind fails. Run: `.venv/bin/python -m tests.benchmarks.soak [--minutes 20] [--json]`.
 """
 
 from __future__ import annotations
