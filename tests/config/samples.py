@@ -15,6 +15,9 @@ SPECIAL = {
     "p2p.low_water": ("7", "8"),
     "p2p.high_water": ("1000", "1001"),
     "home": ("/a", "/b"),
+    "bootstrap": ("/dnsaddr/boot.example,/dns4/boot.example/tcp/9400", "/ip6/::1/tcp/1"),
+    "p2p.listen": ("/ip4/127.0.0.1/tcp/0,/ip6/::/tcp/9400", "/ip4/127.0.0.1/tcp/1"),
+    "p2p.announce": ("/dns4/node.example/tcp/9400,/ip4/192.0.2.1/tcp/1", "/ip6/2001:db8::1/tcp/1"),
 }
 """Where the first or second value of its kind would be refused."""
 
