@@ -29,6 +29,12 @@ def rows() -> dict[str, list[str]]:
     return found
 
 
+def test_what_is_not_known_is_said_to_be_unknown() -> None:
+    running = status()
+    running["process"]["file_descriptors"] = None
+    assert "unknown of 1024 files" in dict(status_rows(running))["machine"]
+
+
 def test_everything_is_shown() -> None:
     assert rows() == {
         "node": [NODE, "key node, network aci-test, aci-p2p 0.1.0"],
@@ -154,7 +160,7 @@ def test_many_questions_leave_nothing_behind(cli: Cli, start: Start, home: Path)
     wait_for(start("join", "--no-serve", *LOOPBACK), "listening on ")
     path = home / "run" / "node.sock"
 
-    def figures() -> tuple[int, int]:
+    def figures() -> tuple[int | None, int]:
         process = cast("StatusReport", control.ask(path, "status"))["process"]
         return process["file_descriptors"], process["tasks"]
 
