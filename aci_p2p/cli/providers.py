@@ -42,7 +42,8 @@ class NoProviders(ResourceError):
 def command(model: str | None, given: Given, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
     """Find the providers of MODEL, a name or a weights root in hex; exit code 4 when there is none.
 
-    The running node of this machine is asked; without one, or with --bootstrap, the command joins the network itself.
+    The running node of this machine is asked, and is listed if it serves the model itself; without one, or with
+    --bootstrap, the command joins the network itself.
     """
     loaded = given.load()
     config = loaded.config.client_node
@@ -86,7 +87,7 @@ def _table(report: ProvidersReport) -> Table:
     for one in report["providers"]:
         cells = (
             one["provider"],
-            "yes" if one["connected"] else "no",
+            "this node" if one["this_node"] else "yes" if one["connected"] else "no",
             str(one["context"]),
             f"{one['free_slots']} of {one['slots']}",
             format_amount(int(one["input_token_price"])),
