@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import time
 from collections.abc import Generator
@@ -19,13 +20,17 @@ from tests.cli.conftest import LOOPBACK, Cli, Start, finish, one_line, wait_for,
 from tests.conftest import MODEL_HOME
 from tests.executor.tiny import write_tiny_model
 
+MARK = "TEST_PROCESSES_OF"
+"""Variable by which processes are known to be a test's own."""
 
-def workers() -> set[int]:
-    """Executor workers that run on this machine."""
+
+def workers(mark: str) -> set[int]:
+    """Executor workers that run on this machine and have inherited a mark, of a test's own, in their environment."""
     found: set[int] = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"aci_p2p.executor import worker" in (folder / "cmdline").read_bytes():
+            is_worker = b"aci_p2p.executor import worker" in (folder / "cmdline").read_bytes()
+            if is_worker and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 found.add(int(folder.name))
         except OSError:
             continue
@@ -34,13 +39,15 @@ def workers() -> set[int]:
 
 @contextmanager
 def no_orphans() -> Generator[None]:
-    """No worker outlives the block."""
-    before = workers()
-    yield
+    """No worker that began within the block outlives it; those of other test runs do not count."""
+    mark = secrets.token_hex()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK, mark)
+        yield
     deadline = time.monotonic() + 5
-    while workers() - before and time.monotonic() < deadline:
+    while workers(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not workers() - before
+    assert not workers(mark)
 
 
 @pytest.fixture
@@ -66,6 +73,7 @@ def test_a_tiny_model_end_to_end(cli: Cli, start: Start, tiny_home: Path, tmp_pa
     with no_orphans():
         provider = start("join", *LOOPBACK)
         address = wait_for(provider, "listening on ")
+        assert len(workers(os.environ[MARK])) == 1
         path = tmp_path / "a.aciproof"
         ask = ("infer", "--bootstrap", address, "--model", "tiny", "--max-tokens", "20", "--proof", str(path))
         result = cli(*ask, "--json", "--temperature", "0.9", "Hello!")
@@ -89,6 +97,15 @@ def test_a_tiny_model_end_to_end(cli: Cli, start: Start, tiny_home: Path, tmp_pa
         assert done.stdout.endswith("stopped\n")
         # One line of log for each job.
         assert [' ACI"' in line for line in done.stderr.splitlines() if "INFO job done" in line] == [True, True]
+
+
+def test_a_consumer_beside_a_node_asks_through_it(cli: Cli, start: Start, tiny_home: Path) -> None:
+    ask = ("infer", "--model", "tiny", "--max-tokens", "3", "Hello!")
+    node = start("join", *LOOPBACK)
+    wait_for(node, "listening on ")
+    answer = cli(*ask, "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["provider"] == json.loads(cli("status", "--json").stdout)["node"]["id"]
 
 
 def test_a_paid_answer_is_shown_though_its_proof_cannot_be_saved(
