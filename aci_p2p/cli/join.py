@@ -34,7 +34,7 @@ from aci_p2p.tasks import open_background
 _EPILOG: Final = """\b
 Examples:
   aci-p2p join                                      serve the models of the store, start a new network
-  aci-p2p join --bootstrap ADDRESS --serve MODEL    join a network and serve one model
+  aci-p2p join --bootstrap ADDRESS -s MODEL         join a network and serve one model of the store
   aci-p2p join --no-serve                           only help others to find each other
   aci-p2p join --listen /ip4/127.0.0.1/tcp/0        any free port, this machine only
   aci-p2p join --no-live --log-format json          lines for programs, also on a terminal

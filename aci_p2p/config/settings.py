@@ -181,10 +181,10 @@ SETTINGS: Final = (
     _switch("p2p.relay_client", "Be reachable through relays, if others cannot reach this node."),
     _switch("p2p.hole_punching", "Make relayed connections direct where the NATs allow it."),
     _switch("p2p.mdns", "Find and be found by nodes of the local network."),
-    _row("provider.serve", "--serve-models/--no-serve", "Serve models."),
+    _switch("provider.serve", "Serve models; without, the node only helps others to find each other."),
     _row(
         "provider.models",
-        "--serve -s",
+        "--serve-model -s",
         "Model to serve; more than one may be given, none: all in the store.",
         live=True,
     ),

@@ -103,7 +103,7 @@ def _look_at_models(subject: Subject) -> list[Finding]:
     present = sorted(entry.name for entry in path.iterdir() if is_model_name(entry.name)) if path.is_dir() else []
     wanted = provider.models if provider and provider.serve else ()
     missing = [
-        problem("models", f"{name} is to be served and is not in {path}", "add it, or serve others: --serve")
+        problem("models", f"{name} is to be served and is not in {path}", "add it, or serve others: --serve-model")
         for name in wanted
         if name not in present
     ]

@@ -59,7 +59,7 @@ def test_unknown_command_and_option_say_so(cli: Cli) -> None:
         (("infr",), "No such command 'infr'; see aci-p2p --help"),
         (("verify", "--nope", "x"), "No such option '--nope'; see aci-p2p verify --help"),
         (("join", "--slots"), "Option '--slots' requires an argument"),
-        (("infer", "hello"), "no node is known to ask: name one with --bootstrap, "),
+        (("infer", "hello"), "no node is known to ask, and none runs here: "),
     ):
         result = cli(*arguments)
         assert result.returncode == 2
@@ -181,7 +181,7 @@ def test_infer_refuses_bad_input_before_it_dials(cli: Cli) -> None:
 
 
 def test_join_without_its_model(cli: Cli) -> None:
-    line = one_line(cli("join", "--listen", "/ip4/127.0.0.1/tcp/0", "--serve", "nothing"), 2)
+    line = one_line(cli("join", "--listen", "/ip4/127.0.0.1/tcp/0", "--serve-model", "nothing"), 2)
     assert "nothing" in line
 
 

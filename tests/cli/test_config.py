@@ -51,7 +51,7 @@ def test_show_is_a_file_with_the_same_values(cli: Cli, home: Path, file: Path, t
     assert 'network = "aci-x" # ACI_NETWORK' in lines
     assert f'announce = ["/dns4/a.example/tcp/1"] # {file}:2' in lines
     assert "slots = 2 # --slots" in lines
-    assert "serve = false # --serve-models" in lines
+    assert "serve = false # --serve" in lines
     assert 'bootstrap = ["/dnsaddr/a", "/dnsaddr/b"] # --bootstrap' in lines
     assert 'key = "node" # default' in lines
     assert "# threads is not set # default" in lines
