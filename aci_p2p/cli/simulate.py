@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import click
+import trio
 from click.core import ParameterSource
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from aci_p2p.cli.common import json_option, print_json
 from aci_p2p.cli.texts import print_table
-from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
 from aci_p2p.protocol.pricing import format_amount
+from aci_p2p.testing.rehearsal import open_scenario, run_scenario
+from aci_p2p.testing.running import run
 from aci_p2p.testing.simulator import (
     STRATEGIES,
     Fault,
     InvariantBroken,
+    PlannedOutcome,
     Result,
     Scenario,
     Simulation,
@@ -37,6 +43,8 @@ KEPT_SEEDS: Final = Path("tests/seeds")
 _USUAL: Final = Scenario()
 _WORLD: Final = ("nodes", "hours", "adversaries", "strategies", "faults", "models", "interval")
 """Parameters that describe a world, and so make no sense beside another description."""
+_SHOWN: Final = 40
+"""Characters of a question or an answer in a table."""
 _EPILOG: Final = """\b
 Examples:
   aci-p2p simulate                                       a hundred nodes for an hour
@@ -45,6 +53,7 @@ Examples:
   aci-p2p simulate --adversaries 0.1 --strategy "wrong model" --html a.html
   aci-p2p simulate --random 42                           a world of which everything is left to chance
   aci-p2p simulate --scenario world.toml                 a world from a file
+  aci-p2p simulate --scenario world.toml --real libp2p   its planned jobs on real nodes over loopback sockets
 """
 
 
@@ -69,6 +78,8 @@ class SimulationFailed(AciError):
               help="Seconds between a consumer's jobs, on average.")  # fmt: skip
 @click.option("--random", "lot", type=int, metavar="SEED", help="Leave everything to chance, as the tests do.")
 @click.option("--scenario", "file", type=click.Path(path_type=Path, dir_okay=False), help="Read it from a file.")
+@click.option("--real", type=click.Choice(["memory", "libp2p"]),
+              help="Run the jobs of --scenario on real nodes instead, in memory or over loopback sockets.")  # fmt: skip
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False),
               help="Keep the scenario of a failure in this folder; tests/seeds where that exists.")  # fmt: skip
 @click.option("--html", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with pictures.")
@@ -87,6 +98,7 @@ def command(
     interval: float,
     lot: int | None,
     file: Path | None,
+    real: Literal["memory", "libp2p"] | None,
     keep: Path | None,
     picture: Path | None,
     listing: bool,  # noqa: FBT001 - click passes flags so
@@ -111,6 +123,12 @@ def command(
             job_interval_s=interval, faults=chosen,
         )  # fmt: skip
         again = _options(scenario)
+    if real is not None:
+        if file is None or picture is not None:
+            msg = "--real runs the jobs of a --scenario, and draws no pictures"
+            raise click.UsageError(msg)
+        _rehearse(scenario, real, as_json=as_json)
+        return
     simulation = Simulation(scenario)
     try:
         result = _run(simulation, quiet=as_json)
@@ -175,6 +193,7 @@ def _run(simulation: Simulation, *, quiet: bool) -> Result:
 def _document(simulation: Simulation, result: Result) -> dict[str, Any]:
     return {
         **asdict(summarise(result)),
+        "planned": [asdict(outcome) for outcome in result.planned],
         "faults": result.fired,
         "crashes_at_write": result.died_at,
         "refused": result.refused,
@@ -189,7 +208,9 @@ def _document(simulation: Simulation, result: Result) -> dict[str, Any]:
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     for name in columns:
-        table.add_column(name, justify="right" if name in {"struck", "nodes", "paid", "unearned"} else "left")
+        table.add_column(
+            name, justify="right" if name in {"struck", "nodes", "paid", "unearned", "tokens", "price"} else "left"
+        )
     return table
 
 
@@ -200,8 +221,50 @@ def _strategies() -> Table:
     return table
 
 
+def _rehearse(scenario: Scenario, network: Literal["memory", "libp2p"], *, as_json: bool) -> None:
+    """Run the planned jobs of a scenario on real nodes, and print what came of them."""
+
+    async def rehearse() -> tuple[list[PlannedOutcome], str]:
+        async with open_scenario(scenario, network=network) as swarm:
+            outcomes = await run_scenario(swarm, scenario)
+            await swarm.settle()
+            return outcomes, swarm.trace
+
+    try:
+        outcomes, trace = trio.run(rehearse) if network == "libp2p" else run(rehearse, seed=scenario.seed)
+    except InvariantBroken as broken:
+        raise SimulationFailed(str(broken)) from broken
+    except trio.TooSlowError as error:
+        msg = "the nodes did not find each other in time"
+        raise ResourceError(msg, hint="the machine is busy: try again later, or with fewer nodes") from error
+    if as_json:
+        print_json({"planned": [asdict(outcome) for outcome in outcomes], "trace": trace})
+        return
+    print_table(_planned(scenario, outcomes))
+    if trace:
+        click.echo(f"trace {trace}")
+
+
+def _planned(scenario: Scenario, outcomes: Sequence[PlannedOutcome]) -> Table:
+    """What came of the planned jobs."""
+    table = _table("consumer", "asks", "provider", "answers", "tokens", "price")
+    for job, outcome in zip(scenario.jobs, outcomes, strict=True):
+        answer = f"failed: {outcome.error.replace('_', ' ')}" if outcome.error else _cut(outcome.text)
+        figures = ("", "") if outcome.error else (str(outcome.tokens), format_amount(outcome.price))
+        provider = "" if outcome.provider is None else str(outcome.provider)
+        table.add_row(str(job.consumer), _cut(job.prompt), provider, answer, *figures)
+    return table
+
+
+def _cut(text: str) -> str:
+    return escape(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…")
+
+
 def _show(simulation: Simulation, result: Result) -> None:
     summary = summarise(result)
+    if result.planned:
+        print_table(_planned(result.scenario, result.planned))
+        click.echo()
     jobs = _table("jobs of honest consumers", "")
     jobs.add_row("answered", f"{summary.answered} of {summary.jobs}")
     for failure, count in summary.failures.items():

@@ -47,11 +47,40 @@ def test_a_scenario_from_a_file(cli: Cli, tmp_path: Path) -> None:
     assert "No such file" in one_line(cli("simulate", "--scenario", str(tmp_path / "none.toml")), 2)
 
 
+def test_planned_jobs_run_in_the_simulator_and_on_real_nodes(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "world.toml"
+    jobs = (
+        '{consumer = 0, at_s = 20.0, prompt = "Why?", max_tokens = 4}',
+        '{consumer = 0, at_s = 21.0, prompt = "[b]", model = 1}',
+    )
+    file.write_text(f"nodes = 3\nhours = 0.02\njobs = [{', '.join(jobs)}]\n")
+    simulated, real = (
+        cli("simulate", "--scenario", str(file)),
+        cli("simulate", "--scenario", str(file), "--real", "memory"),
+    )
+    assert real.returncode == 0, real.stderr
+    *table, trace = real.stdout.splitlines()
+    assert table == simulated.stdout.splitlines()[:3]
+    assert [row.split()[:2] for row in table] == [["consumer", "asks"], ["0", "Why?"], ["0", "[b]"]]
+    assert "failed: no bids" in table[2]
+    assert trace.startswith("trace ")
+    documents = [
+        json.loads(cli("simulate", "--scenario", str(file), "--json", *real).stdout)["planned"]
+        for real in ((), ("--real", "memory"))
+    ]
+    assert documents[0] == documents[1]
+    assert documents[0][0]["tokens"] > 0
+    file.write_text("nodes = 3\n")
+    assert "random jobs" in one_line(cli("simulate", "--scenario", str(file), "--real", "memory"), 2)
+
+
 def test_options_that_do_not_go_together(cli: Cli) -> None:
     for options, problem in (
         (("--random", "3", "--nodes", "5"), "--nodes"),
         (("--random", "3", "--scenario", "a.toml"), "--scenario"),
         (("--strategy", "magic"), "magic"),
+        (("--real", "memory", "--nodes", "5"), "--real"),
+        (("--real", "sockets"), "sockets"),
         (("--nodes", "1"), "2<=x<="),
     ):
         done = cli("simulate", *options)

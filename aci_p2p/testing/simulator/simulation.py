@@ -15,13 +15,14 @@ from aci_p2p.protocol.job import JobRecord, recovered, settled
 from aci_p2p.protocol.lifecycle import LIMITS, State
 from aci_p2p.protocol.messages import CapabilityRecord, Conversation, Turn
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part
+from aci_p2p.testing.simulator.casting import cast, toy_model
 from aci_p2p.testing.simulator.directory import Announcing, Directory
 from aci_p2p.testing.simulator.faults import Faults
 from aci_p2p.testing.simulator.gossip import Gossip
 from aci_p2p.testing.simulator.invariants import Invariant, Judge, fail
 from aci_p2p.testing.simulator.node import Reader, SimNode, WriteFate
 from aci_p2p.testing.simulator.roles import Consumer, Outcome, Provider, Surroundings
-from aci_p2p.testing.simulator.scenario import Fault, PlannedJob, Scenario
+from aci_p2p.testing.simulator.scenario import MAX_LATENCY_MS, MAX_PRICE, Fault, PlannedJob, PlannedOutcome, Scenario
 from aci_p2p.testing.simulator.transport import Transport
 from aci_p2p.testing.simulator.world import START_MS, World
 from aci_p2p.testing.toy_model import ToyModel
@@ -37,14 +38,8 @@ PROBE_WINDOW_MS: Final = 5_000
 """How long these last jobs wait for bids: longer than gossip takes in any of these networks, milliseconds."""
 MAX_TOKENS: Final = 64
 """Longest answer asked for at random."""
-MAX_PRICE: Final = 10**12
-"""What consumers pay at most: more than any honest provider of these worlds asks."""
-MAX_LATENCY_MS: Final = 600_000
-"""Longest promise that consumers take: more than any provider of these worlds makes, however slow it has become."""
-PACE_MS: Final = (5, 40)
-"""Milliseconds for each token, fastest and slowest provider."""
-PRICE: Final = (1_000, 4_000)
-"""Base units for each token, cheapest and dearest provider; only differences matter."""
+NEVER_ENDED: Final = "never_ended"
+"""Code of a planned job whose consumer cheated, or died before its end."""
 LOOK_MS: Final = 60_000
 """How often the bounds of all queues are checked, milliseconds."""
 RETRY_MS: Final = 10_000
@@ -65,6 +60,8 @@ class Result:
     """Invariants checked."""
     outcomes: tuple[Outcome, ...]
     """The jobs of honest consumers, in the order of their ends."""
+    planned: tuple[PlannedOutcome, ...]
+    """What came of the planned jobs, in their order."""
     fired: dict[str, int]
     """Faults, and how often each struck."""
     died_at: dict[str, int]
@@ -126,7 +123,7 @@ class Simulation:
         """Offers and bids."""
         self.directory = Directory(self.transport, self.nodes)
         """The DHT."""
-        self.models = [ToyModel(f"toy-{number}" if number else "toy") for number in range(scenario.model_count)]
+        self.models = [toy_model(number) for number in range(scenario.model_count)]
         """What is served."""
         self.consumers: dict[int, Consumer] = {}
         """Honest consumers, by the numbers of their nodes."""
@@ -181,16 +178,15 @@ class Simulation:
 
     def _cast(self) -> None:
         """Give the nodes their roles."""
-        random, scenario = self.world.dice["roles"], self.scenario
-        for node in self.nodes[: scenario.provider_count]:
-            drawn = random.randint(*PRICE)
+        scenario = self.scenario
+        for node, serving in zip(self.nodes, cast(scenario), strict=False):
             provider = Provider(
                 node,
                 self.around,
-                self.models[node.index % len(self.models)],
-                price=scenario.prices[node.index] if node.index < len(scenario.prices) else drawn,
+                self.models[serving.model],
+                price=serving.price,
                 slots=scenario.slots,
-                pace_ms=random.randint(*PACE_MS),
+                pace_ms=serving.pace_ms,
             )
             self.providers[node.index] = provider
             self._announcing[node.index] = provider.announcing
@@ -224,8 +220,8 @@ class Simulation:
     def run(self, progress: Callable[[float], None] = lambda _share: None) -> Result:
         """Run the world to its end. Raises InvariantBroken."""
         world = self.world
-        for job in self.scenario.jobs:
-            world.after(round(job.at_s * MS_PER_S), self._ask, job)
+        for number, job in enumerate(self.scenario.jobs):
+            world.after(round(job.at_s * MS_PER_S), self._ask, number, job)
         if not self.scenario.jobs:
             for consumer in self.consumers.values():
                 self._next_job(consumer)
@@ -275,10 +271,11 @@ class Simulation:
         prompt = f"question {random.randrange(1 << 32)}"
         return self._request(prompt, random.randint(1, MAX_TOKENS), random.choice(self.models))
 
-    def _ask(self, job: PlannedJob) -> None:
+    def _ask(self, number: int, job: PlannedJob) -> None:
         consumer = self.consumers.get(self.scenario.provider_count + job.consumer)
         if consumer is not None and consumer.node.up:
-            consumer.offer(*self._request(job.prompt, job.max_tokens, self.models[0]))
+            request, model = self._request(job.prompt, job.max_tokens, toy_model(job.model))
+            consumer.offer(replace(request, max_price=job.max_price), model, number)
 
     def _request(self, prompt: str, max_tokens: int, model: ToyModel) -> tuple[JobRequest, ToyModel]:
         request = JobRequest(
@@ -375,6 +372,19 @@ class Simulation:
         ended = [one for consumer in self.consumers.values() if consumer.node.honest for one in consumer.outcomes]
         return sorted(ended, key=lambda one: (one.started + one.duration_ms, one.consumer))
 
+    def _planned(self) -> tuple[PlannedOutcome, ...]:
+        """What came of the planned jobs so far."""
+        planned = [PlannedOutcome.failed(NEVER_ENDED)] * len(self.scenario.jobs)
+        for one in self.outcomes():
+            if one.planned is None:
+                continue
+            if one.provider is None:
+                planned[one.planned] = PlannedOutcome.failed(one.failure)
+            else:
+                provider = self.by_id[one.provider].index
+                planned[one.planned] = PlannedOutcome(provider, one.text, one.tokens, one.price, "")
+        return tuple(planned)
+
     def gains(self) -> list[Gain]:
         """What cheating has brought, by strategy."""
         unearned: Counter[NodeId] = Counter()
@@ -403,6 +413,7 @@ class Simulation:
             events=self.world.events,
             checks=self.judge.checks,
             outcomes=tuple(self.outcomes()),
+            planned=self._planned(),
             fired={fault.value: self.faults.fired[fault] for fault in Fault if self.faults.fired[fault]},
             died_at=dict(sorted(self.faults.died_at.items())),
             refused=dict(sorted(self.gossip.refused.items())),
