@@ -43,7 +43,7 @@ LEAVE_S: Final = 1.0
 """Seconds for taking our records back when we leave."""
 ANNOUNCE_WAIT_S: Final = 3.0
 """Seconds that announcing waits for the DHT; storing goes on behind."""
-PUBLISH_AT_ONCE: Final = 8
+PUBLISH_AT_ONCE: Final = 16
 """Records that are being stored in the DHT at once."""
 EXCHANGE_QUEUE: Final = 64
 """Exchanged records waiting to be looked at; their contents are kept when they are checked."""
@@ -193,6 +193,9 @@ class Discovery:
 
     async def leave(self) -> None:
         """Take back what we said we serve, and write the address cache."""
+        # Nothing is announced again meanwhile, and nothing waits for a turn that may come too late.
+        self._describe = None
+        self._publishing.total_tokens = inf
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LEAVE_S):
             if self._network.peers and (records := self._announcer.withdraw()):
                 await self._publish(records)

@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from aci_p2p.dht import BootstrapFailed, capability_key, node_key
 from aci_p2p.dht.announcing import JITTER, REANNOUNCE_S
-from aci_p2p.dht.discovery import RECORD_LIFETIME_MS
+from aci_p2p.dht.discovery import PUBLISH_AT_ONCE, RECORD_LIFETIME_MS
 from aci_p2p.dht.joining import DIAL_TIMEOUT_S
 from aci_p2p.dht.search import LOOKUP_TIMEOUT_S, MAX_PROVIDERS
 from aci_p2p.network.memory import MemoryHub
@@ -311,6 +311,27 @@ async def test_a_provider_that_leaves_takes_its_record_back(
             assert await other.found() == [provider.node_id]
         assert await consumer.found() == []
         assert await other.found() == []
+
+
+async def test_many_records_are_taken_back_while_each_store_drags_on(
+    autojump_clock: MockClock, open_peers: OpenPeers, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots = [bytes([number]) * 32 for number in range(2 * PUBLISH_AT_ONCE)]
+    async with open_peers(2) as (consumer, _):
+        async with open_peer(hub, 9) as provider:
+            await provider.discovery.join([consumer.address])
+            await provider.announce(*map(provider.capability, roots))
+            real = provider.network.put_record
+
+            async def put_slowly(key: str, value: bytes) -> None:
+                await real(key, value)
+                await trio.sleep(10)
+
+            monkeypatch.setattr(provider.network, "put_record", put_slowly)
+        for root in roots:
+            value = await consumer.network.get_record(capability_key(root, provider.node_id))
+            assert value is not None
+            assert not RULES.open_capability(capability_key(root, provider.node_id), value).body.slots
 
 
 def nobody_there(_topic: str) -> Sequence[NodeId]:
