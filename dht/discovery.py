@@ -31,14 +31,14 @@ from aci_p2p.network.api import Network, Subscription
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import SECOND, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.messages import KINDS, CapabilityRecord, Kind, NodeRecord
 from aci_p2p.protocol.validation import ACCEPTED, MessageRefused, Validation
 from aci_p2p.tasks import open_background
 
 LOOK_S: Final = 900.0
 """Longest time between looks at what there is to do, seconds: nobody tells of an interface's new address."""
-RECORD_LIFETIME_MS: Final = 3 * 3_600 * SECOND
-"""Three hours."""
+RECORD_LIFETIME_MS: Final = KINDS[Kind.NODE_RECORD].lifetime_ms
+"""Milliseconds for which our records hold: as long as records may."""
 LEAVE_S: Final = 1.0
 """Seconds for taking our records back when we leave."""
 ANNOUNCE_WAIT_S: Final = 3.0
