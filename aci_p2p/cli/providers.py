@@ -8,6 +8,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from aci_p2p.cli.asking import client_beside
 from aci_p2p.cli.common import json_option, print_json
 from aci_p2p.cli.options import FOLDERS, Given, configured
 from aci_p2p.cli.running import Stop, run
@@ -43,14 +44,13 @@ def command(model: str | None, given: Given, as_json: bool) -> None:  # noqa: FB
     """Find the providers of MODEL, a name or a weights root in hex; exit code 4 when there is none.
 
     The running node of this machine is asked, and is listed if it serves the model itself; without one, or with
-    --bootstrap, the command joins the network itself.
+    --bootstrap or --network, the command joins the network itself.
     """
     loaded = given.load()
-    config = loaded.config.client_node
-    root = resolve_model(model or loaded.config.client.model, config)
-    report = None if "bootstrap" in given.flags else _ask(loaded.config.node, root)
+    root = resolve_model(model or loaded.config.client.model, loaded.config.client_node)
+    report = None if given.flags.keys() & {"bootstrap", "network"} else _ask(loaded.config.node, root)
     if report is None:
-        report = _search(config, root)
+        report = _search(client_beside(loaded), root)
     if as_json:
         print_json(report)
     elif report["providers"]:

@@ -41,6 +41,8 @@ LOG_FORMATS: Final = ("text", "logfmt", "json")
 """One line for each event: for people, as key=value pairs, as JSON documents."""
 
 _NETWORK_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_KEY_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+"""What `KeyRing` takes; the control socket and the address cache are named after it, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +161,13 @@ class NodeConfig:
     """Contact nobody that is not named: only `bootstrap`, and who dials us."""
 
     def __post_init__(self) -> None:
-        """Raises LocalError on a network id that topics and envelopes cannot carry."""
+        """Raises LocalError on a network id that topics and envelopes cannot carry, and on what names no key."""
         if not _NETWORK_ID.fullmatch(self.network):
             msg = f"{self.network!r} is not a network id"
             raise LocalError(msg, hint="use at most 32 lower-case letters, digits and -, such as aci-main")
+        if not _KEY_NAME.fullmatch(self.key):
+            msg = f"{self.key!r} is not a key name"
+            raise LocalError(msg, hint="use at most 64 letters, digits, - and _")
 
     @property
     def keys_path(self) -> Path:

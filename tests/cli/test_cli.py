@@ -50,6 +50,13 @@ def test_every_command_explains_itself_with_an_example(cli: Cli, command: str) -
     assert f"aci-p2p {command}" in result.stdout
 
 
+@pytest.mark.parametrize("command", [(), ("config",), ("keys",), ("models",)])
+def test_without_a_command_the_help_is_shown(cli: Cli, command: tuple[str, ...]) -> None:
+    result = cli(*command)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == cli(*command, "--help").stdout
+
+
 def test_version(cli: Cli) -> None:
     assert cli("--version").stdout.startswith("aci-p2p, version ")
 

@@ -421,6 +421,7 @@ PUBLIC, PRIVATE, UNKNOWN = Reachability.PUBLIC, Reachability.PRIVATE, Reachabili
         (Standing(UNKNOWN, ("/ip4/192.0.2.1/tcp/9400",), has_peers=True), "warning ok ok"),
         (Standing(UNKNOWN, ("/ip4/192.0.2.1/tcp/9400",), has_peers=False), "ok ok ok"),
         (Standing(UNKNOWN, ("/ip4/127.0.0.1/tcp/9400",), has_peers=True), "ok ok ok"),
+        (Standing(PRIVATE, ("/ip6/::1/tcp/9400",), has_peers=True), "ok ok ok"),
         (Standing(UNKNOWN, (), has_peers=True, can_listen=False), "ok ok ok"),
     ],
 )

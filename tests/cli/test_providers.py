@@ -40,6 +40,10 @@ def test_who_serves_a_model(provider: Daemon, tmp_path: Path) -> None:
     assert json.loads(nobody.stdout)["providers"] == []
     assert nobody.stderr.startswith("aci-p2p: nobody is found who serves abab")
 
+    # Of another network the running node knows nothing.
+    elsewhere = run_command(provider.home, "providers", "rare", "--network", "aci-other", "--json")
+    assert (elsewhere.returncode, json.loads(elsewhere.stdout)["providers"]) == (4, [])
+
     other = tmp_path / "other"
     joined = run_command(other, "providers", report["model_root"], "--bootstrap", provider.address, "--json")
     assert joined.returncode == 0, joined.stderr
