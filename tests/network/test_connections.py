@@ -306,16 +306,39 @@ async def test_least_useful_connections_are_closed_above_high_water(monkeypatch:
             assert all([await answers(stream) for stream in streams])
 
 
-async def test_those_that_were_used_lately_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_those_that_we_used_lately_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a peer opens, and opens again, does not count: any could keep its place so."""
     monkeypatch.setattr(connections, "YOUNG_SECONDS", 0.0)
     async with hosts(6, NetworkConfig(low_water=3, high_water=4)) as (ours, *others):
         for other in others[:4]:
             await other.dial(ours.node_id, ours.addresses)
+        with others[0].serve(ECHO, echo_bytes):
+            (await ours.open_stream(others[0].node_id, ECHO)).reset()
         with ours.serve(ECHO, echo_bytes):
-            (await others[0].open_stream(ours.node_id, ECHO)).reset()
+            for _ in range(3):
+                stream = await others[1].open_stream(ours.node_id, ECHO)
+                assert await answers(stream)
+                stream.reset()
         await others[4].dial(ours.node_id, ours.addresses)
         await eventually(lambda: len(ours.peers) == 3)
         assert set(ours.peers) == {others[index].node_id for index in (0, 3, 4)}
+
+
+async def test_those_that_peers_hold_in_use_are_closed_when_no_others_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "YOUNG_SECONDS", 0.0)
+    async with hosts(6, NetworkConfig(low_water=2, high_water=4)) as (ours, *others):
+        with ours.serve(ECHO, echo_bytes), others[0].serve(ECHO, echo_bytes):
+            for other in others[:4]:
+                await other.dial(ours.node_id, ours.addresses)
+            used = await ours.open_stream(others[0].node_id, ECHO)
+            for other in others[1:4]:
+                assert await answers(await other.open_stream(ours.node_id, ECHO))
+            # One that is idle goes first, though it is the youngest: at once, or when it has just been made.
+            with suppress(PeerUnreachable):
+                await others[4].dial(ours.node_id, ours.addresses)
+            await eventually(lambda: len(ours.peers) == 2)
+            assert set(ours.peers) == {others[0].node_id, others[3].node_id}
+            assert await answers(used)
 
 
 async def test_young_connections_are_spared_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

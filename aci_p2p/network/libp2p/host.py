@@ -24,6 +24,7 @@ import trio
 from aci_p2p.network.api import AddressInUse, PeerUnreachable, Reachability
 from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.network.config import NetworkConfig
+from aci_p2p.network.inbound import InboundStreams
 from aci_p2p.network.libp2p.address_book import AddressBook
 from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, most_useful
 from aci_p2p.network.libp2p.admission import Admission
@@ -34,7 +35,7 @@ from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound,
 from aci_p2p.network.libp2p.secure import ByteStream, Security
 from aci_p2p.network.libp2p.upgrade import HANDSHAKE_SECONDS, multiplex_outbound, secure_outbound, upgrade_inbound
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
-from aci_p2p.network.limits import MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER
+from aci_p2p.network.limits import MAX_KNOWN_PEERS
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 
@@ -79,7 +80,7 @@ class Host:
         self._protocols: dict[str, _Protocol] = {}
         self.admission = Admission()
         self.holdings = Holdings()
-        self._inbound_streams: dict[NodeId, dict[YamuxStream, trio.CancelScope]] = {}
+        self._inbound_streams = InboundStreams[YamuxStream](lambda stream: stream.is_in_use)
         self._patience: OrderedDict[NodeId, TokenBucket] = OrderedDict()
         self._bound: list[TcpAddress] = []
         self._listeners: list[trio.SocketListener] = []
@@ -396,28 +397,13 @@ class Host:
         peer = connection.peer
         if self._is_closing:
             return False
-        streams = self._inbound_streams.get(peer, {})
-        if len(streams) >= MAX_STREAMS_PER_PEER:
+        if self._inbound_streams.is_full_for(peer):
             self._note_failed_stream(peer)
             return False
-        if sum(map(len, self._inbound_streams.values())) >= MAX_STREAMS and not self._make_room_beside(len(streams)):
-            return False
-        scope = streams[stream] = trio.CancelScope()
-        self._inbound_streams[peer] = streams
-        connection.used = trio.current_time()
-        self._nursery.start_soon(self._serve_stream, peer, stream, scope)
-        return True
-
-    def _make_room_beside(self, count: int) -> bool:
-        """End a stream of the peer that has most, in favour of one that has `count`; False if that is no fairer."""
-        peer, streams = max(self._inbound_streams.items(), key=lambda item: len(item[1]))
-        if len(streams) <= count + 1:
-            return False
-        # The oldest that nobody needs, if there is one.
-        chosen = min(streams, key=lambda stream: stream.is_in_use)
-        log.debug("a stream of %s makes room for another peer's", peer.short)
-        streams.pop(chosen).cancel()
-        return True
+        scope = self._inbound_streams.add(peer, stream)
+        if scope is not None:
+            self._nursery.start_soon(self._serve_stream, peer, stream, scope)
+        return scope is not None
 
     async def _serve_stream(self, peer: NodeId, stream: YamuxStream, scope: trio.CancelScope) -> None:
         try:
@@ -426,10 +412,7 @@ class Host:
             if scope.cancelled_caught:
                 stream.reset()
         finally:
-            streams = self._inbound_streams.get(peer, {})
-            streams.pop(stream, None)
-            if not streams:
-                self._inbound_streams.pop(peer, None)
+            self._inbound_streams.remove(peer, stream)
 
     async def _negotiate_and_serve(self, peer: NodeId, stream: YamuxStream) -> None:
         try:
