@@ -166,7 +166,9 @@ def _introduce(console: Console, node: Node) -> None:
         prices += f"{format_amount(provider.output_token_price)} an output token"
         names = ", ".join(record.model_name for record in node.provider.capabilities())
         console.print(f"serving {names}: {provider.slots} jobs at once, {prices}")
-    if node.addresses:
+    if not node.addresses:
+        console.print("listening nowhere: it only dials")
+    elif node.provider:
         console.print(f'ask it with: {program()} infer --bootstrap {node.addresses[0]} "Hello!"', style="dim")
     else:
-        console.print("listening nowhere: it only dials")
+        console.print(f"join through it with: {program()} join --bootstrap {node.addresses[0]}", style="dim")

@@ -212,7 +212,7 @@ def _read(setting: Setting, origin: Origin, reading: Callable[[], object], raw: 
 
 def _shown(raw: object) -> str:
     text = str(raw) if isinstance(raw, Decimal) else repr(raw)
-    return text if len(text) <= 64 else f"{text[:64]}..."  # noqa: PLR2004 - what fits into a line
+    return text if len(text) <= 160 else f"{text[:160]}..."  # noqa: PLR2004 - two peer ids fit
 
 
 def _build(values: Mapping[str, object], origins: Mapping[str, Origin]) -> Config:

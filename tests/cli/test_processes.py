@@ -161,6 +161,12 @@ def test_a_node_that_listens_nowhere(start: Start, tmp_path: Path) -> None:
     assert wait_for(start("join", "--no-serve", at=tmp_path), "listening ") == "nowhere: it only dials"
 
 
+def test_a_node_that_serves_nothing_is_not_to_be_asked(start: Start) -> None:
+    helper = start("join", "--no-serve", *LOOPBACK)
+    address = wait_for(helper, "listening on ")
+    assert wait_for(helper, "join through it with: ").endswith(f" join --bootstrap {address}")
+
+
 def test_a_second_provider_joins_through_the_first(cli: Cli, start: Start, tiny_home: Path, tmp_path: Path) -> None:
     first = wait_for(start("join", *LOOPBACK), "listening on ")
     other = tmp_path / "other"
