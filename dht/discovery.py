@@ -299,9 +299,10 @@ async def open_discovery(
 
     def hints() -> list[str]:
         connected = set(network.peers)
-        heard = [(node.sender, node.body.addresses) for node in exchange.nodes(clock())]
-        known = [*((one.peer, one.addresses) for one in network.known_peers()), *heard]
-        return [address for peer, addresses in known if peer not in connected for address in addresses[:1]]
+        known = [(one.peer, one.addresses[0]) for one in network.known_peers()]
+        # Where they can be dialled, the network has heard, and knows which of it to believe.
+        heard = [(node.sender, f"/p2p/{node.sender}") for node in exchange.nodes(clock())]
+        return [address for peer, address in [*known, *heard] if peer not in connected]
 
     async with open_background() as nursery, AsyncExitStack() as stack:
         membership = Membership(network, random, nursery, cache=cache, hints=list if options.offline else hints)

@@ -67,6 +67,9 @@ class WiredHost:
     def usable_by(self, _peer: NodeId, addresses: Sequence[TcpAddress]) -> Sequence[TcpAddress]:
         return addresses
 
+    def believed(self, addresses: Sequence[TcpAddress], _teller: NodeId) -> Sequence[TcpAddress]:
+        return addresses
+
     def learn(self, *_args: object, **_kwargs: object) -> None:
         """Everybody is known."""
 

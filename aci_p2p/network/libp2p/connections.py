@@ -15,7 +15,7 @@ from typing import NamedTuple
 import trio
 
 from aci_p2p.network.api import ConnectionInfo, PeerUnreachable
-from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.addresses import Scope, TcpAddress, scope_of
 from aci_p2p.network.libp2p.kad_table import network_of
 from aci_p2p.network.libp2p.yamux import Yamux
 from aci_p2p.network.limits import MAX_KNOWN_PEERS
@@ -62,6 +62,14 @@ class Connection:
     def is_local(self) -> bool:
         """Whether the peer is on this machine."""
         return self.relay is None and self.source == LOOPBACK
+
+    @property
+    def scope(self) -> Scope:
+        """Where the peer is; behind a relay it may be anywhere."""
+        if self.relay is not None:
+            return Scope.PUBLIC
+        scope = Scope.LOOPBACK if self.is_local else scope_of(self.source.partition("/")[0])
+        return Scope.PUBLIC if scope is None else scope
 
 
 LOOPBACK = "loopback"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Sequence
@@ -26,7 +27,7 @@ from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.network.config import NetworkConfig
 from aci_p2p.network.inbound import InboundStreams
 from aci_p2p.network.libp2p.address_book import AddressBook
-from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, most_useful
+from aci_p2p.network.libp2p.addresses import Scope, TcpAddress, believable, expand_unspecified, homes_of, most_useful
 from aci_p2p.network.libp2p.admission import Admission
 from aci_p2p.network.libp2p.connections import Connection, Connections, source_of
 from aci_p2p.network.libp2p.dialling import Dialler, Reached
@@ -48,6 +49,8 @@ FAILED_STREAMS_PER_SECOND = 1.0
 agrees on, more streams than it may have. Honest peers of other versions ask in vain now and then."""
 FAILED_STREAMS_BURST = 256.0
 """Inbound streams of one peer that may come to nothing at once: a busy consumer meets the limit of streams."""
+HOMES_SECONDS = 60.0
+"""How long is remembered in which scopes we live, seconds: looking at the interfaces takes a millisecond."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
 
@@ -84,6 +87,7 @@ class Host:
         self._patience: OrderedDict[NodeId, TokenBucket] = OrderedDict()
         self._bound: list[TcpAddress] = []
         self._listeners: list[trio.SocketListener] = []
+        self._homes: tuple[float, dict[str, Scope]] = (-math.inf, {})
         self._announced: dict[str, tuple[TcpAddress, ...]] = {}
         self.claims: dict[tuple[str, int], Callable[[trio.SocketStream], None]] = {}
         self._trimming = False
@@ -108,10 +112,12 @@ class Host:
     def addresses(self) -> list[TcpAddress]:
         """Where we can be dialled, the most useful addresses first."""
         announced = [address for several in self._announced.values() for address in several]
-        bound = [
+        return most_useful(dict.fromkeys([*announced, *self._listening()]))
+
+    def _listening(self) -> list[TcpAddress]:
+        return [
             address for bound in self._bound for address in expand_unspecified(bound.protocol, bound.host, bound.port)
         ]
-        return most_useful(dict.fromkeys([*announced, *bound]))
 
     @property
     def bound_addresses(self) -> tuple[TcpAddress, ...]:
@@ -161,6 +167,21 @@ class Host:
         is_local = connection is not None and connection.is_local
         return [address for address in addresses if is_local or not address.is_loopback]
 
+    def believed(self, addresses: Sequence[TcpAddress], teller: NodeId | None = None) -> list[TcpAddress]:
+        """Those of the addresses that we dial on the word of a peer, see `addresses.believable`.
+
+        Without a `teller`, whoever it was, it came to us over one of our connections.
+        """
+        now = trio.current_time()
+        if now >= self._homes[0] + HOMES_SECONDS:
+            self._homes = now, homes_of(self._listening())
+        homes = self._homes[1]
+        if teller is None:
+            scopes = [*homes.values(), *(connection.scope for connection in self.connections.all)]
+        else:
+            scopes = [connection.scope for connection in self.connections.of(teller)]
+        return believable(addresses, max(scopes, default=Scope.PUBLIC), homes)
+
     async def listen(self, address: TcpAddress) -> None:
         """Accept connections at an address. Raises AddressInUse, LocalError."""
         if not address.is_ip or address.relay is not None:
@@ -176,6 +197,7 @@ class Host:
             raise LocalError(msg) from error
         for listener in listeners:
             host, port = listener.socket.getsockname()[:2]
+            self._homes = -math.inf, {}
             self._bound.append(TcpAddress(address.protocol, host, port, None))
             self._listeners.append(listener)
             self._nursery.start_soon(self._accept, listener)

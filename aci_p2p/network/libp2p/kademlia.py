@@ -24,7 +24,7 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 from aci_p2p.network.api import MAX_RECORD_BYTES, MAX_RECORD_KEY_BYTES, RecordSelector, RecordValidator
 from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.network.checks import check_provider_key, check_record
-from aci_p2p.network.libp2p.addresses import parse_all
+from aci_p2p.network.libp2p.addresses import TcpAddress, parse_all
 from aci_p2p.network.libp2p.connections import MAX_CONNECTIONS
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.kad_avoided import Avoided
@@ -129,7 +129,7 @@ class _Findings:
         return sorted(self._named, key=lambda thing: (-len(set(self._named[thing])), -len(self._named[thing])))
 
 
-def _nothing(_answer: Message) -> Sequence[object]:
+def _nothing(_peer: NodeId, _answer: Message) -> Sequence[object]:
     """What a lookup collects that only wants the closest peers."""
     return ()
 
@@ -228,7 +228,7 @@ class Kademlia:
             findings.add((held,), 0)
         raw_key = key.encode()
 
-        def collect(answer: Message) -> Sequence[object]:
+        def collect(_peer: NodeId, answer: Message) -> Sequence[object]:
             value = answer.record.value
             return (value,) if value and answer.record.key == raw_key and self._is_valid(key, value) else ()
 
@@ -253,8 +253,8 @@ class Kademlia:
         findings = _Findings(limit)
         findings.add(self._providers.get(multihash, trio.current_time()), 0)
 
-        def collect(answer: Message) -> Sequence[object]:
-            return self._learn(answer.providerPeers[:MAX_PROVIDERS_PER_ANSWER])
+        def collect(peer: NodeId, answer: Message) -> Sequence[object]:
+            return self._learn(peer, answer.providerPeers[:MAX_PROVIDERS_PER_ANSWER])
 
         await self._lookup(multihash, Message.GET_PROVIDERS, collect, findings)
         # One that makes providers up does not crowd out the others.
@@ -293,7 +293,7 @@ class Kademlia:
         self,
         key: bytes,
         kind: Message.MessageType,
-        collect: Callable[[Message], Sequence[object]],
+        collect: Callable[[NodeId, Message], Sequence[object]],
         findings: _Findings,
         *,
         is_store: bool = False,
@@ -322,9 +322,9 @@ class Kademlia:
                 if answer is None:
                     lookup.failed(path, peer)
                 else:
-                    closer = self._learn(answer.closerPeers[:BUCKET_SIZE])
+                    closer = self._learn(peer, answer.closerPeers[:BUCKET_SIZE])
                     lookup.answered(path, peer, [one for one in closer if one != self._host.node_id])
-                    findings.add(collect(answer), path)
+                    findings.add(collect(peer, answer), path)
                     if findings.is_enough(len(lookup.paths)):
                         scope.cancel()
                     elif findings:
@@ -378,7 +378,7 @@ class Kademlia:
         self._table.heard_from(peer)
         return answer if answer.type == requests[-1].type else None
 
-    def _learn(self, peers: Iterable[Message.Peer]) -> list[NodeId]:
+    def _learn(self, teller: NodeId, peers: Iterable[Message.Peer]) -> list[NodeId]:
         """Remember where the peers in an answer can be dialled; those that make no sense are skipped."""
         learnt: list[NodeId] = []
         for peer in peers:
@@ -387,10 +387,13 @@ class Kademlia:
             except LocalError:
                 continue
             if node_id != self._host.node_id and self._may_dial:
-                self._host.learn(node_id, parse_all(peer.addrs, MAX_ADDRESSES_PER_PEER), hearsay=True)
+                self._host.learn(node_id, self._dialable(teller, peer), hearsay=True)
             if node_id == self._host.node_id or self._may_ask(node_id):
                 learnt.append(node_id)
         return learnt
+
+    def _dialable(self, teller: NodeId, peer: Message.Peer) -> list[TcpAddress]:
+        return self._host.believed(parse_all(peer.addrs, MAX_ADDRESSES_PER_PEER), teller)
 
     def _is_valid(self, key: str, value: bytes) -> bool:
         if len(value) > MAX_RECORD_BYTES:
@@ -487,5 +490,5 @@ class Kademlia:
         check_provider_key(request.key.removeprefix(_SHA2_256))
         for provider in request.providerPeers:
             if provider.id == peer.peer_id:
-                self._host.learn(peer, parse_all(provider.addrs, MAX_ADDRESSES_PER_PEER))
+                self._host.learn(peer, self._dialable(peer, provider))
                 self._providers.add(request.key, peer, self._network_of(peer), now)

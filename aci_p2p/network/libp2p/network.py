@@ -111,7 +111,7 @@ class Libp2pNetwork(Network):
                 parsed.append(TcpAddress.parse(address))
             except LocalError:
                 continue
-        self._host.learn(peer, parsed)
+        self._host.learn(peer, self._host.believed(parsed))
 
     @asynccontextmanager
     async def open_stream(self, peer: NodeId, protocol: str) -> AsyncGenerator[Stream]:
