@@ -347,7 +347,7 @@ async def test_a_disk_that_cannot_be_written(subject: Subject, monkeypatch: pyte
 )
 async def test_file_descriptors(subject: Subject, opened: int | None, limit: int, level: Level, words: str) -> None:
     running = status()
-    running["process"] |= {"file_descriptors": opened, "file_descriptor_limit": limit}
+    running["process"]["file_descriptors"], running["process"]["file_descriptor_limit"] = opened, limit
     only(await machine_checks.check_files(replace(subject, status=running)), level, words)
 
 
