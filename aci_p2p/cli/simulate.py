@@ -35,7 +35,9 @@ from aci_p2p.testing.simulator import (
     page,
     random_scenario,
     summarise,
+    trial,
 )
+from aci_p2p.testing.simulator import measure as measure_strategy
 from aci_p2p.testing.simulator.scenario import MAX_HOURS, MAX_NODES
 
 KEPT_SEEDS: Final = Path("tests/seeds")
@@ -43,6 +45,8 @@ KEPT_SEEDS: Final = Path("tests/seeds")
 _USUAL: Final = Scenario()
 _WORLD: Final = ("nodes", "hours", "adversaries", "strategies", "faults", "models", "interval")
 """Parameters that describe a world, and so make no sense beside another description."""
+_FIGURES: Final = {"struck", "nodes", "paid", "unearned", "tokens", "price", "profit", "spoiled jobs"}
+"""Columns of tables that hold figures."""
 _SHOWN: Final = 40
 """Characters of a question or an answer in a table."""
 _EPILOG: Final = """\b
@@ -51,6 +55,7 @@ Examples:
   aci-p2p simulate --nodes 1000 --hours 1 --seed 7       a thousand
   aci-p2p simulate --faults all --adversaries 0.2        a bad day, and a fifth of the nodes cheat
   aci-p2p simulate --adversaries 0.1 --strategy "wrong model" --html a.html
+  aci-p2p simulate --measure --strategy "bid spam"       what an attack gains and spoils
   aci-p2p simulate --random 42                           a world of which everything is left to chance
   aci-p2p simulate --scenario world.toml                 a world from a file
   aci-p2p simulate --scenario world.toml --real libp2p   its planned jobs on real nodes over loopback sockets
@@ -84,6 +89,9 @@ class SimulationFailed(AciError):
               help="Keep the scenario of a failure in this folder; tests/seeds where that exists.")  # fmt: skip
 @click.option("--html", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with pictures.")
 @click.option("--strategies", "listing", is_flag=True, help="List the ways to cheat, and end.")
+@click.option(
+    "--measure", is_flag=True, help="Try each --strategy, or all, in a small market, say what it gains, and end."
+)
 @json_option
 @click.pass_context
 def command(
@@ -102,14 +110,15 @@ def command(
     keep: Path | None,
     picture: Path | None,
     listing: bool,  # noqa: FBT001 - click passes flags so
+    measure: bool,  # noqa: FBT001 - click passes flags so
     as_json: bool,  # noqa: FBT001 - click passes flags so
 ) -> None:
     """Simulate a market: the protocol's own state machines, an imagined network, any faults and attackers.
 
     The same seed gives the same world to the last message; the trace at the end proves it.
     """
-    if listing:
-        print_table(_strategies())
+    if listing or measure:
+        print_table(_measured(strategies or sorted(STRATEGIES)) if measure else _strategies())
         return
     if lot is not None or file is not None:
         option = "--scenario" if lot is None else "--random"
@@ -132,9 +141,11 @@ def command(
     simulation = Simulation(scenario)
     try:
         result = _run(simulation, quiet=as_json)
-    except InvariantBroken as broken:
-        _keep(scenario, keep)
-        raise SimulationFailed(str(broken), hint=f"see it again with: aci-p2p simulate {again}") from broken
+    except Exception as error:
+        # A world that breaks by itself is as much a find as one that breaks an invariant.
+        why = str(error) if isinstance(error, InvariantBroken) else f"the world itself broke: {error!r}"
+        kept = _keep(scenario, keep, f"seed-{seed}" if lot is None else f"random-{lot}")
+        raise SimulationFailed(why, hint=f"see it again with: aci-p2p simulate {again}{kept}") from error
     if picture:
         _write(picture, page(result))
     if as_json:
@@ -166,11 +177,13 @@ def _options(scenario: Scenario) -> str:
     return " ".join(parts)
 
 
-def _keep(scenario: Scenario, folder: Path | None) -> None:
-    """Keep the scenario of a failure, if there is a place for it."""
+def _keep(scenario: Scenario, folder: Path | None, name: str) -> str:
+    """Keep the scenario of a failure, if there is a place for it, and say where."""
     if folder is None and not KEPT_SEEDS.is_dir():
-        return
-    _write((folder or KEPT_SEEDS) / f"seed-{scenario.seed}.json", dump_scenario(scenario))
+        return ""
+    path = (folder or KEPT_SEEDS) / f"{name}.json"
+    _write(path, dump_scenario(scenario))
+    return f" (kept as {path})"
 
 
 def _write(path: Path, text: str) -> None:
@@ -182,10 +195,15 @@ def _write(path: Path, text: str) -> None:
         raise LocalError(msg, hint="give another place, in a folder that may be written") from error
 
 
-def _run(simulation: Simulation, *, quiet: bool) -> Result:
+def _progress(what: str, *, quiet: bool) -> Progress:
+    """A bar for people who wait."""
     console = Console(stderr=True)
-    columns = (TextColumn("simulating"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+
+
+def _run(simulation: Simulation, *, quiet: bool) -> Result:
+    with _progress("simulating", quiet=quiet) as progress:
         task = progress.add_task("simulating", total=1.0)
         return simulation.run(lambda share: progress.update(task, completed=share))
 
@@ -208,9 +226,18 @@ def _document(simulation: Simulation, result: Result) -> dict[str, Any]:
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     for name in columns:
-        table.add_column(
-            name, justify="right" if name in {"struck", "nodes", "paid", "unearned", "tokens", "price"} else "left"
-        )
+        table.add_column(name, justify="right" if name in _FIGURES else "left")
+    return table
+
+
+def _measured(names: Sequence[str]) -> Table:
+    """What strategies gain and spoil in a small market, against the same market without them."""
+    table = _table("strategy", "goal", "profit", "spoiled jobs", "not stopped yet, for")
+    with _progress("measuring", quiet=False) as progress:
+        for name in progress.track(names):
+            found, strategy = measure_strategy(trial(name)), STRATEGIES[name]
+            figures = (format_amount(found.profit), f"{found.harm:.0%}")
+            table.add_row(name, strategy.goal, *figures, strategy.pays or strategy.harms)
     return table
 
 

@@ -9,7 +9,16 @@ import pytest
 from click.testing import CliRunner
 
 from aci_p2p.cli import simulate
-from aci_p2p.testing.simulator import Invariant, InvariantBroken, Simulation, load_scenario
+from aci_p2p.testing.simulator import (
+    STRATEGIES,
+    Invariant,
+    InvariantBroken,
+    Measurement,
+    Scenario,
+    Simulation,
+    load_scenario,
+    trial,
+)
 from tests.cli.conftest import Cli, one_line
 
 SMALL = ("simulate", "--nodes", "8", "--hours", "0.03", "--interval", "60")
@@ -96,6 +105,31 @@ def test_the_strategies_are_listed(cli: Cli) -> None:
     listing = cli("simulate", "--strategies").stdout
     assert "payment refusal" in listing
     assert "before there are vouchers" in listing
+
+
+def test_what_strategies_gain_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Measurement(nodes=4, unearned=0, income=5 * 10**18, honest_income=2 * 10**18, jobs=10, spoiled=3)
+    measured: list[Scenario] = []
+    monkeypatch.setattr(simulate, "measure_strategy", lambda scenario: measured.append(scenario) or found)
+    table = CliRunner().invoke(simulate.command, ["--measure", "--strategy", "wrong prompt"]).output
+    assert measured == [trial("wrong prompt")]
+    heading, row = table.splitlines()
+    assert heading.split()[:3] == ["strategy", "goal", "profit"]
+    assert "be paid without computing" in row
+    assert "3 ACI" in row
+    assert "30%" in row
+    assert len(CliRunner().invoke(simulate.command, ["--measure"]).output.splitlines()) == 1 + len(STRATEGIES)
+
+
+def test_a_world_that_breaks_by_itself_is_a_failure_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(_self: Simulation, _progress: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Simulation, "run", fail)
+    done = CliRunner().invoke(simulate.command, ["--random", "42", "--keep", str(tmp_path)])
+    assert isinstance(done.exception, simulate.SimulationFailed)
+    assert "ZeroDivisionError" in str(done.exception)
+    assert (tmp_path / "random-42.json").exists()
 
 
 def test_a_failure_names_the_command_that_replays_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, UNBUILT, Attacker, UnbuiltAttack
 from aci_p2p.testing.simulator.invariants import Invariant, InvariantBroken
-from aci_p2p.testing.simulator.measuring import Measurement, measure
+from aci_p2p.testing.simulator.measuring import Measurement, measure, trial
 from aci_p2p.testing.simulator.report import Summary, page, summarise
 from aci_p2p.testing.simulator.roles import Outcome
 from aci_p2p.testing.simulator.sampling import random_scenario
@@ -34,4 +34,5 @@ __all__ = [
     "page",
     "random_scenario",
     "summarise",
+    "trial",
 ]

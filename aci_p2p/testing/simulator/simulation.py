@@ -201,13 +201,16 @@ class Simulation:
         random = self.world.dice["attackers"]
         count = round(self.scenario.adversaries * len(self.nodes))
         names = self.scenario.strategies or tuple(STRATEGIES)
-        strategies = [STRATEGIES[name] for name in names]
+        # Dealt like cards, so that few cheats still do as many different things as there are.
+        deck = random.sample([STRATEGIES[name] for name in names], len(names))
         suspects: list[tuple[SimNode, type[Attacker]]] = []
         for node in random.sample(self.nodes, count):
             part = Part.PROVIDER if node.index in self.providers else Part.CONSUMER
-            fitting = [strategy for strategy in strategies if strategy.part in {part, Part.ANY}]
-            if fitting:
-                suspects.append((node, random.choice(fitting)))
+            strategy = next((one for one in deck if one.part in {part, Part.ANY}), None)
+            if strategy is not None:
+                deck.remove(strategy)
+                deck.append(strategy)
+                suspects.append((node, strategy))
         return suspects
 
     def replace_announcing(self, node: SimNode, announcing: Announcing) -> None:
