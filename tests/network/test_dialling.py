@@ -6,7 +6,6 @@ import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from random import Random
 
 import ifaddr
 import pytest
@@ -14,14 +13,12 @@ import trio
 from trio.testing import MockClock
 
 from aci_p2p.network import DialledOurselves, PeerUnreachable
-from aci_p2p.network.libp2p import address_book, dialling, host, upgrade
-from aci_p2p.network.libp2p.address_book import AddressBook
+from aci_p2p.network.libp2p import dialling, host, upgrade
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.secure import SecureChannel, Security
 from aci_p2p.network.libp2p.yamux import Yamux
-from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.tasks import open_background
 from tests.network.driver import PATIENCE_S, STRANGER, Opener, eventually, make_key
@@ -216,37 +213,6 @@ async def test_address_that_failed_is_left_alone_and_the_peer_is_not(monkeypatch
         assert (await a.dial(b.node_id)).place == b.addresses[0]
         assert tried == [NOWHERE, NOWHERE, b.addresses[0]]
         assert a.known(b.node_id) == (b.addresses[0], NOWHERE)
-
-
-def test_back_off_grows_and_ends_with_a_connection() -> None:
-    book = AddressBook(make_key(1).node_id, Random(1))  # noqa: S311
-    peer, there, elsewhere = STRANGER, TcpAddress("ip4", "192.0.2.1", 1), TcpAddress("ip4", "192.0.2.2", 1)
-    book.learn(peer, [there, elsewhere])
-    waits: list[float] = []
-    for times in range(1, 13):
-        book.failed(peer, there, 0.0)
-        assert book.due(peer, 0.0) == (elsewhere,)
-        longest = min(address_book.BACK_OFF_SECONDS * 2 ** (times - 1), address_book.MAX_BACK_OFF_SECONDS)
-        assert book.due(peer, longest / 2 - 0.01) == (elsewhere,)
-        assert book.due(peer, longest) == (there, elsewhere)
-        waits.append(next(tenth / 10 for tenth in range(10_000) if len(book.due(peer, tenth / 10)) == 2))
-    assert len(set(waits)) == len(waits)
-    book.connected(peer)
-    assert book.due(peer, 0.0) == (there, elsewhere)
-    book.failed(peer, TcpAddress("ip4", "192.0.2.3", 1), 0.0)
-    assert book.due(peer, 0.0) == (there, elsewhere)
-
-
-def test_failures_of_addresses_that_are_gone_are_forgotten() -> None:
-    book = AddressBook(make_key(1).node_id, Random(1))  # noqa: S311
-    for number in range(100):
-        address = TcpAddress("ip4", "192.0.2.1", number + 1)
-        book.learn(STRANGER, [address])
-        book.failed(STRANGER, address, 0.0)
-    assert len(book._failures[STRANGER]) <= MAX_ADDRESSES_PER_PEER
-    for number in range(MAX_KNOWN_PEERS):
-        book.learn(NodeId(number.to_bytes(32)), [NOWHERE])
-    assert not book._failures
 
 
 async def test_circuits_come_after_direct_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

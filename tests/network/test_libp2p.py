@@ -24,7 +24,6 @@ from aci_p2p.network.libp2p.identify import Identify
 from aci_p2p.network.libp2p.negotiation import select_inbound
 from aci_p2p.network.libp2p.secure import RawChannel, Security
 from aci_p2p.network.libp2p.yamux import Yamux, YamuxStream
-from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.messages import MAX_ADDRESSES
@@ -276,25 +275,6 @@ async def test_cancelled_send_spoils_the_stream(open_libp2p: Opener) -> None:
                 assert scope.cancelled_caught
                 with pytest.raises(StreamClosed):
                     await stream.send(b"would be read as part of the frame before")
-
-
-async def test_address_book() -> None:
-    peer = STRANGER
-    told, own = (TcpAddress("ip4", f"192.0.2.{number}", 4001) for number in (1, 2))
-    async with open_background() as nursery:
-        book = Host(make_key(1), nursery)
-        book.learn(peer, [told], hearsay=True)
-        book.learn(peer, [own])
-        assert book.known(peer) == (own, told)
-        hearsay = [TcpAddress("ip4", f"198.51.100.{number}", 1) for number in range(50)]
-        book.learn(peer, hearsay, hearsay=True)
-        assert book.known(peer) == (own, told, *hearsay[: MAX_ADDRESSES_PER_PEER - 2])
-        book.learn(peer, [TcpAddress("ip4", "192.0.2.3", 0), TcpAddress("ip4", "192.0.2.4", 1, book.node_id)])
-        assert book.known(peer)[0] == own
-        for number in range(MAX_KNOWN_PEERS):
-            book.learn(NodeId(number.to_bytes(32)), [own])
-        assert book.known(peer) == ()
-        assert len(book.book._addresses) == MAX_KNOWN_PEERS
 
 
 async def test_star_of_five_finds_providers_quickly(open_libp2p: Opener) -> None:

@@ -308,7 +308,7 @@ class Host:
             await muxer.close()
             msg = f"{place} closes the connection"
             raise PeerUnreachable(msg) from error
-        self.book.worked(peer, reached.place)
+        self.book.prefer(peer, reached.place)
         return connection
 
     def _add(self, connection: Connection) -> None:
