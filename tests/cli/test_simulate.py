@@ -110,7 +110,12 @@ def test_the_strategies_are_listed(cli: Cli) -> None:
 def test_what_strategies_gain_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Measurement(nodes=4, unearned=0, income=5 * 10**18, honest_income=2 * 10**18, jobs=10, spoiled=3)
     measured: list[Scenario] = []
-    monkeypatch.setattr(simulate, "measure_strategy", lambda scenario: measured.append(scenario) or found)
+
+    def measure(scenario: Scenario) -> Measurement:
+        measured.append(scenario)
+        return found
+
+    monkeypatch.setattr(simulate, "measure_strategy", measure)
     table = CliRunner().invoke(simulate.command, ["--measure", "--strategy", "wrong prompt"]).output
     assert measured == [trial("wrong prompt")]
     heading, row = table.splitlines()

@@ -30,7 +30,7 @@ def selected(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print them."""
-    lines = config.stash.get(_LINES, [])
+    lines = config.stash.get(_LINES, None) or []
     if lines:
         terminalreporter.section("simulation")
     for line in lines:

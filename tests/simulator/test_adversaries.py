@@ -51,7 +51,7 @@ def marked(names: list[str], reason: str) -> list[object]:
 
 @pytest.mark.slow
 @pytest.mark.simulation
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", marked(PAYING, "pays"))
 def test_an_attack_brings_nothing(name: str, found: Found) -> None:
     measured = found[name].result()
@@ -63,7 +63,7 @@ def test_an_attack_brings_nothing(name: str, found: Found) -> None:
 
 @pytest.mark.slow
 @pytest.mark.simulation
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", marked(HARMING, "harms"))
 def test_an_attack_spoils_next_to_nothing(name: str, found: Found) -> None:
     measured = found[name].result()

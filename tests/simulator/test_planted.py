@@ -86,7 +86,7 @@ def test_there_are_bugs_to_find() -> None:
 
 @pytest.mark.slow
 @pytest.mark.simulation
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
 def test_a_planted_bug_is_found(patch: Path, hunts: dict[Path, Future[dict[str, Any]]], tell: Tell) -> None:
     found = hunts[patch].result()

@@ -82,7 +82,7 @@ def test_a_sample_of_random_worlds() -> None:
 
 @pytest.mark.slow
 @pytest.mark.simulation
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_random_worlds(tell: Tell) -> None:
     began = time.monotonic()
     found = run_worlds(SEEDS)

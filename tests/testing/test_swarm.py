@@ -134,11 +134,14 @@ async def test_own_executor(open_swarm: OpenSwarm) -> None:
         assert swarm.model_root == model.root
 
 
-async def test_speed_is_what_was_asked_for(open_swarm: OpenSwarm) -> None:
-    def slow(_number: int) -> AbstractAsyncContextManager[Executor]:
-        return nullcontext(ToyExecutor(ToyModel(), tokens_per_second=0.1))
+def serve(executor: Executor) -> Callable[[int], AbstractAsyncContextManager[Executor]]:
+    """Every provider has this executor."""
+    return lambda _number: nullcontext(executor)
 
-    async with open_swarm(providers=1, executor=slow) as swarm:
+
+async def test_speed_is_what_was_asked_for(open_swarm: OpenSwarm) -> None:
+    slow = ToyExecutor(ToyModel(), tokens_per_second=0.1)
+    async with open_swarm(providers=1, executor=serve(slow)) as swarm:
         began = trio.current_time()
         answer = await swarm.consumers[0].ask("How fast?", max_tokens=3)
         assert 10 * len(answer.tokens) <= trio.current_time() - began < 10 * len(answer.tokens) + 5
@@ -159,7 +162,7 @@ async def test_a_lie_is_paid_for_and_found_by_running_the_true_model(
 
     for honest in (True, False):
         executor = ToyExecutor(ToyModel(), **({} if honest else lie))
-        async with open_swarm(providers=1, executor=lambda _, executor=executor: nullcontext(executor)) as swarm:
+        async with open_swarm(providers=1, executor=serve(executor)) as swarm:
             answer = await swarm.consumers[0].ask("Who are you?", max_tokens=12)
             await swarm.settle()
             assert answer.receipt.body.price > 0
@@ -167,7 +170,7 @@ async def test_a_lie_is_paid_for_and_found_by_running_the_true_model(
 
 
 async def test_an_answer_can_be_cut_short(open_swarm: OpenSwarm) -> None:
-    async with open_swarm(providers=1, executor=lambda _: nullcontext(ToyExecutor(ToyModel(), stop_after=2))) as swarm:
+    async with open_swarm(providers=1, executor=serve(ToyExecutor(ToyModel(), stop_after=2))) as swarm:
         answer = await swarm.consumers[0].ask("Who are you?", max_tokens=12)
         assert len(answer.tokens) == 2
         assert answer.receipt.body.price > 0
