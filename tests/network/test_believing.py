@@ -28,6 +28,11 @@ def at(host: str, port: int = 4001) -> TcpAddress:
     return TcpAddress("ip6" if ":" in host else "ip4", host, port)
 
 
+def somewhere(_ip: str) -> str:
+    """The source of whoever dials us: on the Internet."""
+    return "8.8.8.8"
+
+
 HERE, LAN, NET = at("127.0.0.1"), at("192.168.1.1"), at("8.8.8.8")
 HERE6, LAN6, NET6 = at("::1"), at("fe80::1"), at("2606:4700::1")
 EVERYTHING = [HERE, LAN, NET, HERE6, LAN6, NET6]
@@ -118,7 +123,7 @@ async def test_without_a_teller_it_was_the_farthest_of_all_peers(monkeypatch: py
         assert host.believed(EVERYTHING) == EVERYTHING
         await near.dial(host.node_id, host.addresses)
         assert host.believed(EVERYTHING) == EVERYTHING
-        monkeypatch.setattr("aci_p2p.network.libp2p.host.source_of", lambda _ip: "8.8.8.8")
+        monkeypatch.setattr("aci_p2p.network.libp2p.host.source_of", somewhere)
         await far.dial(host.node_id, host.addresses)
         assert host.believed(EVERYTHING) == host.believed(EVERYTHING, far.node_id) == [NET, NET6]
         assert host.believed(EVERYTHING, near.node_id) == EVERYTHING
@@ -150,7 +155,7 @@ async def test_a_peer_elsewhere_cannot_make_us_dial_our_neighbours(
         msg = "not dialled in earnest"
         raise PeerUnreachable(msg)
 
-    monkeypatch.setattr("aci_p2p.network.libp2p.host.source_of", lambda _ip: "8.8.8.8")
+    monkeypatch.setattr("aci_p2p.network.libp2p.host.source_of", somewhere)
     async with open_libp2p(1) as victim, open_background() as nursery:
         assert isinstance(victim, Libp2pNetwork)
         monkeypatch.setattr(victim._host.dialler, "_dial_each", dial_nobody)

@@ -14,6 +14,7 @@ from trio.testing import MockClock
 
 from aci_p2p.network.libp2p import kad_avoided, kademlia
 from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.kad_avoided import Avoided
 from aci_p2p.network.libp2p.kad_table import closest, position
@@ -51,7 +52,7 @@ class WiredHost:
     """As much of a host as a DHT node needs."""
 
     addresses = (TcpAddress("ip4", "192.0.2.1", 4001),)
-    connections = SimpleNamespace(preferred=lambda _peer: None)
+    connections = SimpleNamespace(preferred=dict[NodeId, Connection]().get)
 
     def __init__(self, wire: Wire, number: int) -> None:
         self.wire = wire

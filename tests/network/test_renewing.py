@@ -6,6 +6,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
 import trio
 from trio.testing import MockClock
 
@@ -28,7 +29,7 @@ PLACE = TcpAddress("ip4", "192.0.2.1", 4001, None, RELAY)
 
 
 async def test_a_silent_relay_does_not_hold_up_the_other_circuits(
-    autojump_clock: MockClock,
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_muxer = cast("Yamux", SimpleNamespace(is_closed=False))
     circuits = {peer: Connection(peer, open_muxer, True, PLACE, "relay", 0.0, RELAY) for peer in PEERS}  # noqa: FBT003
@@ -49,7 +50,7 @@ async def test_a_silent_relay_does_not_hold_up_the_other_circuits(
         msg = "no answer"
         raise PeerUnreachable(msg)
 
-    client.dial = dial  # type: ignore[method-assign]
+    monkeypatch.setattr(client, "dial", dial)
     rounds = -(-CIRCUITS // relay.RENEWALS_AT_ONCE)
     with trio.move_on_after(relay.CHECK_SECONDS + rounds * relay.CIRCUIT_DIAL_SECONDS):
         await client.renew_circuits()

@@ -166,7 +166,7 @@ class TcpAddress:
 
     @property
     def scope(self) -> Scope | None:
-        """See `scope_of`; what a name stands for is judged when it is resolved."""
+        """See `scope_of`; what a name stands for is not known, so it counts as public."""
         return scope_of(self.host) if self.is_ip else Scope.PUBLIC
 
     @property
