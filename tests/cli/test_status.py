@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -160,14 +159,12 @@ def test_many_questions_leave_nothing_behind(cli: Cli, start: Start, home: Path)
     wait_for(start("join", "--no-serve", *LOOPBACK), "listening on ")
     path = home / "run" / "node.sock"
 
-    def figures() -> tuple[int | None, int]:
+    def figures() -> tuple[int, int]:
         process = cast("StatusReport", control.ask(path, "status"))["process"]
-        return process["file_descriptors"], process["tasks"]
+        return process["file_descriptors"] or 0, process["tasks"]
 
-    figures()
-    time.sleep(1)
     before = figures()
     for _ in range(200):
         control.ask(path, "peers")
-    time.sleep(0.1)
-    assert figures() == before
+    # Each of them would leave one; a few come and go with the node's own work.
+    assert all(after - earlier < 100 for after, earlier in zip(figures(), before, strict=True))
