@@ -51,7 +51,7 @@ test: $(DEV) model ## run the tests: make test ARGS="tests/protocol -k cbor"
 # One after the other where ARGS chooses some, so that -s and --pdb work.
 ifeq ($(strip $(ARGS)),)
 	@ACI_REQUIRE_MODEL=1 $(BIN)/python -m pytest $(PARALLEL) -k "not undisturbed"
-	@ACI_REQUIRE_MODEL=1 $(BIN)/python -m pytest -k undisturbed
+	@ACI_REQUIRE_MODEL=1 $(BIN)/python -m pytest -k undisturbed $$(grep -rl --include=*.py mark.undisturbed tests)
 else
 	@ACI_REQUIRE_MODEL=1 $(BIN)/python -m pytest $(ARGS)
 endif
