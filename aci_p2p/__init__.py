@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from aci_p2p.config import NodeConfig, ProviderConfig
     from aci_p2p.consumer import Offered
     from aci_p2p.node import Node, NodeParts, open_node
-    from aci_p2p.protocol.consumer import JobCancelled, NoBids, PromptRefused, ProviderFault
     from aci_p2p.protocol.errors import AciError, LocalError, RemoteError, ResourceError
     from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
     from aci_p2p.protocol.messages import Turn
     from aci_p2p.protocol.proof import ProofInvalid, VerifiedProof, encode_proof, verify_proof
+    from aci_p2p.protocol.request import JobCancelled, NoBids, PromptRefused, ProviderFault
 
 _HOMES = {
     "aci_p2p.client": ("ACI", "Answer", "AnswerStream", "NotConnected", "Requirements", "UnknownModel"),

@@ -23,14 +23,17 @@ from aci_p2p.keys import KeyRing
 from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.peer_clocks import CLOCK_PROTOCOL, clock_service
 from aci_p2p.protocol.bidding import Offering
-from aci_p2p.protocol.consumer import ConsumerJob, JobRequest, JobSecrets
+from aci_p2p.protocol.consumer import ConsumerJob
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.messages import NONCE_BYTES, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
+from aci_p2p.protocol.settlement import SETTLE_PROTOCOL
 from aci_p2p.provider import ProviderRole
+from aci_p2p.settlement import Settler
 from aci_p2p.store import Store, StoreError, open_store
 from aci_p2p.tasks import open_background
 from aci_p2p.version import SOFTWARE
@@ -84,6 +87,7 @@ class Node:
         market: Market,
         discovery: Discovery,
         store: Store,
+        settler: Settler,
     ) -> None:
         self.config = config
         """What it was told."""
@@ -95,6 +99,8 @@ class Node:
         """Nodes and providers."""
         self.store = store
         """Its jobs on disk."""
+        self.settler = settler
+        """Tells providers what it owes them."""
         self.provider: ProviderRole | None = None
         """Its provider's role, if it serves models."""
         self.executor: Executor | None = None
@@ -129,7 +135,7 @@ class Node:
         entropy = self._parts.entropy
         fresh = JobSecrets(salt=entropy(NONCE_BYTES), nonce=entropy(NONCE_BYTES))
         job = ConsumerJob(self._sealer, request, fresh, self._parts.rule)
-        return open_job(job, self.network, self.market, self.store, self._parts.clock)
+        return open_job(job, self.network, self.market, self.prices, self.store, self._parts.clock, self.settler.wake)
 
     async def provide(self, config: ProviderConfig) -> None:
         """Serve from now on what `config` says: models, prices, slots; jobs that run are run to their end.
@@ -178,18 +184,23 @@ async def open_node(
             await store.recover(parts.clock())
             tasks.start_soon(_settle, store, parts.clock)
             await discovery.join(config.bootstrap, require=require_bootstrap)
+            settler = Settler(network, store, sealer, parts.clock)
+            tasks.start_soon(settler.run)
             node = Node(
                 config=config, parts=parts, sealer=sealer, network=network, market=market, discovery=discovery,
-                store=store,
+                store=store, settler=settler,
             )  # fmt: skip
             with network.serve(CLOCK_PROTOCOL, clock_service(parts.clock)):
-                if config.provider is not None and config.provider.serve:
-                    async with _providing(node, config.provider, parts, sealer):
-                        yield node
-                    return
-                if config.own_key:
-                    await node.announce()
-                yield node
+                try:
+                    if config.provider is not None and config.provider.serve:
+                        async with _providing(node, config.provider, parts, sealer):
+                            yield node
+                        return
+                    if config.own_key:
+                        await node.announce()
+                    yield node
+                finally:
+                    await settler.flush()
 
 
 def _open_store(config: NodeConfig, node: NodeId, parts: NodeParts) -> AbstractAsyncContextManager[Store]:
@@ -245,7 +256,7 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
             slots=config.slots, on_change=node.discovery.look_again,
         )  # fmt: skip
         node.provider, node.executor = role, executor
-        with node.network.serve(JOB_PROTOCOL, role.serve):
+        with node.network.serve(JOB_PROTOCOL, role.serve), node.network.serve(SETTLE_PROTOCOL, role.settle):
             nursery.start_soon(role.bid_on_offers)
             await node.announce()
             try:

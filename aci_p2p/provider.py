@@ -26,8 +26,8 @@ from aci_p2p.executor import (
 from aci_p2p.gossip import Market
 from aci_p2p.jobs import FAREWELL_S, JobShell, StreamPump
 from aci_p2p.network.api import Network, Stream
-from aci_p2p.protocol.bidding import BidBook, Declined, Offering, Won
-from aci_p2p.protocol.envelope import Envelope, Sealer
+from aci_p2p.protocol.bidding import LEASE_MS, BidBook, Declined, Offering, Won
+from aci_p2p.protocol.envelope import Envelope, Sealer, kind_of
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import (
@@ -35,6 +35,8 @@ from aci_p2p.protocol.job import (
     Failed,
     Finished,
     FrameArrived,
+    HoldGeneration,
+    ResumeGeneration,
     StartGeneration,
     StopGeneration,
 )
@@ -45,6 +47,7 @@ from aci_p2p.protocol.messages import (
     Conversation,
     Engine,
     Finish,
+    Kind,
     Offer,
 )
 from aci_p2p.protocol.pricing import format_amount
@@ -57,6 +60,7 @@ from aci_p2p.protocol.provider import (
     ProviderSecrets,
 )
 from aci_p2p.protocol.validation import MessageRefused
+from aci_p2p.settlement import Till
 from aci_p2p.store import Store
 from aci_p2p.tasks import open_background
 
@@ -83,11 +87,11 @@ class ProviderStatistics:
     outstanding: int
     """Of those, the ones that may still be awarded."""
     finished: int
-    """Jobs that ended with a receipt."""
+    """Jobs whose receipt has come."""
     failed: int
-    """Jobs that ended without one."""
+    """Jobs that ended without an answer."""
     earned: int
-    """What the finished ones have paid, base units."""
+    """What consumers have promised for all of them, base units."""
     draining: bool
     """Whether no more jobs are taken."""
 
@@ -137,7 +141,9 @@ class ProviderRole:
         self._entropy = entropy
         self._book = BidBook(sealer, offerings, slots)
         self._on_change = on_change
+        self._till = Till(store, sealer, clock, self._promised)
         self._jobs: dict[trio.CancelScope, _ServedJob] = {}
+        self._leases = 0
         self._idle = trio.Event()
         self._idle.set()
         self._bids = 0
@@ -189,7 +195,7 @@ class ProviderRole:
         while True:
             offer = await self._market.next_offer()
             try:
-                bid = self._book.bid(offer, self._clock(), running=len(self._jobs), addresses=self._network.addresses)
+                bid = self._book.bid(offer, self._clock(), running=self._taken_slots, addresses=self._network.addresses)
                 if bid is not None:
                     self._bids += 1
                     await self._market.publish_bid(bid)
@@ -215,17 +221,43 @@ class ProviderRole:
             await trio.sleep(LINGER_S)
 
     async def serve(self, stream: Stream) -> None:
-        """Serve one job's stream: its first frame awards one of our bids."""
+        """Serve one job's stream: its first frame awards one of our bids, or is an offer to be quoted for."""
         frame = b""
         with trio.move_on_after(AWARD_WAIT_S):
             frame = await stream.receive()
         try:
-            taken = self._book.take(frame, self._clock(), running=len(self._jobs))
+            if kind_of(frame) is Kind.OFFER:
+                await self._quote(stream, frame)
+            else:
+                await self._award(stream, frame)
         except MessageRefused as error:
             log.info("no award", extra={"fields": {"peer": stream.peer.short, "error": error}})
+
+    async def _quote(self, stream: Stream, frame: bytes) -> None:
+        """Answer an offer, and hold a slot until the award comes, or the lease is over."""
+        bid = self._book.quote(
+            frame, stream.peer, self._clock(), running=self._taken_slots, addresses=self._network.addresses
+        )
+        if isinstance(bid, Declined):
+            await self._decline(stream, bid)
             return
+        self._bids += 1
+        self._leases += 1
+        award = b""
+        try:
+            await stream.send(bid.data)
+            with trio.move_on_after(LEASE_MS / MS_PER_S):
+                award = await stream.receive()
+        finally:
+            self._leases -= 1
+            if not award:
+                self._book.release(bid)
+        await self._award(stream, award)
+
+    async def _award(self, stream: Stream, frame: bytes) -> None:
+        taken = self._book.take(frame, self._clock(), running=self._taken_slots)
         if isinstance(taken, Declined):
-            await stream.send(self._sealer.seal(taken.answer, self._clock()).data)
+            await self._decline(stream, taken)
             return
         with trio.CancelScope() as scope:
             if not self._jobs:
@@ -239,6 +271,21 @@ class ProviderRole:
                 self._on_change()
                 if not self._jobs:
                     self._idle.set()
+
+    @property
+    def _taken_slots(self) -> int:
+        return len(self._jobs) + self._leases
+
+    async def _decline(self, stream: Stream, declined: Declined) -> None:
+        await stream.send(self._sealer.seal(declined.answer, self._clock()).data)
+
+    async def settle(self, stream: Stream) -> None:
+        """Serve a consumer that tells what it owes us."""
+        await self._till.serve(stream)
+
+    def _promised(self, amount: int, is_receipted: bool) -> None:  # noqa: FBT001 - as Till calls it
+        self._earned += amount
+        self._finished += is_receipted
 
     def _take(self, won: Won) -> _ServedJob:
         secrets = ProviderSecrets(self._entropy(NONCE_BYTES), self._entropy(NONCE_BYTES))
@@ -256,9 +303,8 @@ class ProviderRole:
                 "tokens": progress.tokens,
                 "seconds": f"{progress.elapsed_s:.1f}",
             }
+            self._earned += job.paid
             if job.error is None:
-                self._finished += 1
-                self._earned += job.price
                 log.info("job done", extra={"fields": {**fields, "price": format_amount(job.price)}})
             else:
                 self._failed += 1
@@ -292,6 +338,8 @@ class _ServedJob(JobShell[ProviderEvent]):
         self._last = 0.0
         self._tokens = 0
         self._generation = trio.CancelScope()
+        self._flowing = trio.Event()
+        self._flowing.set()
         self._tasks: trio.Nursery | None = None
         self.latency_s: float | None = None
         self.unavailable = False
@@ -304,8 +352,13 @@ class _ServedJob(JobShell[ProviderEvent]):
 
     @property
     def price(self) -> int:
-        """What it costs, base units; 0 until the answer is complete."""
+        """What it costs, base units."""
         return self._job.price
+
+    @property
+    def paid(self) -> int:
+        """What of it was promised while it ran, base units."""
+        return self._job.paid
 
     def progress(self) -> JobProgress:
         """How far it is."""
@@ -338,6 +391,10 @@ class _ServedJob(JobShell[ProviderEvent]):
             case StartGeneration():
                 assert self._tasks is not None  # set before the first event
                 self._tasks.start_soon(self._generate, effect)
+            case HoldGeneration():
+                self._flowing = trio.Event()
+            case ResumeGeneration():
+                self._flowing.set()
             case StopGeneration():
                 self._generation.cancel()
             case Finished():
@@ -376,8 +433,9 @@ class _ServedJob(JobShell[ProviderEvent]):
                     self.latency_s = trio.current_time() - started
                 if chunk.tokens or chunk.text:
                     self._note(len(chunk.tokens))
-                    await self.tell(Produced(chunk.tokens, chunk.text))
+                    await self.tell(Produced(chunk.tokens, chunk.text, generation.input_tokens))
                 finish = chunk.finish or finish
+                await self._flowing.wait()
         if finish is None:
             msg = "the executor did not say why it ended"
             raise ExecutorFailed(msg)

@@ -18,13 +18,13 @@ import trio
 
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.job import JobRecord, recovered, settled
+from aci_p2p.protocol.job import JobRecord, Payment, PaymentState, recovered, timed_out
 from aci_p2p.protocol.lifecycle import LIMITS, Party, State
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """`PRAGMA user_version`; a database with a higher one is from a later program and is refused."""
 BUSY_TIMEOUT_S: Final = 5.0
 """Seconds to wait for another process's transaction; ours take milliseconds."""
@@ -61,6 +61,20 @@ CREATE TABLE keys (
     last_used_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
+_PAYMENTS: Final = """
+CREATE TABLE payments (
+    node BLOB NOT NULL,
+    job_id BLOB NOT NULL,
+    role TEXT NOT NULL,
+    peer BLOB NOT NULL,
+    amount TEXT NOT NULL,
+    statement BLOB NOT NULL,
+    state TEXT NOT NULL,
+    PRIMARY KEY (node, job_id, role, peer)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX payments_by_state ON payments (node, state);
+"""
+"""Since version 2."""
 _TOTALS_INDEX: Final = "CREATE INDEX IF NOT EXISTS jobs_totals ON jobs (node, role, state, price)"
 """Holds all that `totals` reads: the jobs themselves, with their proofs, are a hundred times as large."""
 _OPEN_STATES: Final = tuple(state.value for state in LIMITS)
@@ -104,9 +118,30 @@ class Store:
         self._threads = threads
         self._lock = trio.Lock()
 
-    async def put_jobs(self, records: Sequence[JobRecord]) -> None:
-        """Insert or replace jobs and note their transitions, in one durable transaction. Raises StoreError."""
-        await self._run(self._put_jobs, records)
+    async def put_jobs(self, records: Sequence[JobRecord], payments: Sequence[Payment] = ()) -> None:
+        """Insert or replace jobs and payments, and note transitions, in one durable transaction. Raises StoreError."""
+        await self._run(self._put_jobs, records, payments)
+
+    async def payments(self, job_id: bytes, role: Party) -> list[Payment]:
+        """What a job's providers are paid, or what we are paid for it. Raises StoreError."""
+        return await self._run(self._select_payments, _THIS_JOB, self._key(job_id, role))
+
+    async def owed(self, since: int) -> list[Payment]:
+        """What we owe for jobs that moved since then (Unix ms), and providers may not know. Raises StoreError."""
+        node, consumer = self._node.public_key, Party.CONSUMER.value
+        jobs = "SELECT job_id FROM jobs WHERE node = ? AND role = ? AND updated_at >= ?"
+        where = f"node = ? AND state = 'owed' AND role = ? AND job_id IN ({jobs})"
+        return await self._run(self._select_payments, where, (node, consumer, node, consumer, since))
+
+    async def paid(self, role: Party) -> int:
+        """All that we were promised as a provider, or have promised as a consumer, base units. Raises StoreError."""
+
+        def total() -> int:
+            query = "SELECT amount FROM payments WHERE node = ? AND role = ?"
+            rows = self._connection.execute(query, (self._node.public_key, role.value))
+            return sum(int(amount) for (amount,) in rows)
+
+        return await self._run(total)
 
     async def get_job(self, job_id: bytes, role: Party) -> JobRecord | None:
         """One job, if we have it in that role. Raises StoreError."""
@@ -141,15 +176,23 @@ class Store:
         return await self._run(select)
 
     async def recover(self, now: int) -> list[JobRecord]:
-        """End the jobs that a stop or crash interrupted, and finalise those whose challenge window is over.
+        """End the jobs that a stop or crash interrupted, and those that have waited for as long as they may.
 
-        Returns what changed. Raises StoreError.
+        What was promised for interrupted ones is owed. Returns what changed. Raises StoreError.
         """
+
+        def close() -> None:
+            with self._connection:
+                self._connection.execute(
+                    "UPDATE payments SET state = 'owed' WHERE node = ? AND state = 'running'", (self._node.public_key,)
+                )
+
+        await self._run(close)
         return await self._change(recovered, now)
 
     async def settle(self, now: int) -> list[JobRecord]:
-        """Finalise the jobs whose challenge window is over; what changed. Raises StoreError."""
-        return await self._change(settled, now)
+        """End the jobs that have waited for as long as they may; what changed. Raises StoreError."""
+        return await self._change(timed_out, now)
 
     async def _change(self, change: Callable[[JobRecord, int], JobRecord | None], now: int) -> list[JobRecord]:
         marks = ", ".join("?" * len(_OPEN_STATES))
@@ -170,11 +213,17 @@ class Store:
 
         await self._run(note)
 
-    def _put_jobs(self, records: Sequence[JobRecord]) -> None:
+    def _put_jobs(self, records: Sequence[JobRecord], payments: Sequence[Payment]) -> None:
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             for job in records:
                 self._put_job(job)
+            for payment in payments:
+                row = (
+                    *self._key(payment.job_id, payment.role), payment.peer.public_key, str(payment.amount),
+                    payment.statement, payment.state.value,
+                )  # fmt: skip
+                self._connection.execute("INSERT OR REPLACE INTO payments VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def _put_job(self, job: JobRecord) -> None:
         stored = self._select(_THIS_JOB, self._key(job.job_id, job.role))
@@ -184,8 +233,8 @@ class Store:
             job.receipt,
         )  # fmt: skip
         self._connection.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-        # Storing a job again is no transition.
-        if stored != [job]:
+        # Storing a job again, or what was paid for it later, is no transition.
+        if not stored or (stored[0].state, stored[0].updated_at) != (job.state, job.updated_at):
             self._connection.execute("INSERT INTO transitions VALUES (?, ?, ?, ?, ?)", row[:5])
 
     def _key(self, job_id: bytes, role: Party) -> tuple[bytes, bytes, str]:
@@ -194,6 +243,13 @@ class Store:
     def _select(self, where: str, arguments: tuple[Any, ...]) -> list[JobRecord]:
         query = f"SELECT {_COLUMNS} FROM jobs WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
         return [_record(row) for row in self._connection.execute(query, arguments)]
+
+    def _select_payments(self, where: str, arguments: tuple[Any, ...]) -> list[Payment]:
+        query = f"SELECT job_id, role, peer, amount, statement, state FROM payments WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
+        return [
+            Payment(job_id, Party(role), NodeId(peer), int(amount), statement, PaymentState(state))
+            for job_id, role, peer, amount, statement, state in self._connection.execute(query, arguments)
+        ]
 
     async def _run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         async with self._lock:
@@ -234,10 +290,10 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Make the tables in a new database; refuse one of another version."""
+    """Make the tables that are missing; refuse a database of a later version."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0:
-        for statement in _SCHEMA.split(";"):
+    if version < SCHEMA_VERSION:
+        for statement in (_PAYMENTS if version else _SCHEMA + _PAYMENTS).split(";"):
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     elif version != SCHEMA_VERSION:

@@ -9,6 +9,7 @@ from typing import Final
 
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.market import check_terms
 from aci_p2p.protocol.messages import MAX_LATENCY_MS, SECOND, Abort, AbortCode, Award, Bid, Offer
 from aci_p2p.protocol.validation import Decision, Reason, require
 
@@ -21,6 +22,8 @@ MAX_PER_CONSUMER: Final = 32
 not use up what we may say to all others (`replay.MAX_PER_SENDER`)."""
 FIRST_LATENCY_MS: Final = 2_000
 """Promised time to the first token before any was measured: loading a small model takes a second."""
+LEASE_MS: Final = 5 * SECOND
+"""A quote holds a slot for so long: a consumer that has asked a few providers chooses within a second."""
 LATENCY_WEIGHT: Final = 4
 """The measured latency moves by a quarter of each new measurement."""
 
@@ -99,7 +102,15 @@ class BidBook:
         """What we serve under a weights root."""
         return self._offerings.get(root)
 
-    def bid(self, offer: Envelope[Offer], now: int, *, running: int, addresses: Sequence[str]) -> Envelope[Bid] | None:
+    def bid(
+        self,
+        offer: Envelope[Offer],
+        now: int,
+        *,
+        running: int,
+        addresses: Sequence[str],
+        lifetime_ms: int = BID_LIFETIME_MS,
+    ) -> Envelope[Bid] | None:
         """Our firm bid for an offer, remembered until it expires.
 
         None when we do not serve the model, lack a slot (`running` are taken), could never fit the answer, or have bid
@@ -120,10 +131,32 @@ class BidBook:
             latency_ms=self._latency_ms,
             addresses=tuple(addresses),
         )
-        bid = self._sealer.seal(body, now, lifetime_ms=BID_LIFETIME_MS)
+        bid = self._sealer.seal(body, now, lifetime_ms=lifetime_ms)
         self._outstanding[bid.digest] = Won(offer, bid, offering.name)
         self._consumers[offer.sender] += 1
         return bid
+
+    def quote(
+        self, frame: bytes, peer: NodeId, now: int, *, running: int, addresses: Sequence[str]
+    ) -> Envelope[Bid] | Declined:
+        """Our bid for an offer that `peer` sent to us alone, firm for LEASE_MS. Raises MessageRefused."""
+        offer = open_envelope(frame, Offer, network=self._sealer.network, now=now)
+        # Its own offer: a slot is held for who asks.
+        require(offer.sender == peer, Decision.REJECT, Reason.WRONG_SENDER)
+        check_terms(offer)
+        bid = self.bid(offer, now, running=running, addresses=addresses, lifetime_ms=LEASE_MS)
+        if bid is not None:
+            return bid
+        job_id = offer.body.job_id
+        if offer.body.model_root not in self._offerings:
+            return Declined(Abort(job_id, AbortCode.MODEL_UNAVAILABLE, "the model is not served here"))
+        if self.draining or running >= self._slots:
+            return Declined(Abort(job_id, AbortCode.BUSY, "all slots are taken"))
+        return Declined(Abort(job_id, AbortCode.BUSY, "too many tokens for the model, or too many offers at once"))
+
+    def release(self, bid: Envelope[Bid]) -> None:
+        """A quote's consumer has gone: it will not be awarded."""
+        self._forget(bid.digest)
 
     def take(self, frame: bytes, now: int, *, running: int) -> Won | Declined:
         """Judge the first frame of a job's stream; a bid can be awarded once. Raises MessageRefused."""

@@ -47,6 +47,8 @@ LOAD_MILLI_MAX: Final = 1_000
 """Thousandths of a provider's slots that are in use: all."""
 MAX_FACTOR_MILLI: Final = 100_000
 """Thousandths; a price a hundred times the one of an idle provider turns everyone away."""
+MAX_SHARES: Final = 8
+"""Providers that one job may have, one after the other; more failures mean that something else is wrong."""
 MAX_SLOTS: Final = 1 << 16
 """Jobs that a provider runs at once."""
 MAX_ENVELOPE_BYTES: Final = 4_096
@@ -76,6 +78,8 @@ class Kind(IntEnum):
     PROOF = 11
     NODE_RECORD = 12
     CAPABILITY_RECORD = 13
+    VOUCHER = 15
+    SETTLED = 16
 
 
 class AbortCode(IntEnum):
@@ -162,6 +166,8 @@ class Award:
     """The job."""
     bid_digest: Annotated[bytes, Wire(2, DIGEST)]
     """Digest of the chosen bid's envelope."""
+    accepted_tokens: Annotated[int, Wire(3, Uint(MAX_TOKENS))]
+    """Output tokens that the consumer has from providers that failed: the winner goes on behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +212,8 @@ class Input:
     """Opens `input_commitment`."""
     consumer_nonce: Annotated[bytes, Wire(4, NONCE)]
     """Opens `nonce_commitment`; the consumer's part of the sampling seed."""
+    accepted: Annotated[tuple[int, ...], Wire(5, ListOf(Uint(MAX_TOKEN_ID), MAX_TOKENS))]
+    """Output tokens so far, of providers that failed; as many as the award says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +228,8 @@ class Tokens:
     """Token ids."""
     text: Annotated[str, Wire(4, Text(MAX_CHUNK_TEXT_BYTES))]
     """Their text, whole characters only."""
+    input_tokens: Annotated[int, Wire(5, Uint(MAX_TOKEN_ID))]
+    """Prompt tokens, chat template included: what is due for reading them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +302,8 @@ class Proof:
     """As in the accept."""
     engine: Annotated[Engine, Wire(15, Struct(Engine))]
     """What ran the model."""
+    first_token: Annotated[int, Wire(16, Uint(MAX_TOKENS))]
+    """Position of the first output token of its own; those before came from providers that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,27 +321,64 @@ class BidSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
-    """The consumer's statement that it has the answer, what it owes, and how it chose."""
+class Share:
+    """One provider's part of an answer, and what it is paid for it."""
+
+    provider: Annotated[NodeId, Wire(1, Node())]
+    """Who produced it."""
+    bid_digest: Annotated[bytes, Wire(2, DIGEST)]
+    """Digest of its bid's envelope, which fixes the prices."""
+    input_tokens: Annotated[int, Wire(3, Uint(MAX_TOKEN_ID))]
+    """Prompt tokens that it read, chat template included."""
+    first_token: Annotated[int, Wire(4, Uint(MAX_TOKENS))]
+    """Output tokens of others that it read behind the prompt: where its own begin."""
+    output_tokens: Annotated[int, Wire(5, Uint(MAX_TOKENS))]
+    """Output tokens of its own that were accepted."""
+    price: Annotated[int, Wire(6, Amount())]
+    """What it is owed, base units."""
+
+
+SHARE: Final = Struct(Share)
+
+
+@dataclass(frozen=True, slots=True)
+class Voucher:
+    """The consumer's promise to pay for what has come so far; each takes the place of the one before."""
 
     job_id: Annotated[bytes, Wire(1, DIGEST)]
     """The job."""
-    provider: Annotated[NodeId, Wire(2, Node())]
-    """Who answered."""
-    offer_digest: Annotated[bytes, Wire(3, DIGEST)]
+    share: Annotated[Share, Wire(2, SHARE)]
+    """What has come of this provider."""
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The consumer's statement that it has the answer, what it owes to whom, and how it chose."""
+
+    job_id: Annotated[bytes, Wire(1, DIGEST)]
+    """The job."""
+    offer_digest: Annotated[bytes, Wire(2, DIGEST)]
     """Digest of the offer's envelope."""
-    proof_digest: Annotated[bytes, Wire(4, DIGEST)]
+    proof_digest: Annotated[bytes, Wire(3, DIGEST)]
     """Digest of the proof's envelope."""
-    input_tokens: Annotated[int, Wire(5, Uint(MAX_TOKEN_ID))]
-    """Prompt tokens paid for."""
-    output_tokens: Annotated[int, Wire(6, Uint(MAX_TOKENS))]
-    """Output tokens paid for."""
-    price: Annotated[int, Wire(7, Amount())]
-    """What the job costs, base units."""
-    rule: Annotated[str, Wire(8, NAME)]
+    shares: Annotated[tuple[Share, ...], Wire(4, ListOf(SHARE, MAX_SHARES))]
+    """Of each provider in the order of the answer; the last has proved it."""
+    price: Annotated[int, Wire(5, Amount())]
+    """What the job costs, base units: the sum of the shares."""
+    rule: Annotated[str, Wire(6, NAME)]
     """Name and version of the selection rule."""
-    bids: Annotated[tuple[BidSummary, ...], Wire(9, ListOf(Struct(BidSummary), MAX_BIDS))]
+    bids: Annotated[tuple[BidSummary, ...], Wire(7, ListOf(Struct(BidSummary), MAX_BIDS))]
     """What was weighed, in order of arrival."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The provider has stored what it is owed."""
+
+    job_id: Annotated[bytes, Wire(1, DIGEST)]
+    """The job."""
+    amount: Annotated[int, Wire(2, Amount())]
+    """The most that it holds the consumer's signature for, base units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +455,8 @@ Body: TypeAlias = (
     | Proof
     | NodeRecord
     | CapabilityRecord
+    | Voucher
+    | Settled
 )
 """Every message that travels in an envelope."""
 
@@ -431,7 +482,7 @@ KINDS: Final[dict[Kind, KindRules]] = {
     Kind.BID: KindRules(Bid, 4_096, 60 * SECOND),
     Kind.AWARD: KindRules(Award, 1_024, 60 * SECOND),
     Kind.ACCEPT: KindRules(Accept, 1_024, 60 * SECOND),
-    Kind.INPUT: KindRules(Input, MAX_INPUT_BYTES + 65_536, 60 * SECOND),
+    Kind.INPUT: KindRules(Input, MAX_INPUT_BYTES + 5 * MAX_TOKENS + 65_536, 60 * SECOND),
     Kind.TOKENS: KindRules(Tokens, MAX_CHUNK_TEXT_BYTES + 8_192, 60 * SECOND),
     Kind.COMMIT: KindRules(Commit, 1_024, 60 * SECOND),
     Kind.REVEAL: KindRules(Reveal, MAX_ENVELOPE_BYTES + 1_024, 60 * SECOND),
@@ -440,6 +491,8 @@ KINDS: Final[dict[Kind, KindRules]] = {
     Kind.PROOF: KindRules(Proof, MAX_ENVELOPE_BYTES, 10 * _YEAR),
     Kind.NODE_RECORD: KindRules(NodeRecord, 4_096, 3 * 3_600 * SECOND),
     Kind.CAPABILITY_RECORD: KindRules(CapabilityRecord, 4_096, 3 * 3_600 * SECOND),
+    Kind.VOUCHER: KindRules(Voucher, 1_024, 10 * _YEAR),
+    Kind.SETTLED: KindRules(Settled, 1_024, 60 * SECOND),
 }
 """Sizes bound memory before decoding; lifetimes bound how long a replay must be remembered."""
 

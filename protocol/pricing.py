@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.messages import Bid, Offer
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.messages import Bid, Offer, Share
 from aci_p2p.protocol.wire import AMOUNT_BYTES_MAX
 
 ONE_ACI: Final = 10**18
@@ -30,9 +31,18 @@ def price(bid: Bid, *, input_tokens: int, output_tokens: int) -> int:
     return bid.input_token_price * input_tokens + bid.output_token_price * output_tokens
 
 
-def worst_price(offer: Offer, bid: Bid) -> int:
-    """Most that the offer's job can cost under the bid, base units."""
-    return price(bid, input_tokens=max_input_tokens(offer), output_tokens=offer.max_tokens)
+def worst_price(offer: Offer, bid: Bid, *, accepted_tokens: int = 0) -> int:
+    """Most that the offer's job can cost under the bid, base units; without the `accepted_tokens` of others."""
+    read = max_input_tokens(offer) + accepted_tokens
+    return price(bid, input_tokens=read, output_tokens=offer.max_tokens - accepted_tokens)
+
+
+def share_of(
+    provider: NodeId, bid_digest: bytes, bid: Bid, *, input_tokens: int, first_token: int, output_tokens: int
+) -> Share:
+    """A provider's part of an answer at its bid's prices: what it read, the tokens of others included, and wrote."""
+    owed = price(bid, input_tokens=input_tokens + first_token, output_tokens=output_tokens)
+    return Share(provider, bid_digest, input_tokens, first_token, output_tokens, owed)
 
 
 def format_amount(base_units: int) -> str:

@@ -44,6 +44,7 @@ class Reason(StrEnum):
     BAD_COMMITMENT = "bad_commitment"
     OUT_OF_ORDER = "out_of_order"
     TOO_MANY_TOKENS = "too_many_tokens"
+    BAD_VOUCHER = "bad_voucher"
     BAD_RECORD_KEY = "bad_record_key"
     VALIDATOR_FAILED = "validator_failed"
 

@@ -6,7 +6,7 @@ A bench checks what must hold of every step, whatever a test is about: see `Benc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar, cast
 
@@ -17,11 +17,13 @@ from aci_p2p.protocol.commitments import (
     text_digest,
     tokens_digest,
 )
-from aci_p2p.protocol.consumer import BidArrived, ConsumerJob, JobRequest, JobSecrets, Start
+from aci_p2p.protocol.consumer import BidArrived, ConsumerJob, QuotesAsked, Start
 from aci_p2p.protocol.envelope import Envelope, Sealer, kind_of, open_envelope
 from aci_p2p.protocol.errors import AciError
-from aci_p2p.protocol.identity import KeyPair
+from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import (
+    AskForQuotes,
+    Broadcast,
     CloseStream,
     Deliver,
     Effect,
@@ -30,6 +32,8 @@ from aci_p2p.protocol.job import (
     FrameArrived,
     JobRecord,
     OpenStream,
+    Payment,
+    PaymentState,
     Persist,
     Send,
     SetTimer,
@@ -56,11 +60,15 @@ from aci_p2p.protocol.messages import (
     Proof,
     Receipt,
     Reveal,
+    Share,
     Tokens,
     Turn,
+    Voucher,
 )
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
+from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
+from aci_p2p.protocol.settlement import read_statement, settle
 
 T = TypeVar("T")
 
@@ -85,6 +93,7 @@ REQUEST: Final = JobRequest(
     max_latency_ms=5_000,
     bid_window_ms=2_000,
     expected_bidders=frozenset(),
+    max_providers=1,
 )
 PARTS: Final = (((11, 12), "Tout "), ((13,), "droit"), ((), "."))
 """The answer of the fake model: tokens and text of each part."""
@@ -99,9 +108,10 @@ STORED_BEFORE: Final = {
     Kind.AWARD: {State.AWARDED},
     Kind.ACCEPT: {State.ACCEPTED},
     Kind.INPUT: {State.STREAMING},
+    Kind.TOKENS: {State.STREAMING},
+    Kind.VOUCHER: {State.STREAMING},
     Kind.COMMIT: {State.COMMITTED},
     Kind.REVEAL: {State.REVEALED},
-    Kind.RECEIPT: {State.RECEIPTED},
     Kind.ABORT: FINAL_STATES | {State.OFFERED},
 }
 """The state that must be on disk before a message is sent: one of these must be the last that was stored."""
@@ -141,13 +151,13 @@ def make_offer(sealer: Sealer | None = None, request: JobRequest = REQUEST) -> E
 
 
 def make_bid(
-    offer: Envelope[Offer], key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, **terms: object
+    offer: Envelope[Offer], key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, now: int = NOW, **terms: object
 ) -> Envelope[Bid]:
     """A bid for an offer."""
     bid = Bid(
         job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=300, addresses=("/ip4/192.0.2.1",)
     )  # fmt: skip
-    return Sealer(key, NETWORK).seal(alter(bid, **terms), NOW, lifetime_ms=lifetime_ms)
+    return Sealer(key, NETWORK).seal(alter(bid, **terms), now, lifetime_ms=lifetime_ms)
 
 
 def make_proof(offer: Envelope[Offer], bid: Envelope[Bid], **changes: object) -> Proof:
@@ -169,6 +179,7 @@ def make_proof(offer: Envelope[Offer], bid: Envelope[Bid], **changes: object) ->
         seed=derive_seed(SECRETS.nonce, PROVIDER_SECRETS.nonce, job_id),
         provider_nonce=PROVIDER_SECRETS.nonce,
         engine=ENGINE,
+        first_token=0,
     )
     return alter(proof, **changes)
 
@@ -183,6 +194,7 @@ class Bench:
         self.now = NOW
         self.effects: list[Effect] = []
         self.records: list[JobRecord] = []
+        self.payments: dict[NodeId, Payment] = {}
         self.timer: int | None = None
         self.connected = job.role is Party.PROVIDER
 
@@ -233,6 +245,9 @@ class Bench:
                 assert (record.job_id, record.role, record.updated_at) == (self.job.job_id, self.job.role, self.now)
                 assert record.model_root == MODEL_ROOT
                 self.records.append(record)
+                for payment in effect.payments:
+                    assert (payment.job_id, payment.role) == (self.job.job_id, self.job.role)
+                    self.payments[payment.peer] = payment
                 state = record.state
             elif isinstance(effect, Send):
                 kind = kind_of(effect.data)
@@ -295,8 +310,9 @@ class ConsumerBench(Bench):
         return self
 
     def start(self) -> None:
-        """Broadcast the offer."""
+        """Make the offer, and broadcast it since nobody can be asked."""
         self.feed(Start())
+        self.feed(QuotesAsked(frozenset()))
 
     def award(self) -> None:
         """Take two bids and choose the provider's."""
@@ -313,7 +329,7 @@ class ConsumerBench(Bench):
 
     def part(self, index: int, tokens: tuple[int, ...], text: str) -> list[Effect]:
         """A part of the answer comes."""
-        return self.receive(Tokens(self.job.job_id, index, tokens, text))
+        return self.receive(Tokens(self.job.job_id, index, tokens, text, INPUT_TOKENS))
 
     def answer(self) -> None:
         """The whole answer comes, and its commitment."""
@@ -353,7 +369,6 @@ class ProviderBench(Bench):
             State.OFFERED: self.award,
             State.ACCEPTED: self.input,
             State.STREAMING: self.generate,
-            State.REVEALED: self.receipt,
         }
         while self.job.state is not state:
             steps.pop(self.job.state)()
@@ -361,35 +376,42 @@ class ProviderBench(Bench):
 
     def award(self, **changes: object) -> list[Effect]:
         """The consumer's award comes."""
-        return self.receive(alter(Award(self.job.job_id, self.bid.digest), **changes))
+        return self.receive(alter(Award(self.job.job_id, self.bid.digest, 0), **changes))
 
     def input(self, **changes: object) -> list[Effect]:
         """The prompt comes."""
-        opening = Input(self.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce)
+        opening = Input(self.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce, ())
         return self.receive(alter(opening, **changes))
 
     def generate(self) -> list[Effect]:
         """The model runs to its end."""
         for tokens, text in PARTS:
-            self.feed(Produced(tokens, text))
+            self.feed(Produced(tokens, text, INPUT_TOKENS))
         return self.feed(GenerationEnded(Finish.STOP, INPUT_TOKENS, ENGINE))
 
-    def receipt(self, **changes: object) -> list[Effect]:
-        """The consumer's receipt comes."""
-        reveal = next(effect.data for effect in reversed(self.effects) if isinstance(effect, Send))
-        proof = open_envelope(opened(reveal, Reveal).proof, Proof, network=NETWORK, now=None)
+    def share(self, output_tokens: int, **changes: object) -> Share:
+        """What the provider is owed for so many of its tokens."""
+        price = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * output_tokens
+        return alter(Share(PROVIDER.node_id, self.bid.digest, INPUT_TOKENS, 0, output_tokens, price), **changes)
+
+    def voucher(self, output_tokens: int, **changes: object) -> list[Effect]:
+        """A promise to pay for so many tokens comes."""
+        return self.receive(Voucher(self.job.job_id, self.share(output_tokens, **changes)))
+
+    def receipt(self, **changes: object) -> Envelope[Receipt]:
+        """The consumer's receipt."""
+        reveal = of(self.effects, Send)[-1].data
+        proof = open_envelope(opened(reveal, Reveal, self.now).proof, Proof, network=NETWORK, now=None)
         receipt = Receipt(
             job_id=self.job.job_id,
-            provider=PROVIDER.node_id,
             offer_digest=self.offer.digest,
             proof_digest=proof.digest,
-            input_tokens=INPUT_TOKENS,
-            output_tokens=len(TOKENS),
+            shares=(self.share(len(TOKENS)),),
             price=PRICE,
             rule="price-latency/1",
             bids=(),
         )
-        return self.receive(alter(receipt, **changes))
+        return self.peer.seal(alter(receipt, **changes), self.now)
 
 
 @dataclass(slots=True)
@@ -403,10 +425,15 @@ class Model:
     mute: bool = False
     """Whether it never ends."""
 
-    def events(self) -> list[Any]:
+    def events(self, accepted: int) -> list[Any]:
         """The events of one generation."""
         end = self.failure or GenerationEnded(Finish.STOP, INPUT_TOKENS, ENGINE)
-        return [*(Produced(*part) for part in self.parts), *([] if self.mute else [end])]
+        made, parts = 0, list[Produced]()
+        for tokens, text in self.parts:
+            made += len(tokens)
+            if made > accepted or (made == accepted and not tokens):
+                parts.append(Produced(tokens, text, INPUT_TOKENS))
+        return [*parts, *([] if self.mute else [end])]
 
 
 @dataclass(slots=True)
@@ -442,17 +469,20 @@ class Market:
     def run(self) -> Market:
         """Until nobody has anything left to do."""
         self._feed(self.consumer, Start())
-        for seller in self.sellers.values():
-            bid = make_bid(self.consumer.job.offer, seller.key, **seller.terms)
-            self._bids[seller.key.node_id.public_key] = bid
-            self._feed(self.consumer, BidArrived(bid))
         while self._step():
             pass
-        return self
+        return self._settle()
 
     def _step(self) -> bool:
         if self._queue:
             bench, event = self._queue.popleft()
+            if isinstance(event, Iterator):
+                # The model works while frames travel.
+                following = next(cast("Iterator[object]", event), None)
+                if following is None:
+                    return True
+                self._queue.append((bench, event))
+                event = following
             self._feed(bench, event)
             return True
         waiting = [bench for bench in (self.consumer, *self.providers) if bench.timer and not bench.job.over]
@@ -468,6 +498,13 @@ class Market:
         bench.now = self.now
         for effect in bench.feed(event):
             match effect:
+                case AskForQuotes():
+                    self._queue.append((bench, QuotesAsked(frozenset())))
+                case Broadcast(offer):
+                    for seller in self.sellers.values():
+                        bid = make_bid(offer, seller.key, now=self.now, **seller.terms)
+                        self._bids[seller.key.node_id.public_key] = bid
+                        self._queue.append((bench, BidArrived(bid)))
                 case OpenStream(node):
                     self._open(self.sellers[node])
                 case Send(data):
@@ -477,7 +514,7 @@ class Market:
                     self._hang_up(bench)
                 case StartGeneration():
                     model = self.sellers[bench.job._sealer.node_id].model
-                    self._queue.extend((bench, event) for event in model.events())
+                    self._queue.append((bench, iter(model.events(len(effect.accepted)))))
                 case _:
                     pass
 
@@ -502,7 +539,25 @@ class Market:
         """Close the stream: what waits for `bench` is dropped."""
         if self._stream is not None and bench in self._stream:
             self._stream = None
-            self._queue = deque((other, event) for other, event in self._queue if other is not bench)
+        self._queue = deque(
+            (other, event)
+            for other, event in self._queue
+            if other is not bench or not isinstance(event, FrameArrived | StreamEnded)
+        )
+
+    def _settle(self) -> Market:
+        """Every provider is told what it is owed."""
+        for payment in self.consumer.payments.values():
+            if payment.state is not PaymentState.OWED:
+                continue
+            (provider,) = (bench for bench in self.providers if bench.job._sealer.node_id == payment.peer)
+            statement = read_statement(payment.statement, payment.peer, network=NETWORK, now=self.now)
+            change = settle(statement, provider.last, provider.payments.get(CONSUMER.node_id), self.now)
+            if change is not None:
+                records, held = change
+                provider.records += records
+                provider.payments[CONSUMER.node_id] = held
+        return self
 
     @property
     def answer(self) -> str:

@@ -18,19 +18,12 @@ from aci_p2p.protocol.commitments import (
     text_digest,
     tokens_digest,
 )
-from aci_p2p.protocol.consumer import (
-    BidArrived,
-    ConsumerJob,
-    JobCancelled,
-    NoBids,
-    PromptRefused,
-    ProviderFault,
-    Start,
-)
+from aci_p2p.protocol.consumer import QUOTE_WAIT_MS, BidArrived, ConsumerJob, QuotesAsked, Start
 from aci_p2p.protocol.envelope import Sealer, open_envelope
 from aci_p2p.protocol.errors import LocalError, RemoteError, ResourceError
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.job import (
+    AskForQuotes,
     BidSeen,
     Broadcast,
     Cancel,
@@ -42,6 +35,7 @@ from aci_p2p.protocol.job import (
     FrameArrived,
     OpenStream,
     Persist,
+    ReleaseQuotes,
     Send,
     SetTimer,
     StreamEnded,
@@ -67,11 +61,13 @@ from aci_p2p.protocol.messages import (
     Proof,
     Receipt,
     Reveal,
+    Share,
     Tokens,
     Turn,
 )
 from aci_p2p.protocol.pricing import worst_price
 from aci_p2p.protocol.proof import MAX_ANSWER_BYTES, verify_proof
+from aci_p2p.protocol.request import JobCancelled, NoBids, PromptRefused, ProviderFault
 from aci_p2p.protocol.selection import PriceThenLatency
 from tests.protocol.driver import (
     CONSUMER,
@@ -135,7 +131,7 @@ def assert_fault(bench: ConsumerBench, detail: str, tokens: int) -> None:
     assert bench.job.state is State.PROVIDER_FAULT
     record = bench.last
     assert (record.state, record.blame, record.peer) == (State.PROVIDER_FAULT, Party.PROVIDER, PROVIDER.node_id)
-    assert (record.price, record.proof, record.receipt) == (0, b"", b"")
+    assert (record.proof, record.receipt) == (b"", b"")
     assert detail in record.detail
     error = bench.error
     assert isinstance(error, ProviderFault)
@@ -152,7 +148,7 @@ def assert_declined(bench: ConsumerBench, effects: list[Any], why: str) -> None:
     assert (back.state, award.state) == (State.OFFERED, State.AWARDED)
     assert one(effects, Chosen).provider == RIVAL.node_id
     assert one(effects, OpenStream).provider == RIVAL.node_id
-    assert opened(of(effects, Send)[-1].data, Award, bench.now) == Award(bench.job.job_id, bench.other.digest)
+    assert opened(of(effects, Send)[-1].data, Award, bench.now) == Award(bench.job.job_id, bench.other.digest, 0)
     assert (award.peer, award.blame, award.detail) == (RIVAL.node_id, Party.NOBODY, "")
     assert why in bench.job._last_decline
     assert bench.job._last_decline.startswith(PROVIDER.node_id.short)
@@ -184,9 +180,10 @@ def test_start_stores_then_broadcasts_the_offer(bench: ConsumerBench) -> None:
     assert effects == [
         Persist(bench.last),
         SetTimer(NOW + LIMITS[State.OFFERED].timeout_ms),
-        Broadcast(bench.job.offer),
-        SetTimer(NOW + 2_000),
+        AskForQuotes(bench.job.offer, frozenset()),
+        SetTimer(NOW + QUOTE_WAIT_MS),
     ]
+    assert bench.feed(QuotesAsked(frozenset())) == [Broadcast(bench.job.offer), SetTimer(NOW + 2_000)]
     assert (bench.last.state, bench.last.peer, bench.last.blame, bench.last.detail, bench.last.price) == (
         State.OFFERED, None, Party.NOBODY, "", 0,
     )  # fmt: skip
@@ -204,7 +201,7 @@ def test_start_stores_then_broadcasts_the_offer(bench: ConsumerBench) -> None:
         temperature_milli=700,
         max_price=10**18,
         max_latency_ms=5_000,
-        bid_deadline=NOW + 2_000,
+        bid_deadline=NOW + QUOTE_WAIT_MS + 2_000,
     )
     assert bench.job.job_id == offer.body.job_id
 
@@ -224,7 +221,7 @@ def test_award_goes_to_the_best_bid_when_the_window_closes(bench: ConsumerBench)
     assert timer == SetTimer(NOW + 2_000 + LIMITS[State.AWARDED].timeout_ms)
     assert dial == OpenStream(PROVIDER.node_id, ("/a", "/b"))
     assert isinstance(send, Send)
-    assert opened(send.data, Award, bench.now) == Award(bench.job.job_id, chosen.digest)
+    assert opened(send.data, Award, bench.now) == Award(bench.job.job_id, chosen.digest, 0)
 
 
 def test_bids_are_summarised_as_they_come(bench: ConsumerBench) -> None:
@@ -258,11 +255,11 @@ def test_no_number_of_bids_ends_the_wait_when_none_is_expected(bench: ConsumerBe
 def test_accept_is_answered_with_the_prompt(bench: ConsumerBench) -> None:
     bench.reach(State.AWARDED)
     effects = bench.accept()
-    assert kinds(effects) == [Persist, SetTimer, Persist, SetTimer, Send]
+    assert kinds(effects) == [Persist, SetTimer, Persist, SetTimer, Send, ReleaseQuotes]
     assert [record.state for record in bench.records[-2:]] == [State.ACCEPTED, State.STREAMING]
-    assert effects[-2] == SetTimer(bench.now + LIMITS[State.STREAMING].timeout_ms)
+    assert effects[-3] == SetTimer(bench.now + LIMITS[State.STREAMING].timeout_ms)
     assert opened(one(effects, Send).data, Input, bench.now) == Input(
-        bench.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce
+        bench.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce, ()
     )
 
 
@@ -285,7 +282,7 @@ def test_reveal_is_answered_with_a_receipt(bench: ConsumerBench) -> None:
     bench.reach(State.COMMITTED)
     effects = bench.reveal()
     assert kinds(effects) == [
-        Persist, SetTimer, Persist, SetTimer, Send, Persist, CloseStream, Finished,
+        Persist, SetTimer, Persist, SetTimer, Persist, CloseStream, Finished,
     ]  # fmt: skip
     revealed, receipted, pending = bench.records[-3:]
     assert [record.state for record in (revealed, receipted, pending)] == [
@@ -296,7 +293,7 @@ def test_reveal_is_answered_with_a_receipt(bench: ConsumerBench) -> None:
     assert receipted == replace(pending, state=State.RECEIPTED)
     assert (pending.price, pending.blame, pending.detail) == (PRICE, Party.NOBODY, "")
     assert pending.peer == PROVIDER.node_id
-    assert pending.receipt == job.receipt.data == one(effects, Send).data
+    assert pending.receipt == job.receipt.data == bench.payments[PROVIDER.node_id].statement
     assert pending.proof == revealed.proof
     verified = verify_proof(pending.proof)
     assert verified.proof == job.proof
@@ -305,11 +302,9 @@ def test_reveal_is_answered_with_a_receipt(bench: ConsumerBench) -> None:
     assert (verified.file.tokens, verified.file.text) == (TOKENS, TEXT)
     assert opened(pending.receipt, Receipt, bench.now) == Receipt(
         job_id=job.job_id,
-        provider=PROVIDER.node_id,
         offer_digest=job.offer.digest,
         proof_digest=job.proof.digest,
-        input_tokens=INPUT_TOKENS,
-        output_tokens=len(TOKENS),
+        shares=(Share(PROVIDER.node_id, bench.chosen.digest, INPUT_TOKENS, 0, len(TOKENS), PRICE),),
         price=PRICE,
         rule="price-latency/1",
         bids=tuple(effect.bid for effect in of(bench.effects, BidSeen)),
@@ -484,7 +479,7 @@ def test_the_rival_serves_after_a_decline(bench: ConsumerBench) -> None:
     bench.receive(Commit(bench.job.job_id, output_commitment(bench.job.job_id, RIVAL.node_id, root, salt)))
     bench.reveal(key=RIVAL)
     assert bench.last.state is State.PENDING
-    assert bench.last.peer == bench.job.receipt.body.provider == RIVAL.node_id
+    assert bench.last.peer == bench.job.receipt.body.shares[0].provider == RIVAL.node_id
     assert bench.last.price == 3 * 10**12 * INPUT_TOKENS + 6 * 10**12 * len(TOKENS)
 
 
@@ -614,7 +609,7 @@ def other_job(bench: ConsumerBench) -> bytes:
 
 
 def other_kind(bench: ConsumerBench) -> bytes:
-    return bench.peer.seal(Award(bench.job.job_id, bytes(32)), bench.now).data
+    return bench.peer.seal(Award(bench.job.job_id, bytes(32), 0), bench.now).data
 
 
 def expired(bench: ConsumerBench) -> bytes:
@@ -675,11 +670,11 @@ def test_bad_frames(bench: ConsumerBench, state: State, make: Callable[[Consumer
 
 BODIES: dict[Kind, Callable[[bytes], object]] = {
     Kind.ACCEPT: lambda job_id: Accept(job_id, bytes(32), bytes(32)),
-    Kind.INPUT: lambda job_id: Input(job_id, CONVERSATION, bytes(32), bytes(32)),
-    Kind.TOKENS: lambda job_id: Tokens(job_id, 0, (1,), ""),
+    Kind.INPUT: lambda job_id: Input(job_id, CONVERSATION, bytes(32), bytes(32), ()),
+    Kind.TOKENS: lambda job_id: Tokens(job_id, 0, (1,), "", 1),
     Kind.COMMIT: lambda job_id: Commit(job_id, bytes(32)),
     Kind.REVEAL: lambda job_id: Reveal(job_id, bytes(32), b"\x00"),
-    Kind.AWARD: lambda job_id: Award(job_id, bytes(32)),
+    Kind.AWARD: lambda job_id: Award(job_id, bytes(32), 0),
 }
 
 
@@ -706,7 +701,9 @@ def test_an_accept_of_another_award(bench: ConsumerBench) -> None:
 
 def test_an_accept_that_was_seen_before(bench: ConsumerBench) -> None:
     bench.reach(State.AWARDED)
-    accept = Accept(bench.job.job_id, bench.job._award_digest, PROVIDER_SECRETS.nonce)
+    sent_award = of(bench.effects, Send)[-1].data
+    digest = open_envelope(sent_award, Award, network=NETWORK, now=None).digest
+    accept = Accept(bench.job.job_id, digest, PROVIDER_SECRETS.nonce)
     frame = FrameArrived(bench.peer.seal(accept, bench.now).data)
     bench.feed(frame)
     bench.feed(frame)
@@ -764,7 +761,7 @@ def changed(value: object) -> object:
     return STRANGER.node_id
 
 
-FREE = {"input_tokens", "engine"}
+FREE = {"engine"}
 """What the provider states on its own account; nothing seen on the stream says otherwise."""
 
 
@@ -795,6 +792,8 @@ def test_a_proof_with_one_field_changed(bench: ConsumerBench, field: str) -> Non
     ("changes", "problem"),
     [
         ({"input_tokens": 0}, "more prompt tokens"),
+        ({"input_tokens": INPUT_TOKENS + 1}, "bad commitment"),
+        ({"first_token": 1}, "bad commitment"),
         ({"input_tokens": input_bytes(CONVERSATION) + 2 * 16 + 128 + 1}, "more prompt tokens"),
         ({"output_tokens": 9}, "more tokens than were asked for"),
         ({"output_tokens": 2}, "bad commitment"),
@@ -807,9 +806,19 @@ def test_a_proof_with_counts_that_cannot_be(bench: ConsumerBench, changes: dict[
 
 
 def test_as_many_prompt_tokens_as_there_can_be(bench: ConsumerBench) -> None:
-    bench.reach(State.COMMITTED)
-    bench.reveal(input_tokens=input_bytes(CONVERSATION) + 2 * 16 + 128)
-    assert bench.job.state is State.PENDING
+    bench.reach(State.STREAMING)
+    most = input_bytes(CONVERSATION) + 2 * 16 + 128
+    assert of(bench.receive(Tokens(bench.job.job_id, 0, (1,), "", most)), Deliver)
+    assert bench.receive(Tokens(bench.job.job_id, 1, (1,), "", most + 1))
+    assert_fault(bench, "bad commitment", tokens=1)
+
+
+@pytest.mark.parametrize("input_tokens", [0, INPUT_TOKENS + 1, INPUT_TOKENS - 1])
+def test_prompt_tokens_are_counted_once(bench: ConsumerBench, input_tokens: int) -> None:
+    bench.reach(State.STREAMING)
+    bench.part(0, (1,), "a")
+    bench.receive(Tokens(bench.job.job_id, 1, (1,), "", input_tokens))
+    assert_fault(bench, "bad commitment", tokens=1)
 
 
 def test_a_seed_of_another_nonce(bench: ConsumerBench) -> None:

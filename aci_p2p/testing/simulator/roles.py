@@ -8,7 +8,7 @@ from typing import Final
 
 from aci_p2p.executor import FinishReason, Message, Sampling
 from aci_p2p.protocol.bidding import BidBook, Declined, Offering
-from aci_p2p.protocol.consumer import BidArrived, ConsumerJob, JobRequest, JobSecrets, Start
+from aci_p2p.protocol.consumer import BidArrived, ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import (
@@ -24,6 +24,7 @@ from aci_p2p.protocol.job import (
 )
 from aci_p2p.protocol.messages import AbortCode, Bid, CapabilityRecord, Engine, Finish, Offer
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
+from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.selection import PriceThenLatency
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.store import StoreError

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from aci_p2p.network.model import NetworkModel
-from aci_p2p.protocol.consumer import JobRequest
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import JobRecord, recovered, settled
 from aci_p2p.protocol.lifecycle import LIMITS, State
 from aci_p2p.protocol.messages import CapabilityRecord, Conversation, Turn
+from aci_p2p.protocol.request import JobRequest
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part
 from aci_p2p.testing.simulator.directory import Announcing, Directory
 from aci_p2p.testing.simulator.faults import Faults

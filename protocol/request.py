@@ -1,0 +1,94 @@
+"""What a consumer asks of the network, and the errors that it may meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from aci_p2p.protocol.errors import LocalError, RemoteError, ResourceError
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
+from aci_p2p.protocol.messages import MAX_SHARES, Conversation
+
+
+class NoBids(ResourceError):
+    """Nobody bid in time, or no bid meets the offer, or every chosen provider declined."""
+
+    code = "no_bids"
+
+    def __init__(self, message: str, *, bids: int, hint: str) -> None:
+        """`bids`: how many arrived."""
+        super().__init__(message, hint=hint)
+        self.bids = bids
+
+
+class PromptRefused(LocalError):
+    """The provider cannot run this prompt: too long for the model, or its template refuses it."""
+
+    code = "prompt_refused"
+
+
+class JobCancelled(LocalError):
+    """Our side gave the job up."""
+
+    code = "cancelled"
+
+
+class ProviderFault(RemoteError):
+    """The provider broke the protocol, vanished or could not go on."""
+
+    code = "provider_fault"
+
+    def __init__(self, provider: NodeId, problem: str, *, tokens: int) -> None:
+        """`tokens`: output tokens that had arrived."""
+        super().__init__(
+            f"provider {provider.short} failed after {tokens} tokens: {problem}",
+            hint="run the command again: another provider may take the job",
+        )
+        self.provider = provider
+        self.tokens = tokens
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What a consumer wants."""
+
+    model_root: bytes
+    """Weights root of the model, 32 bytes."""
+    conversation: Conversation
+    """What the model is asked."""
+    max_tokens: int
+    """Most output tokens."""
+    temperature_milli: int
+    """Thousandths; 0 is greedy."""
+    max_price: int
+    """Most to pay for the whole job, base units."""
+    max_latency_ms: int
+    """Longest promised time to the first token, milliseconds."""
+    bid_window_ms: int
+    """How long to wait for bids, milliseconds."""
+    expected_bidders: frozenset[NodeId]
+    """Providers known to serve the model: once all have bid there is nobody to wait for. Empty: wait out the window."""
+    max_providers: int
+    """Providers that may begin, one after the other: the next goes on where one has failed."""
+
+    def __post_init__(self) -> None:
+        """Raise LocalError on what no node would forward."""
+        if not self.conversation.turns or self.max_tokens < 1:
+            msg = "a job needs a prompt and at least one token to answer it"
+            raise LocalError(msg)
+        if not 0 < self.max_providers <= MAX_SHARES:
+            msg = f"a job has 1 to {MAX_SHARES} providers, not {self.max_providers}"
+            raise LocalError(msg)
+        if not 0 < self.bid_window_ms <= MAX_BID_WINDOW_MS:
+            msg = f"bids are awaited for 1 to {MAX_BID_WINDOW_MS} ms, not {self.bid_window_ms}"
+            raise LocalError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class JobSecrets:
+    """Fresh randomness for one job, 32 bytes each."""
+
+    salt: bytes = field(repr=False)
+    """Hides the prompt in the offer."""
+    nonce: bytes = field(repr=False)
+    """Our part of the sampling seed."""
