@@ -40,7 +40,7 @@ from aci_p2p.executor.frames import (
 )
 from aci_p2p.executor.parallel import Array, Team
 from aci_p2p.executor.reference import PREFILL_CHUNK, KeyValueCache, LlamaModel
-from aci_p2p.executor.sampling import check_sampling, choose
+from aci_p2p.executor.sampling import check_accepted, check_sampling, choose
 from aci_p2p.executor.store import ModelStore, StoredModel
 from aci_p2p.executor.tokenizer import ChatTokenizer, Detokenizer
 from aci_p2p.protocol.errors import AciError, LocalError
@@ -85,7 +85,7 @@ class _Sequence:
     model: _Model
     """The model."""
     tokens: Sequence[int]
-    """The prompt, or the tokens to check."""
+    """The prompt with the accepted tokens behind it, or the tokens to check."""
     cache: KeyValueCache
     """Its length says how far the tokens are done."""
 
@@ -100,14 +100,16 @@ class _Generation(_Sequence):
 
     sampling: Sampling
     """How tokens are chosen."""
+    input_tokens: int
+    """Those of the prompt."""
     max_tokens: int
-    """Most tokens to produce."""
+    """Most tokens of the output."""
     credit: int
     """Chunks that may be sent."""
     detokenizer: Detokenizer
     """Makes text of the tokens."""
-    produced: int = 0
-    """Tokens so far."""
+    produced: int
+    """Tokens of the output so far, accepted ones included."""
     last: int = 0
     """The newest token, not yet in the cache."""
 
@@ -162,7 +164,7 @@ class Scheduler:
                 case Generate():
                     generation = _generation(request, model, cancelled)
                     self._waiting.append(generation)
-                    self.send(Accepted(request.job, len(generation.tokens)))
+                    self.send(Accepted(request.job, generation.input_tokens))
 
     def add_credit(self, credit: Credit) -> None:
         """Let a generation send more chunks; one that is over needs none."""
@@ -332,23 +334,27 @@ def _generation(request: Generate, model: _Model, cancelled: Flag) -> _Generatio
     sampling = Sampling(request.temperature_milli, request.seed)
     check_sampling(sampling)
     tokens = model.tokenizer.encode(_messages(request.turns))
-    context = model.llama.architecture.context
+    accepted = np.frombuffer(request.accepted, "<u4").tolist()
+    sizes = model.llama.architecture
+    check_accepted(accepted, sizes.vocabulary, model.tokenizer.stop_tokens, request.max_tokens)
     if not tokens:
         msg = "the prompt is empty"
         raise LocalError(msg)
-    if len(tokens) + request.max_tokens > context:
-        msg = f"the prompt has {len(tokens)} tokens; with {request.max_tokens} more it exceeds the context of {context}"
+    if len(tokens) + request.max_tokens > sizes.context:
+        msg = f"the prompt has {len(tokens)} tokens; {request.max_tokens} more exceed the context of {sizes.context}"
         raise PromptTooLong(msg, hint="shorten the prompt or ask for fewer tokens")
     return _Generation(
         request.job,
         cancelled,
         model,
-        tokens,
+        [*tokens, *accepted],
         model.llama.new_cache(),
         sampling=sampling,
+        input_tokens=len(tokens),
         max_tokens=request.max_tokens,
         credit=request.credit,
-        detokenizer=model.tokenizer.detokenizer(),
+        detokenizer=model.tokenizer.detokenizer(accepted),
+        produced=len(accepted),
     )
 
 
