@@ -249,4 +249,4 @@ def conversation_of(prompt: str | Sequence[Turn]) -> Conversation:
 
 
 def _answer(result: JobResult) -> Answer:
-    return Answer(result.file.text, result.file.tokens, result.file, result.receipt, result.provider)
+    return Answer(result.text, result.tokens, result.file, result.receipt, result.provider)

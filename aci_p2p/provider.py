@@ -421,7 +421,8 @@ class _ServedJob(JobShell[ProviderEvent]):
     async def _stream_answer(self, run: StartGeneration) -> None:
         messages = _messages(run.conversation)
         seed = run.seed if run.temperature_milli else b""
-        request = GenerationRequest(messages, run.max_tokens, Sampling(run.temperature_milli, seed))
+        sampling = Sampling(run.temperature_milli, seed)
+        request = GenerationRequest(messages, run.max_tokens, sampling, run.accepted)
         finish: FinishReason | None = None
         started = trio.current_time()
         async with self._executor.generate(self._model, request) as generation:

@@ -94,12 +94,12 @@ class GenerationRequest:
     messages: Sequence[Message]
     """The conversation so far, oldest first."""
     max_tokens: int
-    """Largest number of tokens of the whole output, those of `accepted` included: at least one more than they are."""
+    """Largest number of tokens of the whole output, those of `accepted` included; at least 1."""
     sampling: Sampling = Sampling()
     """How tokens are chosen."""
     accepted: tuple[int, ...] = ()
     """The output's first tokens, which anybody has produced before: they are read behind the prompt, and the output
-    goes on after them. Token ids of the model without an end-of-sequence token."""
+    goes on after them. If they are all of it, one chunk without tokens says why it ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ class _ProcessExecutor(Executor):
     async def _generate(self, model: str, request: GenerationRequest) -> AsyncGenerator[Generation]:
         turns = _turns(request.messages)
         sampling, max_tokens, count = request.sampling, request.max_tokens, len(request.accepted)
-        if max_tokens <= count:
+        if max_tokens < max(count, 1):
             msg = f"cannot generate {max_tokens} tokens{f', of which {count} are there' if count else ''}"
             raise LocalError(msg)
         accepted = _packed(request.accepted)

@@ -45,15 +45,15 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def check_accepted(accepted: Sequence[int], vocabulary: int, stop_tokens: Container[int], max_tokens: int) -> None:
-    """Raise LocalError unless an output of at most `max_tokens` tokens can go on behind the `accepted` ones."""
-    if len(accepted) >= max_tokens:
-        msg = f"an output of {max_tokens} tokens has no room behind {len(accepted)}"
+    """Raise LocalError unless the `accepted` tokens begin an output of at most `max_tokens`, or are all of it."""
+    if len(accepted) > max_tokens:
+        msg = f"an output of {max_tokens} tokens does not begin with {len(accepted)}"
         raise LocalError(msg)
     if not all(0 <= token < vocabulary for token in accepted):
         msg = f"an accepted token is none of the model's {vocabulary}"
         raise LocalError(msg)
-    if any(token in stop_tokens for token in accepted):
-        msg = "an accepted token ends the output"
+    if any(token in stop_tokens for token in accepted[:-1]):
+        msg = "tokens were accepted behind the end of the output"
         raise LocalError(msg)
 
 

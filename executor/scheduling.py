@@ -163,8 +163,14 @@ class Scheduler:
                     self._prefilling.append(_check(request, model, cancelled))
                 case Generate():
                     generation = _generation(request, model, cancelled)
-                    self._waiting.append(generation)
                     self.send(Accepted(request.job, generation.input_tokens))
+                    ending = _ending(generation, request.accepted[-TOKEN_BYTES:])
+                    if ending is Ending.NONE:
+                        self._waiting.append(generation)
+                    else:
+                        text = generation.detokenizer.finish()
+                        self.send(Chunk(request.job, generation.produced, (), text, ending))
+                        self.send(Ended(request.job))
 
     def add_credit(self, credit: Credit) -> None:
         """Let a generation send more chunks; one that is over needs none."""
@@ -259,11 +265,7 @@ class Scheduler:
         token = generation.last = choose(logits, generation.sampling, index)
         generation.produced += 1
         generation.credit -= 1
-        ending = Ending.NONE
-        if token in generation.model.tokenizer.stop_tokens:
-            ending = Ending.STOP
-        elif generation.produced == generation.max_tokens:
-            ending = Ending.LENGTH
+        ending = _ending(generation, token.to_bytes(TOKEN_BYTES, "little"))
         text = generation.detokenizer.push(token)
         if ending is not Ending.NONE:
             text += generation.detokenizer.finish()
@@ -327,6 +329,13 @@ def failure(job: int, error: Exception) -> Failed:
 
 def _messages(turns: Sequence[Turn]) -> list[Message]:
     return [Message(turn.role, turn.content) for turn in turns]
+
+
+def _ending(generation: _Generation, last: bytes) -> Ending:
+    """Whether the output ends with its `last` token, in 4 bytes little-endian; empty: there is none yet."""
+    if last and int.from_bytes(last, "little") in generation.model.tokenizer.stop_tokens:
+        return Ending.STOP
+    return Ending.LENGTH if generation.produced == generation.max_tokens else Ending.NONE
 
 
 def _generation(request: Generate, model: _Model, cancelled: Flag) -> _Generation:

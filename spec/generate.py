@@ -56,8 +56,11 @@ from aci_p2p.protocol.messages import (
     Proof,
     Receipt,
     Reveal,
+    Settled,
+    Share,
     Tokens,
     Turn,
+    Voucher,
 )
 from aci_p2p.protocol.proof import MAGIC, ProofFile, ProofInvalid, encode_proof, verify_proof
 from aci_p2p.protocol.validation import MessageRefused
@@ -310,6 +313,7 @@ def _proof(offer: Envelope[Offer]) -> Proof:
         seed=derive_seed(CONSUMER_NONCE, PROVIDER_NONCE, job_id),
         provider_nonce=PROVIDER_NONCE,
         engine=ENGINE,
+        first_token=0,
     )
 
 
@@ -318,27 +322,27 @@ def _messages() -> Iterator[Envelope[Any]]:
     consumer, provider = Sealer(CONSUMER, NETWORK), Sealer(PROVIDER, NETWORK)
     offer, bid = _offer(), _bid()
     job_id = offer.body.job_id
-    award = consumer.seal(Award(job_id, bid.digest), NOW)
+    award = consumer.seal(Award(job_id, bid.digest, 0), NOW)
     proof = provider.seal(_proof(offer), NOW)
     root = output_root(proof.body.tokens_hash, proof.body.text_hash)
     summary = BidSummary(PROVIDER.node_id, bid.digest, 10**15, 300)
     price = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * len(TOKENS)
+    share = Share(PROVIDER.node_id, bid.digest, INPUT_TOKENS, 0, len(TOKENS), price)
     theirs: list[Body] = [
         Accept(job_id, award.digest, PROVIDER_NONCE),
-        Tokens(job_id, 0, TOKENS, TEXT),
+        Tokens(job_id, 0, TOKENS, TEXT, INPUT_TOKENS),
         Commit(job_id, output_commitment(job_id, PROVIDER.node_id, root, OUTPUT_SALT)),
         Reveal(job_id, OUTPUT_SALT, proof.data),
+        Settled(job_id, price),
         NodeRecord(("/ip4/192.0.2.1/tcp/4001",), ("provider",), "aci-p2p/0.1.0"),
         CapabilityRecord(
             MODEL_ROOT, "SmolLM2-135M-Instruct", 8_192, ENGINE, 10**12, 0, 4, (), 1, (PriceStep(500, 1_250),)
         ),
     ]
     ours: list[Body] = [
-        Input(job_id, CONVERSATION, SALT, CONSUMER_NONCE),
-        Receipt(
-            job_id, PROVIDER.node_id, offer.digest, proof.digest, INPUT_TOKENS, len(TOKENS), price, "price-latency/1",
-            (summary,),
-        ),
+        Input(job_id, CONVERSATION, SALT, CONSUMER_NONCE, ()),
+        Voucher(job_id, share),
+        Receipt(job_id, offer.digest, proof.digest, (share,), price, "price-latency/1", (summary,)),
         Abort(job_id, AbortCode.CANCELLED, "the consumer cancelled"),
     ]  # fmt: skip
     yield from (offer, bid, award, proof)

@@ -156,6 +156,11 @@ class ToyExecutor(Executor):
             self._counts.running -= 1
 
     async def _chunks(self, prompt: Sequence[int], request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        accepted = request.accepted
+        if len(accepted) == request.max_tokens or END in accepted:
+            finish = FinishReason.STOP if END in accepted else FinishReason.LENGTH
+            yield TokenChunk(len(accepted), (), "", finish)
+            return
         steps = self._model.answer(prompt, request.max_tokens, request.sampling, request.accepted)
         for made, step in enumerate(steps):
             await trio.sleep(self._pace_s)

@@ -238,10 +238,21 @@ def test_characters_that_were_cut_come_whole(node: Node, monkeypatch: pytest.Mon
         assert before + "".join(chunk.text for chunk in node.chunks(split)) == text
 
 
-@pytest.mark.parametrize("accepted", [[300], [5, END], [5] * 8, [5] * 9])
+@pytest.mark.parametrize("accepted", [[300], [END, 5], [5] * 9])
 def test_what_cannot_be_continued(node: Node, accepted: list[int]) -> None:
     node.generate(1, "the", 8, accepted=accepted)
     assert node.failed(1).code == "local"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "ending"), [([5, END], Ending.STOP), ([5] * 8, Ending.LENGTH), ([END], Ending.STOP)]
+)
+def test_a_whole_output_only_ends(node: Node, accepted: list[int], ending: Ending) -> None:
+    node.generate(1, "the", 8, accepted=accepted)
+    assert node.of(1) == [
+        Accepted(1, prompt_length(node, "the")), Chunk(1, len(accepted), (), "", ending), Ended(1),
+    ]  # fmt: skip
+    node.run()
 
 
 def test_the_whole_output_must_fit_the_context(node: Node) -> None:

@@ -29,7 +29,7 @@ def offer(number: int = 1, *, root: bytes = ROOT, max_tokens: int = 10) -> Envel
 
 
 def award(bid: Envelope[Bid], *, by: Sealer = CONSUMER, now: int = NOW) -> bytes:
-    return by.seal(Award(bid.body.job_id, bid.digest), now).data
+    return by.seal(Award(bid.body.job_id, bid.digest, 0), now).data
 
 
 @pytest.fixture

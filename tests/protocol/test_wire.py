@@ -283,7 +283,8 @@ def test_the_largest_prompt_fits_its_envelope() -> None:
     count = messages.MAX_INPUT_TURNS
     turn = Turn("r" * 16, "x" * (messages.MAX_INPUT_BYTES // count - 16))
     conversation = messages.Conversation((turn,) * count)
-    body = cbor.encode(to_value(messages.Input(bytes(32), conversation, bytes(32), bytes(32))))
+    accepted = (messages.MAX_TOKEN_ID,) * messages.MAX_TOKENS
+    body = cbor.encode(to_value(messages.Input(bytes(32), conversation, bytes(32), bytes(32), accepted)))
     assert len(body) + 300 < KINDS[Kind.INPUT].max_bytes
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from aci_p2p.executor import ExecutorFailed, GenerationRequest, Message, Sampling, TokenChunk
+from aci_p2p.executor import ExecutorFailed, FinishReason, GenerationRequest, Message, Sampling, TokenChunk
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.testing import ToyExecutor, ToyModel
 from aci_p2p.testing.toy_model import END, VOCABULARY
@@ -31,11 +31,17 @@ async def test_an_answer_goes_on_from_wherever_it_was_cut(sampling: Sampling) ->
         assert await chunks(executor, replace(request, accepted=tokens[:split])) == whole[split:]
 
 
-@pytest.mark.parametrize("accepted", [(VOCABULARY,), (END,), (5,) * 24])
+@pytest.mark.parametrize("accepted", [(VOCABULARY,), (END, 5), (5,) * 25])
 async def test_what_cannot_be_continued(accepted: tuple[int, ...]) -> None:
     request = GenerationRequest((Message("user", "Go on"),), 24, accepted=accepted)
     with pytest.raises(LocalError):
         await chunks(ToyExecutor(MODEL), request)
+
+
+@pytest.mark.parametrize(("accepted", "finish"), [((5, END), FinishReason.STOP), ((5,) * 24, FinishReason.LENGTH)])
+async def test_a_whole_answer_only_ends(accepted: tuple[int, ...], finish: FinishReason) -> None:
+    request = GenerationRequest((Message("user", "Go on"),), 24, accepted=accepted)
+    assert await chunks(ToyExecutor(MODEL), request) == [TokenChunk(len(accepted), (), "", finish)]
 
 
 async def test_it_dies_after_tokens_of_its_own() -> None:
