@@ -15,7 +15,6 @@ from aci_p2p.consumer import JobResult, JobUpdate, RunningJob
 from aci_p2p.executor import ModelStore
 from aci_p2p.node import Node, NodeParts, open_node
 from aci_p2p.protocol.catalogue import CATALOGUE, DEFAULT_MODEL
-from aci_p2p.protocol.consumer import JobRequest
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
 from aci_p2p.protocol.hashing import DIGEST_BYTES
@@ -32,6 +31,7 @@ from aci_p2p.protocol.messages import (
 )
 from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.proof import ProofFile, VerifiedProof, encode_proof, verify_proof
+from aci_p2p.protocol.request import JobRequest
 
 MILLI: Final = 1_000
 

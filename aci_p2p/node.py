@@ -23,13 +23,14 @@ from aci_p2p.keys import KeyRing
 from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.peer_clocks import CLOCK_PROTOCOL, clock_service
 from aci_p2p.protocol.bidding import Offering
-from aci_p2p.protocol.consumer import ConsumerJob, JobRequest, JobSecrets
+from aci_p2p.protocol.consumer import ConsumerJob
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.messages import NONCE_BYTES, CapabilityRecord, NodeRecord
-from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
+from aci_p2p.protocol.request import JobRequest, JobSecrets
+from aci_p2p.protocol.selection import ExpectedCost, SelectionRule
 from aci_p2p.provider import ProviderRole
 from aci_p2p.store import Store, StoreError, open_store
 from aci_p2p.tasks import open_background
@@ -63,7 +64,7 @@ class NodeParts:
     """n random bytes."""
     random: Random = field(default_factory=SystemRandom)
     """Picks neighbours and moments."""
-    rule: SelectionRule = field(default_factory=PriceThenLatency)
+    rule: SelectionRule = field(default_factory=ExpectedCost)
     """How bids are chosen."""
     open_store: OpenStore | None = None
     """None: SQLite, as `open_store` opens it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from aci_p2p.protocol.commitments import (
@@ -38,7 +38,6 @@ from aci_p2p.protocol.job import (
     TimerFired,
 )
 from aci_p2p.protocol.lifecycle import Party, State, Trigger
-from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import (
     MAX_BIDS,
     SECOND,
@@ -49,7 +48,6 @@ from aci_p2p.protocol.messages import (
     Bid,
     BidSummary,
     Commit,
-    Conversation,
     Finish,
     Input,
     Kind,
@@ -59,9 +57,12 @@ from aci_p2p.protocol.messages import (
     Reveal,
     Tokens,
 )
-from aci_p2p.protocol.pricing import price, worst_price
+from aci_p2p.protocol.pricing import price
 from aci_p2p.protocol.proof import MAGIC, MAX_ANSWER_BYTES, ProofFile, ProofInvalid, check_offer_match, encode_proof
-from aci_p2p.protocol.selection import Ranking, SelectionRule
+from aci_p2p.protocol.reputation import Reputation
+from aci_p2p.protocol.request import JobRequest, JobSecrets
+from aci_p2p.protocol.selection import Knowledge, Ranking, SelectionRule, StakeTable
+from aci_p2p.protocol.terms import PassedOver, Passing
 from aci_p2p.protocol.text import printable
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
@@ -105,47 +106,6 @@ class ProviderFault(RemoteError):
 
 
 @dataclass(frozen=True, slots=True)
-class JobRequest:
-    """What a consumer wants."""
-
-    model_root: bytes
-    """Weights root of the model, 32 bytes."""
-    conversation: Conversation
-    """What the model is asked."""
-    max_tokens: int
-    """Most output tokens."""
-    temperature_milli: int
-    """Thousandths; 0 is greedy."""
-    max_price: int
-    """Most to pay for the whole job, base units."""
-    max_latency_ms: int
-    """Longest promised time to the first token, milliseconds."""
-    bid_window_ms: int
-    """How long to wait for bids, milliseconds."""
-    expected_bidders: frozenset[NodeId]
-    """Providers known to serve the model: once all have bid there is nobody to wait for. Empty: wait out the window."""
-
-    def __post_init__(self) -> None:
-        """Raise LocalError on what no node would forward."""
-        if not self.conversation.turns or self.max_tokens < 1:
-            msg = "a job needs a prompt and at least one token to answer it"
-            raise LocalError(msg)
-        if not 0 < self.bid_window_ms <= MAX_BID_WINDOW_MS:
-            msg = f"bids are awaited for 1 to {MAX_BID_WINDOW_MS} ms, not {self.bid_window_ms}"
-            raise LocalError(msg)
-
-
-@dataclass(frozen=True, slots=True)
-class JobSecrets:
-    """Fresh randomness for one job, 32 bytes each."""
-
-    salt: bytes = field(repr=False)
-    """Hides the prompt in the offer."""
-    nonce: bytes = field(repr=False)
-    """Our part of the sampling seed."""
-
-
-@dataclass(frozen=True, slots=True)
 class Start:
     """Begin the job."""
 
@@ -169,12 +129,20 @@ class ConsumerJob(Job):
 
     role = Party.CONSUMER
 
-    def __init__(self, sealer: Sealer, request: JobRequest, secrets: JobSecrets, rule: SelectionRule) -> None:
-        """`rule` orders the bids."""
+    def __init__(
+        self,
+        sealer: Sealer,
+        request: JobRequest,
+        secrets: JobSecrets,
+        rule: SelectionRule,
+        knowledge: Knowledge | None = None,
+    ) -> None:
+        """`rule` orders the bids by them and by our `knowledge` of their providers; None: all are strangers."""
         super().__init__(sealer, State.DRAFT)
         self._request = request
         self._secrets = secrets
         self._rule = rule
+        self._knowledge = knowledge or Knowledge(StakeTable({}), Reputation(sealer.node_id, sealer.network))
         self._commitments = (input_commitment(request.conversation, secrets.salt), nonce_commitment(secrets.nonce))
         self._job_id = derive_job_id(sealer.node_id, *self._commitments)
         self._offer: Envelope[Offer] | None = None
@@ -183,6 +151,7 @@ class ConsumerJob(Job):
         self._ranking: Ranking | None = None
         self._attempt = 0
         self._last_decline = ""
+        self._passed: list[PassedOver] = []
         self._award_digest = b""
         self._provider_nonce = b""
         self._tokens: list[int] = []
@@ -273,6 +242,8 @@ class ConsumerJob(Job):
                 max_price=request.max_price,
                 max_latency_ms=request.max_latency_ms,
                 bid_deadline=now + request.bid_window_ms,
+                verification=request.verification,
+                priority_fee=request.priority_fee,
             ),
             now,
         )
@@ -289,12 +260,7 @@ class ConsumerJob(Job):
             or bid.sender == self._sealer.node_id
         ):
             return []
-        summary = BidSummary(
-            provider=bid.sender,
-            bid_digest=bid.digest,
-            worst_price=worst_price(self.offer.body, bid.body),
-            latency_ms=bid.body.latency_ms,
-        )
+        summary = self._knowledge.summarise(self.offer.body, bid, now)
         self._bids[bid.digest] = bid
         self._summaries.append(summary)
         effects: list[Effect] = [BidSeen(summary)]
@@ -306,13 +272,14 @@ class ConsumerJob(Job):
     def _choose(self, now: int) -> list[Effect]:
         """Rank once, then award the best bid that is still firm and has not declined."""
         if self._ranking is None:
-            self._ranking = self._rule.rank(self.offer.body, self.offer.digest, self._summaries)
+            self._ranking = self._rule.rank(self.offer.body, self.offer.digest, self._request.terms, self._summaries)
         while self._attempt < len(self._ranking.ranked):
             self._attempt += 1
             bid = self._bids[self._provider.bid_digest]
             if now < bid.header.expires_at:
                 return self._award(bid, self._ranking, now)
             self._last_decline = f"{bid.sender.short}: its bid has expired"
+            self._passed.append(PassedOver(bid.sender, Passing.EXPIRED))
         return self._no_bid(self._ranking, now)
 
     def _award(self, bid: Envelope[Bid], ranking: Ranking, now: int) -> list[Effect]:
@@ -353,9 +320,15 @@ class ConsumerJob(Job):
         return self._provider_fails(detail, now)
 
     def _decline(
-        self, detail: str, now: int, trigger: Trigger = Trigger.DECLINE, farewell: list[Effect] | None = None
+        self,
+        detail: str,
+        now: int,
+        trigger: Trigger = Trigger.DECLINE,
+        farewell: list[Effect] | None = None,
+        why: Passing = Passing.FAILED,
     ) -> list[Effect]:
         self._last_decline = f"{self._provider.provider.short}: {detail}"
+        self._passed.append(PassedOver(self._provider.provider, why))
         return [*self._advance(trigger, now), *(farewell or []), CloseStream(), *self._choose(now)]
 
     def _cancel(self, now: int) -> list[Effect]:
@@ -433,7 +406,8 @@ class ConsumerJob(Job):
         self._proof_bytes = encode_proof(self.proof_file())
         revealed = self._advance(Trigger.REVEAL, now)
         used = {"input_tokens": proof.body.input_tokens, "output_tokens": proof.body.output_tokens}
-        self._price = price(self._bids[self._provider.bid_digest].body, **used)
+        charges = price(self.offer.body, self._bids[self._provider.bid_digest].body, **used)
+        self._price = charges.total
         self._receipt = self._sealer.seal(
             Receipt(
                 job_id=self._job_id,
@@ -443,6 +417,9 @@ class ConsumerJob(Job):
                 price=self._price,
                 rule=self._rule.name,
                 bids=tuple(self._summaries),
+                charges=charges,
+                terms=self._request.terms,
+                passed=tuple(self._passed),
                 **used,
             ),
             now,
@@ -482,7 +459,7 @@ class ConsumerJob(Job):
         detail = printable(abort.detail) or abort.abort.name.lower().replace("_", " ")
         if self._state is State.AWARDED:
             # It has not seen the prompt, so whatever ails it is no word on the job.
-            return self._decline(detail, now)
+            return self._decline(detail, now, why=Passing.DECLINED)
         if abort.abort in _PROMPT_FAULTS and self._state is State.STREAMING and not self._tokens:
             self._detail = detail
             return self._end(Trigger.CANCEL, PromptRefused(detail, hint="shorten the prompt or max_tokens"), now)

@@ -1,11 +1,14 @@
-"""What a job costs. Integers in base units (10^-18 ACI) throughout."""
+"""What a job costs: compute, licence, verification and priority. Integers in base units (10^-18 ACI) throughout."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
+from aci_p2p.protocol.catalogue import licence_bps
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.messages import Bid, Offer
+from aci_p2p.protocol.terms import Price, Verification
 from aci_p2p.protocol.wire import AMOUNT_BYTES_MAX
 
 ONE_ACI: Final = 10**18
@@ -14,6 +17,26 @@ TEMPLATE_TOKENS: Final = 128
 """Tokens that a chat template adds once (a default system prompt); SmolLM2 adds 22, Llama 3 about 30."""
 TURN_TOKENS: Final = 16
 """Tokens that a chat template adds to each turn; ChatML adds 5, Llama 3 adds 5."""
+
+BPS: Final = 10_000
+"""Ten-thousandths in a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Premium:
+    """What checking an answer costs."""
+
+    bps: int
+    """Ten-thousandths of the compute's price, for each replica."""
+    replicas: int
+    """How often the answer is checked, or computed again."""
+
+
+PREMIUMS: Final = {
+    Verification.OPTIMISTIC: Premium(bps=2_500, replicas=1),
+    Verification.IMMEDIATE: Premium(bps=BPS, replicas=2),
+}
+"""OPTIMISTIC: one answer in four can be executed again. IMMEDIATE: two more providers execute all of it."""
 
 _DECIMALS: Final = 18
 _WHOLE_DIGITS: Final = 21
@@ -25,14 +48,34 @@ def max_input_tokens(offer: Offer) -> int:
     return offer.input_bytes + TURN_TOKENS * offer.input_turns + TEMPLATE_TOKENS
 
 
-def price(bid: Bid, *, input_tokens: int, output_tokens: int) -> int:
-    """Cost of a job under a bid, base units."""
-    return bid.input_token_price * input_tokens + bid.output_token_price * output_tokens
+def itemise(compute: int, *, licence_bps: int, verification: Verification, priority_fee: int) -> Price:
+    """The price of a job whose compute costs `compute` base units; each share is rounded up."""
+    premium = PREMIUMS[verification]
+    return Price(
+        compute=compute,
+        licence=_share(compute, licence_bps),
+        verification=_share(compute, premium.bps * premium.replicas),
+        priority=priority_fee,
+    )
 
 
-def worst_price(offer: Offer, bid: Bid) -> int:
-    """Most that the offer's job can cost under the bid, base units."""
-    return price(bid, input_tokens=max_input_tokens(offer), output_tokens=offer.max_tokens)
+def price(offer: Offer, bid: Bid, *, input_tokens: int, output_tokens: int) -> Price:
+    """What the offer's job costs under the bid."""
+    return itemise(
+        bid.input_token_price * input_tokens + bid.output_token_price * output_tokens,
+        licence_bps=licence_bps(offer.model_root),
+        verification=offer.verification,
+        priority_fee=offer.priority_fee,
+    )
+
+
+def worst_price(offer: Offer, bid: Bid) -> Price:
+    """Most that the offer's job can cost under the bid."""
+    return price(offer, bid, input_tokens=max_input_tokens(offer), output_tokens=offer.max_tokens)
+
+
+def _share(compute: int, bps: int) -> int:
+    return -(-compute * bps // BPS)
 
 
 def format_amount(base_units: int) -> str:

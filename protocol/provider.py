@@ -50,6 +50,7 @@ from aci_p2p.protocol.messages import (
     Tokens,
 )
 from aci_p2p.protocol.pricing import max_input_tokens, price
+from aci_p2p.protocol.terms import Price
 from aci_p2p.protocol.text import printable
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
@@ -133,6 +134,7 @@ class ProviderJob(Job):
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._proof: Envelope[Proof] | None = None
+        self._charges: Price | None = None
 
     @property
     def job_id(self) -> bytes:
@@ -249,7 +251,8 @@ class ProviderJob(Job):
         )
         self._proof_bytes = self._proof.data
         used = {"input_tokens": input_tokens, "output_tokens": len(self._tokens)}
-        self._price = price(self._bid.body, **used)
+        self._charges = price(offer, self._bid.body, **used)
+        self._price = self._charges.total
         salt, provider = self._secrets.salt, self._sealer.node_id
         commitment = output_commitment(self.job_id, provider, output_root(tokens_hash, text_hash), salt)
         committed = [*self._advance(Trigger.COMMIT, now), self._send(Commit(self.job_id, commitment), now)]
@@ -265,6 +268,7 @@ class ProviderJob(Job):
             and body.offer_digest == self._offer.digest
             and body.proof_digest == proof.digest
             and body.price == self._price
+            and body.charges == self._charges
             and body.input_tokens == proof.body.input_tokens
             and body.output_tokens == proof.body.output_tokens
         )

@@ -59,7 +59,9 @@ from aci_p2p.protocol.messages import (
     Tokens,
     Turn,
 )
+from aci_p2p.protocol.pricing import price
 from aci_p2p.protocol.proof import MAGIC, ProofFile, ProofInvalid, encode_proof, verify_proof
+from aci_p2p.protocol.terms import PassedOver, Passing, Price, SelectionTerms, Verification
 from aci_p2p.protocol.validation import MessageRefused
 
 SIGNATURE: Final = 9
@@ -110,8 +112,10 @@ def messages_cddl() -> str:
             _codes(Kind),
             _codes(AbortCode),
             _codes(Finish),
+            _codes(Verification),
+            _codes(Passing),
             "; Parts of messages.",
-            *map(wire.cddl_of, (Turn, Conversation, Engine, BidSummary)),
+            *map(wire.cddl_of, (Turn, Conversation, Engine, BidSummary, Price, SelectionTerms, PassedOver)),
             *(
                 f"; Kind {kind.value}: an envelope of at most {rules.max_bytes} bytes that lives at most "
                 f"{rules.lifetime_ms} ms.\n{wire.cddl_of(rules.body)}"
@@ -275,6 +279,8 @@ def _offer() -> Envelope[Offer]:
         max_price=10**18,
         max_latency_ms=5_000,
         bid_deadline=NOW + 2_000,
+        verification=Verification.OPTIMISTIC,
+        priority_fee=3 * 10**12,
     )
     return Sealer(CONSUMER, NETWORK).seal(offer, NOW)
 
@@ -288,6 +294,8 @@ def _bid() -> Envelope[Bid]:
         output_token_price=5 * 10**12,
         latency_ms=300,
         addresses=(f"/ip4/192.0.2.1/tcp/4001/p2p/{PROVIDER.node_id}",),
+        quantisation="q4_0",
+        region="eu-west",
     )
     return Sealer(PROVIDER, NETWORK).seal(bid, NOW)
 
@@ -321,8 +329,9 @@ def _messages() -> Iterator[Envelope[Any]]:
     award = consumer.seal(Award(job_id, bid.digest), NOW)
     proof = provider.seal(_proof(offer), NOW)
     root = output_root(proof.body.tokens_hash, proof.body.text_hash)
-    summary = BidSummary(PROVIDER.node_id, bid.digest, 10**15, 300)
-    price = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * len(TOKENS)
+    summary = BidSummary(PROVIDER.node_id, bid.digest, 10**15, 300, 10**20, 980, 12_000, "q4_0", "eu-west")
+    terms = SelectionTerms(10**20, 10**14, 5 * 10**14, ("q4_0", "none"), ("eu-west",))
+    charges = price(offer.body, bid.body, input_tokens=INPUT_TOKENS, output_tokens=len(TOKENS))
     theirs: list[Body] = [
         Accept(job_id, award.digest, PROVIDER_NONCE),
         Tokens(job_id, 0, TOKENS, TEXT),
@@ -336,8 +345,8 @@ def _messages() -> Iterator[Envelope[Any]]:
     ours: list[Body] = [
         Input(job_id, CONVERSATION, SALT, CONSUMER_NONCE),
         Receipt(
-            job_id, PROVIDER.node_id, offer.digest, proof.digest, INPUT_TOKENS, len(TOKENS), price, "price-latency/1",
-            (summary,),
+            job_id, PROVIDER.node_id, offer.digest, proof.digest, INPUT_TOKENS, len(TOKENS), charges.total,
+            "expected-cost/1", (summary,), charges, terms, (PassedOver(STRANGER.node_id, Passing.DECLINED),),
         ),
         Abort(job_id, AbortCode.CANCELLED, "the consumer cancelled"),
     ]  # fmt: skip

@@ -72,8 +72,10 @@ from aci_p2p.protocol.messages import (
 )
 from aci_p2p.protocol.pricing import worst_price
 from aci_p2p.protocol.proof import MAX_ANSWER_BYTES, verify_proof
-from aci_p2p.protocol.selection import PriceThenLatency
+from aci_p2p.protocol.selection import ExpectedCost
+from aci_p2p.protocol.terms import ANY_PROVIDER, PassedOver, Passing, Verification
 from tests.protocol.driver import (
+    CHARGES,
     CONSUMER,
     CONVERSATION,
     INPUT_TOKENS,
@@ -205,6 +207,8 @@ def test_start_stores_then_broadcasts_the_offer(bench: ConsumerBench) -> None:
         max_price=10**18,
         max_latency_ms=5_000,
         bid_deadline=NOW + 2_000,
+        verification=Verification.OPTIMISTIC,
+        priority_fee=0,
     )
     assert bench.job.job_id == offer.body.job_id
 
@@ -233,8 +237,13 @@ def test_bids_are_summarised_as_they_come(bench: ConsumerBench) -> None:
     assert one(bench.effects, BidSeen).bid == BidSummary(
         provider=PROVIDER.node_id,
         bid_digest=bid.digest,
-        worst_price=worst_price(bench.job.offer.body, bid.body),
+        worst_price=worst_price(bench.job.offer.body, bid.body).total,
         latency_ms=77,
+        stake=0,
+        success_milli=800,
+        experience=0,
+        quantisation="none",
+        region="eu-west",
     )
 
 
@@ -311,8 +320,11 @@ def test_reveal_is_answered_with_a_receipt(bench: ConsumerBench) -> None:
         input_tokens=INPUT_TOKENS,
         output_tokens=len(TOKENS),
         price=PRICE,
-        rule="price-latency/1",
+        rule="expected-cost/1",
         bids=tuple(effect.bid for effect in of(bench.effects, BidSeen)),
+        charges=CHARGES,
+        terms=ANY_PROVIDER,
+        passed=(),
     )
     assert_over(bench)
 
@@ -362,7 +374,7 @@ def test_the_widest_request_is_allowed() -> None:
     ],
 )
 def test_a_request_out_of_bounds_never_leaves_draft(changes: dict[str, Any]) -> None:
-    job = ConsumerJob(Sealer(CONSUMER, NETWORK), replace(REQUEST, **changes), SECRETS, PriceThenLatency())
+    job = ConsumerJob(Sealer(CONSUMER, NETWORK), replace(REQUEST, **changes), SECRETS, ExpectedCost())
     with pytest.raises(LocalError):
         job.handle(Start(), NOW)
     assert job.state is State.DRAFT
@@ -371,7 +383,7 @@ def test_a_request_out_of_bounds_never_leaves_draft(changes: dict[str, Any]) -> 
 def test_a_lone_surrogate_in_the_prompt_is_refused() -> None:
     request = replace(REQUEST, conversation=Conversation((Turn("user", "\ud800"),)))
     with pytest.raises(LocalError):
-        ConsumerJob(Sealer(CONSUMER, NETWORK), request, SECRETS, PriceThenLatency())
+        ConsumerJob(Sealer(CONSUMER, NETWORK), request, SECRETS, ExpectedCost())
 
 
 @pytest.mark.parametrize(
@@ -485,7 +497,38 @@ def test_the_rival_serves_after_a_decline(bench: ConsumerBench) -> None:
     bench.reveal(key=RIVAL)
     assert bench.last.state is State.PENDING
     assert bench.last.peer == bench.job.receipt.body.provider == RIVAL.node_id
-    assert bench.last.price == 3 * 10**12 * INPUT_TOKENS + 6 * 10**12 * len(TOKENS)
+    assert bench.last.price == (3 * 10**12 * INPUT_TOKENS + 6 * 10**12 * len(TOKENS)) * 5 // 4
+    assert bench.job.receipt.body.passed == (PassedOver(PROVIDER.node_id, Passing.DECLINED),)
+
+
+def test_the_receipt_says_why_each_was_passed_over() -> None:
+    bench = ConsumerBench()
+    bench.start()
+    slow, gone, rude = (KeyPair(bytes([number]) * 32) for number in (11, 12, 13))
+    for price, (key, lifetime) in enumerate([(slow, 60_000), (STRANGER, 2_000), (gone, 60_000), (rude, 60_000)]):
+        bench.bid(key, output_token_price=10**12 + price, lifetime_ms=lifetime)
+    bench.chosen = bench.bid(PROVIDER)
+    bench.time_out()
+    bench.time_out()
+    bench.feed(StreamEnded("gone"))
+    bench.feed(FrameArrived(b"nonsense"))
+    bench.accept()
+    bench.serve(PROVIDER)
+    assert bench.job.receipt.body.passed == (
+        PassedOver(slow.node_id, Passing.FAILED),
+        PassedOver(STRANGER.node_id, Passing.EXPIRED),
+        PassedOver(gone.node_id, Passing.FAILED),
+        PassedOver(rude.node_id, Passing.FAILED),
+    )
+
+
+def test_what_is_asked_goes_into_offer_and_receipt() -> None:
+    terms = replace(ANY_PROVIDER, retry_cost=5)
+    bench = ConsumerBench(replace(REQUEST, terms=terms, priority_fee=10**12)).reach(State.PENDING)
+    receipt = bench.job.receipt.body
+    assert bench.job.offer.body.priority_fee == receipt.charges.priority == 10**12
+    assert receipt.terms == terms
+    assert receipt.price == receipt.charges.total == PRICE + 10**12
 
 
 def test_an_award_that_is_not_answered_times_out(bench: ConsumerBench) -> None:

@@ -61,9 +61,11 @@ from aci_p2p.protocol.provider import (
     Produced,
     ProviderJob,
 )
-from aci_p2p.protocol.selection import PriceThenLatency
+from aci_p2p.protocol.selection import ExpectedCost
+from aci_p2p.protocol.terms import ANY_PROVIDER, PassedOver, Passing, Price, SelectionTerms
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import (
+    CHARGES,
     CONSUMER,
     CONVERSATION,
     ENGINE,
@@ -80,6 +82,7 @@ from tests.protocol.driver import (
     TOKENS,
     ProviderBench,
     abort,
+    alter,
     make_bid,
     make_offer,
     make_proof,
@@ -235,7 +238,7 @@ def test_an_answer_may_be_empty(bench: ProviderBench) -> None:
     reveal = opened(of(effects, Send)[1].data, Reveal)
     proof = open_envelope(reveal.proof, Proof, network=NETWORK, now=None).body
     assert (proof.input_tokens, proof.output_tokens, proof.finish) == (7, 0, Finish.LENGTH)
-    assert bench.last.price == 7 * 3 * 10**12
+    assert bench.last.price == 7 * 3 * 10**12 * 5 // 4
 
 
 def test_receipt_ends_the_job(bench: ProviderBench) -> None:
@@ -317,8 +320,9 @@ def other(value: object) -> object:
         return value + 1
     if isinstance(value, str):
         return value + "x"
-    if isinstance(value, tuple):
-        return (BidSummary(STRANGER.node_id, bytes(32), 1, 1),)
+    if isinstance(value, Price | SelectionTerms):
+        first = fields(value)[0].name
+        return alter(value, **{first: getattr(value, first) + 1})
     return STRANGER.node_id
 
 
@@ -326,10 +330,15 @@ def other(value: object) -> object:
 def test_a_receipt_with_one_field_changed(bench: ProviderBench, field: str) -> None:
     bench.reach(State.REVEALED)
     honest = Receipt(
-        bytes(32), PROVIDER.node_id, bench.offer.digest, bytes(32), INPUT_TOKENS, len(TOKENS), PRICE, "", ()
-    )
-    bench.receipt(**{field: other(getattr(honest, field))})
-    if field in ("rule", "bids"):
+        bytes(32), PROVIDER.node_id, bench.offer.digest, bytes(32), INPUT_TOKENS, len(TOKENS), PRICE, "", (), CHARGES,
+        ANY_PROVIDER, (),
+    )  # fmt: skip
+    own: dict[str, object] = {
+        "bids": (BidSummary(STRANGER.node_id, bytes(32), 1, 1, 0, 800, 0, "none", ""),),
+        "passed": (PassedOver(STRANGER.node_id, Passing.DECLINED),),
+    }
+    bench.receipt(**{field: own.get(field) or other(getattr(honest, field))})
+    if field in ("rule", "bids", "terms", "passed"):
         # How it chose is the consumer's own statement.
         assert bench.job.state is State.PENDING
         return
@@ -558,7 +567,18 @@ BODIES: dict[Kind, Callable[[ProviderBench], object]] = {
     Kind.ACCEPT: lambda bench: Accept(bench.job.job_id, bytes(32), bytes(32)),
     Kind.TOKENS: lambda bench: Tokens(bench.job.job_id, 0, (1,), ""),
     Kind.RECEIPT: lambda bench: Receipt(
-        bench.job.job_id, PROVIDER.node_id, bench.offer.digest, bytes(32), INPUT_TOKENS, 3, PRICE, "", ()
+        bench.job.job_id,
+        PROVIDER.node_id,
+        bench.offer.digest,
+        bytes(32),
+        INPUT_TOKENS,
+        3,
+        PRICE,
+        "",
+        (),
+        CHARGES,
+        ANY_PROVIDER,
+        (),
     ),
 }
 
@@ -589,7 +609,7 @@ def test_an_award_that_was_seen_before(bench: ProviderBench) -> None:
 
 def test_the_provider_reads_what_a_consumer_wrote(bench: ProviderBench) -> None:
     """The offer of the bench is a real consumer's, its commitments included."""
-    consumer = ConsumerJob(Sealer(CONSUMER, NETWORK), REQUEST, SECRETS, PriceThenLatency())
+    consumer = ConsumerJob(Sealer(CONSUMER, NETWORK), REQUEST, SECRETS, ExpectedCost())
     consumer.handle(Start(), bench.now)
     assert consumer.offer.body == bench.offer.body
     assert bench.offer.body.input_commitment == input_commitment(CONVERSATION, SECRETS.salt)

@@ -40,6 +40,8 @@ from aci_p2p.protocol.messages import (
     Tokens,
 )
 from aci_p2p.protocol.pricing import max_input_tokens, price, worst_price
+from aci_p2p.protocol.terms import ANY_PROVIDER, SelectionTerms
+from aci_p2p.testing.simulator.choosing import best_first
 from aci_p2p.testing.simulator.driver import Driver
 from aci_p2p.testing.simulator.node import SimNode
 from aci_p2p.testing.simulator.statements import Statements
@@ -147,6 +149,8 @@ class _Choice:
     """Digests of those that were awarded, in order."""
     commitment: bytes = b""
     """What the provider has committed to."""
+    terms: SelectionTerms = ANY_PROVIDER
+    """What the consumer asks of its provider."""
 
 
 class Judge:
@@ -196,10 +200,15 @@ class Judge:
             signed is not None
             and offer is not None
             and (signed.sender, signed.body.job_id, signed.body.offer_digest) == (bid.provider, job_id, offer.digest)
-            and (bid.worst_price, bid.latency_ms) == (worst_price(offer.body, signed.body), signed.body.latency_ms)
+            and (bid.worst_price, bid.latency_ms)
+            == (worst_price(offer.body, signed.body).total, signed.body.latency_ms)
         )
         require(holds, Invariant.BIDS_ANSWER, f"node {node.index} weighs a bid for something else")
         self._choices[job_id].weighed[bid.bid_digest] = bid
+
+    def wanted(self, job_id: bytes, terms: SelectionTerms) -> None:
+        """A consumer begins a job, and holds its providers to some terms."""
+        self._choices[job_id].terms = terms
 
     def moved(self, driver: Driver, before: State, frame: bytes) -> None:
         """A frame was handled by a job's machine, which was in a state before."""
@@ -295,8 +304,12 @@ class Judge:
         chosen = firm.get(award.bid_digest)
         if chosen is None:
             fail(Invariant.FIRM_BIDS, f"{name}: a bid that expired, or was awarded before")
-        best = min((bid.worst_price, bid.latency_ms) for bid in firm.values())
-        require((chosen.worst_price, chosen.latency_ms) == best, Invariant.BEST_WINS, name)
+        offer = self._statements.offer(award.job_id)
+        assert offer is not None  # its bids were compared with it
+        left = {bid.provider for bid in firm.values()}
+        order = best_first(choice.weighed.values(), choice.terms, offer.digest)
+        best = next(bid for bid in order if bid.provider in left)
+        require(chosen is best, Invariant.BEST_WINS, name)
         choice.awarded.append(award.bid_digest)
 
     # What a node stores.
@@ -348,7 +361,7 @@ class Judge:
         if proof is None or bid is None or offer is None or body.job_id != record.job_id:
             fail(Invariant.RECEIPTS, f"{name}: its receipt is for something else")
         used = {"input_tokens": proof.body.input_tokens, "output_tokens": proof.body.output_tokens}
-        owed = price(bid.body, **used)
+        owed = price(offer.body, bid.body, **used).total
         require(body.price == record.price == owed, Invariant.PRICES, f"{name}: {body.price} for {owed}")
         within = used["output_tokens"] <= offer.body.max_tokens and used["input_tokens"] <= max_input_tokens(offer.body)
         require(within and owed <= offer.body.max_price, Invariant.LIMITS, name)

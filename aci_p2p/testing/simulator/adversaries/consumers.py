@@ -7,10 +7,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Final
 
-from aci_p2p.protocol.consumer import ConsumerJob, JobRequest
+from aci_p2p.protocol.consumer import ConsumerJob
 from aci_p2p.protocol.envelope import Envelope, kind_of, open_envelope
 from aci_p2p.protocol.job import Effect, Send
 from aci_p2p.protocol.messages import Conversation, Input, Kind, Offer, Receipt, Turn
+from aci_p2p.protocol.request import JobRequest
 from aci_p2p.testing.simulator.adversaries.base import Attacker, Part
 from aci_p2p.testing.simulator.node import NETWORK
 from aci_p2p.testing.simulator.roles import Consumer, ConsumerDriver
