@@ -94,6 +94,8 @@ class Invariant(StrEnum):
     """Who counts money has a receipt for it."""
     PRICES = "prices are as bid"
     """A job costs what was bid for it."""
+    REPLAYS = "receipts replay to their winner"
+    """What a receipt says of the choice leads to the provider that it names."""
     LIMITS = "nobody pays for more than was asked"
     """No more tokens are paid for than were asked for, and no more than the most."""
     MONEY = "money is conserved"
@@ -361,10 +363,17 @@ class Judge:
         if proof is None or bid is None or offer is None or body.job_id != record.job_id:
             fail(Invariant.RECEIPTS, f"{name}: its receipt is for something else")
         used = {"input_tokens": proof.body.input_tokens, "output_tokens": proof.body.output_tokens}
-        owed = price(offer.body, bid.body, **used).total
+        charges = price(offer.body, bid.body, **used)
+        owed = charges.total
+        require(body.charges == charges, Invariant.PRICES, f"{name}: other items")
         require(body.price == record.price == owed, Invariant.PRICES, f"{name}: {body.price} for {owed}")
         within = used["output_tokens"] <= offer.body.max_tokens and used["input_tokens"] <= max_input_tokens(offer.body)
         require(within and owed <= offer.body.max_price, Invariant.LIMITS, name)
+        if self._honest(receipt.sender):
+            out = {passed.provider for passed in body.passed}
+            order = best_first(body.bids, body.terms, offer.digest)
+            best = next((weighed.provider for weighed in order if weighed.provider not in out), None)
+            require(best == body.provider, Invariant.REPLAYS, name)
         return receipt.sender
 
     # How much a node holds, and for how long.
