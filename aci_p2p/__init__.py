@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from aci_p2p.config import NodeConfig, ProviderConfig
     from aci_p2p.consumer import Offered
     from aci_p2p.node import Node, NodeParts, open_node
-    from aci_p2p.protocol.consumer import JobCancelled, NoBids, PromptRefused, ProviderFault
+    from aci_p2p.protocol.consumer import ImpossibleJob, JobCancelled, NoBids, PromptRefused, ProviderFault
     from aci_p2p.protocol.errors import AciError, LocalError, RemoteError, ResourceError
     from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
     from aci_p2p.protocol.messages import Turn
@@ -23,7 +23,7 @@ _HOMES = {
     "aci_p2p.config": ("NodeConfig", "ProviderConfig"),
     "aci_p2p.consumer": ("Offered",),
     "aci_p2p.node": ("Node", "NodeParts", "open_node"),
-    "aci_p2p.protocol.consumer": ("JobCancelled", "NoBids", "PromptRefused", "ProviderFault"),
+    "aci_p2p.protocol.consumer": ("ImpossibleJob", "JobCancelled", "NoBids", "PromptRefused", "ProviderFault"),
     "aci_p2p.protocol.errors": ("AciError", "LocalError", "RemoteError", "ResourceError"),
     "aci_p2p.protocol.job": ("BidSeen", "Chosen", "Deliver"),
     "aci_p2p.protocol.messages": ("Turn",),
@@ -39,6 +39,7 @@ __all__ = [
     "BidSeen",
     "Chosen",
     "Deliver",
+    "ImpossibleJob",
     "JobCancelled",
     "LocalError",
     "NoBids",

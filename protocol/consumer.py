@@ -78,6 +78,16 @@ class NoBids(ResourceError):
         self.bids = bids
 
 
+class ImpossibleJob(NoBids):
+    """No provider that is known can take the job, so that it was not offered."""
+
+    code = "impossible_job"
+
+    def __init__(self, why: str, *, hint: str) -> None:
+        """`why`: what nobody has, and by how much."""
+        super().__init__(why, bids=0, hint=hint)
+
+
 class PromptRefused(LocalError):
     """The provider cannot run this prompt: too long for the model, or its template refuses it."""
 

@@ -45,7 +45,12 @@ _WHOLE_DIGITS: Final = 21
 
 def max_input_tokens(offer: Offer) -> int:
     """Upper bound of the prompt's tokens: byte-level vocabularies use one token a byte at most, templates add some."""
-    return offer.input_bytes + TURN_TOKENS * offer.input_turns + TEMPLATE_TOKENS
+    return prompt_bound(offer.input_bytes, offer.input_turns)
+
+
+def prompt_bound(size: int, turns: int) -> int:
+    """Upper bound of the tokens of a prompt of `size` bytes in `turns` turns."""
+    return size + TURN_TOKENS * turns + TEMPLATE_TOKENS
 
 
 def itemise(compute: int, *, licence_bps: int, verification: Verification, priority_fee: int) -> Price:
