@@ -20,6 +20,7 @@ from aci_p2p.config import (
 from aci_p2p.consumer import JobResult, JobUpdate, RunningJob
 from aci_p2p.executor import ModelStore
 from aci_p2p.node import Node, NodeParts, open_node
+from aci_p2p.protocol import cbor
 from aci_p2p.protocol.catalogue import CATALOGUE, DEFAULT_MODEL
 from aci_p2p.protocol.consumer import ImpossibleJob
 from aci_p2p.protocol.envelope import Envelope
@@ -41,6 +42,7 @@ from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.proof import ProofFile, VerifiedProof, encode_proof, verify_proof
 from aci_p2p.protocol.request import JobRequest
 from aci_p2p.protocol.terms import SelectionTerms, Verification
+from aci_p2p.protocol.wire import to_value
 
 MILLI: Final = 1_000
 VERIFICATIONS: Final = {"optimistic": Verification.OPTIMISTIC}
@@ -284,12 +286,15 @@ def resolve_model(model: str, config: NodeConfig) -> bytes:
 
 
 def conversation_of(prompt: str | Sequence[Turn]) -> Conversation:
-    """A question, or a conversation, as it is sent. Raises LocalError when it asks nothing."""
+    """A question, or a conversation, as it is sent. Raises LocalError when it asks nothing, or cannot be sent."""
     turns = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
     if not any(turn.content.strip() for turn in turns):
         msg = "the prompt is empty"
         raise LocalError(msg)
-    return Conversation(turns)
+    conversation = Conversation(turns)
+    # What no message can carry is refused before anybody is asked.
+    cbor.encode(to_value(conversation))
+    return conversation
 
 
 def _answer(result: JobResult) -> Answer:
