@@ -10,13 +10,21 @@ from typing import Final, Self
 
 import trio
 
-from aci_p2p.config import DEFAULT_BID_WINDOW_MS, DEFAULT_MAX_TOKENS, NodeConfig
+from aci_p2p.config import (
+    DEFAULT_BID_WINDOW_MS,
+    DEFAULT_LATENCY_VALUE,
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_RETRY_COST,
+    NodeConfig,
+)
 from aci_p2p.consumer import JobResult, JobUpdate, RunningJob
 from aci_p2p.executor import ModelStore
 from aci_p2p.node import Node, NodeParts, open_node
+from aci_p2p.protocol import cbor
 from aci_p2p.protocol.catalogue import CATALOGUE, DEFAULT_MODEL
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
+from aci_p2p.protocol.feasibility import why_impossible
 from aci_p2p.protocol.hashing import DIGEST_BYTES
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Deliver
@@ -31,9 +39,13 @@ from aci_p2p.protocol.messages import (
 )
 from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.proof import ProofFile, VerifiedProof, encode_proof, verify_proof
-from aci_p2p.protocol.request import JobRequest
+from aci_p2p.protocol.request import ImpossibleJob, JobRequest
+from aci_p2p.protocol.terms import SelectionTerms, Verification
+from aci_p2p.protocol.wire import to_value
 
 MILLI: Final = 1_000
+VERIFICATIONS: Final = {"optimistic": Verification.OPTIMISTIC}
+"""What `Requirements` may ask for, by name."""
 
 
 class UnknownModel(LocalError):
@@ -64,6 +76,33 @@ class Requirements:
     """Longest promised time to the first token, milliseconds."""
     bid_window_ms: int = DEFAULT_BID_WINDOW_MS
     """How long to wait for bids, milliseconds; less when all known providers have bid."""
+    min_provider_stake: int = 0
+    """Least stake of a provider, base units."""
+    verification: str = "optimistic"
+    """How the answer is checked: accepted unless it is challenged within a day."""
+    priority_fee: int = 0
+    """What to pay to be served before others, base units."""
+    latency_value: int = DEFAULT_LATENCY_VALUE
+    """What a second until the first token is worth, base units: so much more a faster provider may cost."""
+    retry_cost: int = DEFAULT_RETRY_COST
+    """What a provider's failure costs, base units: times its likelihood, so much more a surer one may cost."""
+    quantisations: tuple[str, ...] = ()
+    """Weight formats that will do, such as `none`; empty: any."""
+    regions: tuple[str, ...] = ()
+    """Regions that will do, as providers name them; empty: any."""
+
+    def __post_init__(self) -> None:
+        """Raises LocalError on a verification that is not offered."""
+        if self.verification not in VERIFICATIONS:
+            msg = f"{self.verification!r} is not how answers are verified"
+            raise LocalError(msg, hint=f"one of: {', '.join(VERIFICATIONS)}")
+
+    @property
+    def terms(self) -> SelectionTerms:
+        """What bids are held to."""
+        return SelectionTerms(
+            self.min_provider_stake, self.latency_value, self.retry_cost, self.quantisations, self.regions
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +204,7 @@ class ACI:
         """Run one inference to its end.
 
         `prompt` is a question or a whole conversation; `model` a name or a weights root in hex; `temperature` 0 is
-        greedy. Raises UnknownModel, NotConnected, NoBids, PromptRefused, ProviderFault.
+        greedy. Raises UnknownModel, NotConnected, ImpossibleJob, NoBids, PromptRefused, ProviderFault.
         """
         async with self.stream(
             prompt=prompt, model=model, max_tokens=max_tokens, temperature=temperature, requirements=requirements
@@ -209,7 +248,13 @@ class ACI:
             max_latency_ms=wanted.max_latency_ms,
             bid_window_ms=wanted.bid_window_ms,
             expected_bidders=frozenset(connected),
+            terms=wanted.terms,
+            verification=VERIFICATIONS[wanted.verification],
+            priority_fee=wanted.priority_fee,
         )
+        why = why_impossible(request, providers, self.node.stakes)
+        if why:
+            raise ImpossibleJob(why, hint="ask for less, pay more, or wait for other providers")
         async with self.node.open_job(request) as job:
             yield AnswerStream(job, providers)
 
@@ -240,12 +285,15 @@ def resolve_model(model: str, config: NodeConfig) -> bytes:
 
 
 def conversation_of(prompt: str | Sequence[Turn]) -> Conversation:
-    """A question, or a conversation, as it is sent. Raises LocalError when it asks nothing."""
+    """A question, or a conversation, as it is sent. Raises LocalError when it asks nothing, or cannot be sent."""
     turns = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
     if not any(turn.content.strip() for turn in turns):
         msg = "the prompt is empty"
         raise LocalError(msg)
-    return Conversation(turns)
+    conversation = Conversation(turns)
+    # What no message can carry is refused before anybody is asked.
+    cbor.encode(to_value(conversation))
+    return conversation
 
 
 def _answer(result: JobResult) -> Answer:

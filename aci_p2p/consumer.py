@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Self, TypeAlias
@@ -13,7 +13,7 @@ from aci_p2p.clock import Clock
 from aci_p2p.gossip import Market
 from aci_p2p.jobs import JobShell, StreamPump
 from aci_p2p.network.api import Network
-from aci_p2p.protocol.consumer import BidArrived, ConsumerEvent, ConsumerJob, Start
+from aci_p2p.protocol.consumer import ConsumerEvent, ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
@@ -34,6 +34,7 @@ from aci_p2p.protocol.job import (
 from aci_p2p.protocol.messages import MAX_TOKENS, Bid, Offer, Proof, Receipt
 from aci_p2p.protocol.proof import ProofFile
 from aci_p2p.protocol.request import JobCancelled
+from aci_p2p.protocol.round import BidArrived
 from aci_p2p.quotes import PriceBook, Quotes
 from aci_p2p.store import Store
 from aci_p2p.tasks import open_background
@@ -171,13 +172,9 @@ async def open_job(
     prices: PriceBook,
     store: Store,
     clock: Clock,
-    on_end: Callable[[], None],
 ) -> AsyncGenerator[RunningJob]:
-    """Run a job within the block; leaving early cancels it, and its provider is told. `on_end`: something is owed."""
+    """Run a job within the block; leaving early cancels it, and its provider is told."""
     running = RunningJob(job, network, market, prices, store, clock)
-    try:
-        async with open_background() as nursery:
-            nursery.start_soon(running.serve)
-            yield running
-    finally:
-        on_end()
+    async with open_background() as nursery:
+        nursery.start_soon(running.serve)
+        yield running

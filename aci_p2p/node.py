@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 import trio
 
 from aci_p2p.clock import Clock, system_clock
-from aci_p2p.config import NodeConfig, ProviderConfig
+from aci_p2p.config import NodeConfig, ProviderConfig, parse_stakes
 from aci_p2p.consumer import RunningJob, open_job
 from aci_p2p.dht import Discovery, DiscoveryOptions, RecordRules, open_discovery
 from aci_p2p.executor import Executor, ModelStore, open_process_executor
@@ -28,10 +28,13 @@ from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
+from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.messages import NONCE_BYTES, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobRequest, JobSecrets
-from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
+from aci_p2p.protocol.selection import ExpectedCost, Knowledge, SelectionRule, Stakes, StakeTable
 from aci_p2p.protocol.settlement import SETTLE_PROTOCOL
+from aci_p2p.protocol.terms import MAX_LABEL_BYTES
 from aci_p2p.provider import ProviderRole
 from aci_p2p.settlement import Settler
 from aci_p2p.store import Store, StoreError, open_store
@@ -45,6 +48,9 @@ REACH_WAIT_S: Final = 2.0
 
 SETTLE_S: Final = 3_600.0
 """Seconds between looks for jobs whose challenge window of a day is over: nobody waits for it."""
+
+MAX_EXPERIENCES: Final = 2_048
+"""Jobs of ours that are looked through at the start for experience with providers: a third of a second."""
 
 OpenNetwork: TypeAlias = Callable[[KeyPair, NetworkConfig, RecordRules], AbstractAsyncContextManager[Network]]
 """Opens a network for a key, what it is told, and the rules of DHT records."""
@@ -66,8 +72,10 @@ class NodeParts:
     """n random bytes."""
     random: Random = field(default_factory=SystemRandom)
     """Picks neighbours and moments."""
-    rule: SelectionRule = field(default_factory=PriceThenLatency)
+    rule: SelectionRule = field(default_factory=ExpectedCost)
     """How bids are chosen."""
+    stakes: Stakes | None = None
+    """What providers have at stake; None: the table in the configuration."""
     open_store: OpenStore | None = None
     """None: SQLite, as `open_store` opens it."""
     threads: bool = True
@@ -88,6 +96,7 @@ class Node:
         discovery: Discovery,
         store: Store,
         settler: Settler,
+        reputation: Reputation,
     ) -> None:
         self.config = config
         """What it was told."""
@@ -101,6 +110,10 @@ class Node:
         """Its jobs on disk."""
         self.settler = settler
         """Tells providers what it owes them."""
+        self.reputation = reputation
+        """Its experience with providers."""
+        self.stakes = parts.stakes or StakeTable(parse_stakes(config.stakes))
+        """What providers have at stake."""
         self.provider: ProviderRole | None = None
         """Its provider's role, if it serves models."""
         self.executor: Executor | None = None
@@ -130,12 +143,21 @@ class Node:
         await self.market.wait_until_reachable(connected, REACH_WAIT_S)
         return found
 
-    def open_job(self, request: JobRequest) -> AbstractAsyncContextManager[RunningJob]:
+    @asynccontextmanager
+    async def open_job(self, request: JobRequest) -> AsyncGenerator[RunningJob]:
         """Offer a job and run it within the block; iterate over it for what happens."""
         entropy = self._parts.entropy
         fresh = JobSecrets(salt=entropy(NONCE_BYTES), nonce=entropy(NONCE_BYTES))
-        job = ConsumerJob(self._sealer, request, fresh, self._parts.rule)
-        return open_job(job, self.network, self.market, self.prices, self.store, self._parts.clock, self.settler.wake)
+        knowledge = Knowledge(self.stakes, self.reputation)
+        job = ConsumerJob(self._sealer, request, fresh, self._parts.rule, knowledge)
+        opening = open_job(job, self.network, self.market, self.prices, self.store, self._parts.clock)
+        try:
+            async with opening as running:
+                yield running
+        finally:
+            self.settler.wake()
+            if job.record is not None:
+                self.reputation.note(job.record)
 
     async def provide(self, config: ProviderConfig) -> None:
         """Serve from now on what `config` says: models, prices, slots; jobs that run are run to their end.
@@ -182,13 +204,16 @@ async def open_node(
         ):
             await store.note_key(parts.clock())
             await store.recover(parts.clock())
-            tasks.start_soon(_settle, store, parts.clock)
+            reputation = Reputation(key.node_id, config.network)
+            for job in reversed(await store.recent(Party.CONSUMER, MAX_EXPERIENCES)):
+                reputation.note(job)
+            tasks.start_soon(_settle, store, reputation, parts.clock)
             await discovery.join(config.bootstrap, require=require_bootstrap)
             settler = Settler(network, store, sealer, parts.clock)
             tasks.start_soon(settler.run)
             node = Node(
                 config=config, parts=parts, sealer=sealer, network=network, market=market, discovery=discovery,
-                store=store, settler=settler,
+                store=store, settler=settler, reputation=reputation,
             )  # fmt: skip
             with network.serve(CLOCK_PROTOCOL, clock_service(parts.clock)):
                 try:
@@ -215,12 +240,13 @@ def _discovery_options(config: NodeConfig, parts: NodeParts) -> DiscoveryOptions
     )
 
 
-async def _settle(store: Store, clock: Clock) -> None:
+async def _settle(store: Store, reputation: Reputation, clock: Clock) -> None:
     """Finalise jobs as their challenge windows end, until cancelled."""
     while True:
         await trio.sleep(SETTLE_S)
         try:
-            await store.settle(clock())
+            for job in await store.settle(clock()):
+                reputation.note(job)
         except StoreError as error:
             log.warning("jobs are not settled: %s", error)
 
@@ -272,5 +298,20 @@ async def _offerings(executor: Executor, models: ModelStore, config: ProviderCon
         msg = "there is no model in the store"
         raise LocalError(msg, hint="fetch one with: aci-p2p models pull")
     found = [await executor.load(name) if config.preload else models.open(name) for name in names]
-    prices = config.input_token_price, config.output_token_price
-    return [Offering(model.name, model.root, model.context, *prices) for model in found]
+    return [
+        Offering(
+            name=model.name,
+            root=model.root,
+            context=model.context,
+            input_token_price=config.input_token_price,
+            output_token_price=config.output_token_price,
+            quantisation=_quantisation(executor, model.name),
+            region=config.region,
+        )
+        for model in found
+    ]
+
+
+def _quantisation(executor: Executor, model: str) -> str:
+    """The weight format as bids carry it."""
+    return executor.describe(model).quantisation.encode()[:MAX_LABEL_BYTES].decode(errors="ignore")

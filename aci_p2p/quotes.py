@@ -12,13 +12,12 @@ from aci_p2p.clock import MS_PER_S, Clock
 from aci_p2p.jobs import StreamPump
 from aci_p2p.network.api import Network
 from aci_p2p.protocol.bidding import LEASE_MS
-from aci_p2p.protocol.consumer import BidArrived, QuoteRefused, QuotesAsked
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.messages import Offer
-from aci_p2p.protocol.round import read_quote
+from aci_p2p.protocol.round import BidArrived, QuoteRefused, QuotesAsked, read_quote
 
 QUOTES: Final = 4
 """Providers that are asked at once: with one in twenty dead, one answers in all but six of a million jobs."""

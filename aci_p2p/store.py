@@ -81,6 +81,8 @@ _OPEN_STATES: Final = tuple(state.value for state in LIMITS)
 """States that something still leaves."""
 _COLUMNS: Final = "node, job_id, role, state, updated_at, model_root, peer, price, blame, detail, proof, receipt"
 """`price` is decimal text: base units go beyond SQLite's 64-bit integers."""
+_NO_PROOF: Final = _COLUMNS.replace("proof", "x'' AS proof")
+"""Proofs are most of a job's bytes."""
 _THIS_JOB: Final = "node = ? AND job_id = ? AND role = ?"
 _SUM_PRICE: Final = tuple(f"SUM(CAST(substr(price, {start}, 9) AS INTEGER))" for start in (-9, -18, -27, -36, -45))
 """The sum in parts of nine digits, the lowest first: each sum fits 64 bits for 10^9 jobs."""
@@ -151,6 +153,11 @@ class Store:
     async def jobs(self) -> list[JobRecord]:
         """All our jobs, latest first. Raises StoreError."""
         return await self._run(self._select, "node = ? ORDER BY updated_at DESC", (self._node.public_key,))
+
+    async def recent(self, role: Party, limit: int) -> list[JobRecord]:
+        """Our latest jobs of one role, `limit` at most, latest first; without their proofs. Raises StoreError."""
+        where = "node = ? AND role = ? ORDER BY updated_at DESC LIMIT ?"
+        return await self._run(self._select, where, (self._node.public_key, role.value, limit), _NO_PROOF)
 
     async def totals(self) -> list[JobTotal]:
         """How many jobs stand where, and what they cost. Raises StoreError."""
@@ -240,8 +247,8 @@ class Store:
     def _key(self, job_id: bytes, role: Party) -> tuple[bytes, bytes, str]:
         return self._node.public_key, job_id, role.value
 
-    def _select(self, where: str, arguments: tuple[Any, ...]) -> list[JobRecord]:
-        query = f"SELECT {_COLUMNS} FROM jobs WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
+    def _select(self, where: str, arguments: tuple[Any, ...], columns: str = _COLUMNS) -> list[JobRecord]:
+        query = f"SELECT {columns} FROM jobs WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
         return [_record(row) for row in self._connection.execute(query, arguments)]
 
     def _select_payments(self, where: str, arguments: tuple[Any, ...]) -> list[Payment]:

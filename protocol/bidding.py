@@ -42,6 +42,10 @@ class Offering:
     """Base units for each prompt token."""
     output_token_price: int
     """Base units for each output token."""
+    quantisation: str = "none"
+    """Weight format that it is computed with."""
+    region: str = ""
+    """Where we are; empty: we do not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,8 @@ class BidBook:
             output_token_price=offering.output_token_price,
             latency_ms=self._latency_ms,
             addresses=tuple(addresses),
+            quantisation=offering.quantisation,
+            region=offering.region,
         )
         bid = self._sealer.seal(body, now, lifetime_ms=lifetime_ms)
         self._outstanding[bid.digest] = Won(offer, bid, offering.name)

@@ -39,7 +39,6 @@ from aci_p2p.protocol.leg import Leg, Output
 from aci_p2p.protocol.lifecycle import Party, State, Trigger
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import (
-    SECOND,
     Abort,
     AbortCode,
     Accept,
@@ -57,47 +56,18 @@ from aci_p2p.protocol.messages import (
 )
 from aci_p2p.protocol.pricing import worst_price
 from aci_p2p.protocol.proof import MAGIC, ProofFile, ProofInvalid, encode_proof
-from aci_p2p.protocol.request import JobCancelled, JobRequest, JobSecrets, NoBids, PromptRefused, ProviderFault
-from aci_p2p.protocol.round import Round
-from aci_p2p.protocol.selection import SelectionRule
+from aci_p2p.protocol.reputation import Reputation
+from aci_p2p.protocol.request import JobCancelled, JobRequest, JobSecrets, PromptRefused, ProviderFault
+from aci_p2p.protocol.round import QUOTE_PATIENCE_MS, QUOTE_WAIT_MS, BidArrived, QuoteRefused, QuotesAsked, Round
+from aci_p2p.protocol.selection import Knowledge, SelectionRule, StakeTable
+from aci_p2p.protocol.terms import Passing
 from aci_p2p.protocol.text import printable
 from aci_p2p.protocol.validation import MessageRefused
-
-QUOTE_WAIT_MS: Final = 400
-"""How long quotes are awaited, milliseconds: two round trips around the world."""
-QUOTE_PATIENCE_MS: Final = 50
-"""How long more once one has come: most of those that were asked are about as far away."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
     """Begin the job."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuotesAsked:
-    """These providers were asked for quotes: each answers with `BidArrived` or `QuoteRefused`, or not at all."""
-
-    providers: frozenset[NodeId]
-    """Empty: nobody is known whom one could ask."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuoteRefused:
-    """A provider gives no quote."""
-
-    provider: NodeId
-    """Which."""
-    detail: str
-    """Why, in words."""
-
-
-@dataclass(frozen=True, slots=True)
-class BidArrived:
-    """A checked bid came, over gossip or as a quote."""
-
-    bid: Envelope[Bid]
-    """The bid."""
 
 
 ConsumerEvent: TypeAlias = (
@@ -113,12 +83,20 @@ class ConsumerJob(Job):
 
     role = Party.CONSUMER
 
-    def __init__(self, sealer: Sealer, request: JobRequest, secrets: JobSecrets, rule: SelectionRule) -> None:
-        """`rule` orders the bids."""
+    def __init__(
+        self,
+        sealer: Sealer,
+        request: JobRequest,
+        secrets: JobSecrets,
+        rule: SelectionRule,
+        knowledge: Knowledge | None = None,
+    ) -> None:
+        """`rule` orders the bids by them and by our `knowledge` of their providers; None: all are strangers."""
         super().__init__(sealer, State.DRAFT)
         self._request = request
         self._secrets = secrets
         self._rule = rule
+        self._knowledge = knowledge or Knowledge(StakeTable({}), Reputation(sealer.node_id, sealer.network))
         self._commitments = (input_commitment(request.conversation, secrets.salt), nonce_commitment(secrets.nonce))
         self._job_id = derive_job_id(sealer.node_id, *self._commitments)
         self._round: Round | None = None
@@ -220,8 +198,12 @@ class ConsumerJob(Job):
     # Finding a provider.
 
     def _start(self, now: int) -> list[Effect]:
-        self._round = Round(self._make_offer(now), self._rule, len(self._output.tokens))
+        self._round = self._new_round(now)
         return [*self._advance(Trigger.OFFER, now), *self._ask(now)]
+
+    def _new_round(self, now: int) -> Round:
+        terms, accepted = self._request.terms, len(self._output.tokens)
+        return Round(self._make_offer(now), terms, self._rule, self._knowledge, accepted)
 
     def _make_offer(self, now: int) -> Envelope[Offer]:
         request = self._request
@@ -239,6 +221,8 @@ class ConsumerJob(Job):
                 max_price=request.max_price - self._price,
                 max_latency_ms=request.max_latency_ms,
                 bid_deadline=deadline,
+                verification=request.verification,
+                priority_fee=0 if self._output.tokens else request.priority_fee,
             ),
             now,
         )
@@ -270,7 +254,11 @@ class ConsumerJob(Job):
 
     def _on_bid(self, bid: Envelope[Bid], now: int) -> list[Effect]:
         current = self._current
-        if bid.sender == self._sealer.node_id or bid.sender in self._failed or (summary := current.take(bid)) is None:
+        if (
+            bid.sender == self._sealer.node_id
+            or bid.sender in self._failed
+            or (summary := current.take(bid, now)) is None
+        ):
             return []
         effects: list[Effect] = [BidSeen(summary)]
         if current.awaited is not None:
@@ -303,7 +291,7 @@ class ConsumerJob(Job):
     def _is_affordable(self, bid: Envelope[Bid]) -> bool:
         """Whether the rest of the job stays within the maximum, whatever was paid before."""
         accepted = len(self._output.tokens)
-        worst = worst_price(self._current.offer.body, bid.body, accepted_tokens=accepted)
+        worst = worst_price(self._current.offer.body, bid.body, accepted_tokens=accepted).total
         return self._price + worst <= self._request.max_price
 
     def _award(self, bid: Envelope[Bid], now: int) -> list[Effect]:
@@ -317,25 +305,14 @@ class ConsumerJob(Job):
         ]
 
     def _no_bid(self, now: int) -> list[Effect]:
-        ranking, bids = self._current.rank(), len(self._current.summaries)
         if self._prompt_fault:
             return self._refuse_prompt(now)
         if self._failure:
             self._blame = Party.PROVIDER
             return self._end(Trigger.PROVIDER_FAILS, self._failure, now)
-        if self._current.expired:
-            self._last_decline = f"{self._current.expired.short}: its bid has expired"
-        if self._last_decline:
-            message = f"every chosen provider declined; the last: {self._last_decline}"
-            hint = "try again in a moment"
-        elif ranking.refused:
-            message = ranking.why
-            hint = "raise the maximum price or latency, or wait for cheaper providers"
-        else:
-            message = f"nobody bid within {self._request.bid_window_ms / SECOND:g} s"
-            hint = "check that a provider of this model is connected, or wait longer for bids"
-        self._detail = message
-        return self._end(Trigger.NO_BID if bids else Trigger.TIMEOUT, NoBids(message, bids=bids, hint=hint), now)
+        error = self._current.why_nobody(self._last_decline, self._request.bid_window_ms)
+        self._detail = error.message
+        return self._end(Trigger.NO_BID if error.bids else Trigger.TIMEOUT, error, now)
 
     # What ends an attempt.
 
@@ -353,9 +330,15 @@ class ConsumerJob(Job):
         return self._provider_fails(detail, now)
 
     def _decline(
-        self, detail: str, now: int, trigger: Trigger = Trigger.DECLINE, farewell: Sequence[Effect] = ()
+        self,
+        detail: str,
+        now: int,
+        trigger: Trigger = Trigger.DECLINE,
+        farewell: Sequence[Effect] = (),
+        why: Passing = Passing.FAILED,
     ) -> list[Effect]:
         self._last_decline = f"{self._working.provider.short}: {detail}"
+        self._current.pass_over(self._working.provider, why)
         return [*self._advance(trigger, now), *farewell, CloseStream(), *self._choose(now)]
 
     def _cancel(self, now: int) -> list[Effect]:
@@ -384,6 +367,7 @@ class ConsumerJob(Job):
             self._blame = Party.PROVIDER
             return self._end(Trigger.PROVIDER_FAILS, self._failure, now, farewell)
         self._working.fail()
+        self._current.pass_over(provider, Passing.FAILED)
         payments = self._close_leg(now)
         over = self._advance(Trigger.FAIL_OVER, now, payments)
         return [*over, *farewell, CloseStream(), FailedOver(provider, problem, tokens), *self._seek_another(now)]
@@ -395,7 +379,7 @@ class ConsumerJob(Job):
 
     def _begin_again(self, now: int) -> list[Effect]:
         self._is_stale = False
-        self._round = Round(self._make_offer(now), self._rule, len(self._output.tokens))
+        self._round = self._new_round(now)
         return [ReleaseQuotes(), *self._ask(now)]
 
     def _provider_lies(self, error: AciError, now: int, farewell: Sequence[Effect]) -> list[Effect]:
@@ -480,6 +464,8 @@ class ConsumerJob(Job):
                 price=self._price,
                 rule=self._rule.name,
                 bids=tuple(self._current.summaries),
+                terms=self._request.terms,
+                passed=tuple(self._current.passed),
             ),
             now,
         )
@@ -499,7 +485,7 @@ class ConsumerJob(Job):
         detail = printable(abort.detail) or abort.abort.name.lower().replace("_", " ")
         if self._state is State.AWARDED:
             # It has not seen the prompt, so whatever ails it is no word on the job.
-            return self._decline(detail, now)
+            return self._decline(detail, now, why=Passing.DECLINED)
         if abort.abort in _PROMPT_FAULTS and self._state is State.STREAMING and not self._working.own_tokens:
             is_second = bool(self._prompt_fault)
             self._prompt_fault = detail
@@ -507,6 +493,7 @@ class ConsumerJob(Job):
             if is_second or len(self._failed) >= self._request.max_providers:
                 return self._refuse_prompt(now)
             # One could say so to spoil the job: a second opinion is asked.
+            self._current.pass_over(self._working.provider, Passing.DECLINED)
             return [*self._advance(Trigger.FAIL_OVER, now), CloseStream(), *self._seek_another(now)]
         return self._provider_fails(detail, now)
 

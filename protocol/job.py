@@ -328,6 +328,12 @@ class Job:
         self._detail = ""
         self._proof_bytes = b""
         self._receipt_bytes = b""
+        self._record: JobRecord | None = None
+
+    @property
+    def record(self) -> JobRecord | None:
+        """What is stored of the job; None before its first transition."""
+        return self._record
 
     @property
     def state(self) -> State:
@@ -363,14 +369,12 @@ class Job:
 
     def _persist(self, now: int, payments: tuple[Payment, ...]) -> Persist:
         root, peer = self._identity()
-        return Persist(
-            JobRecord(
-                job_id=self.job_id, role=self.role, state=self._state, updated_at=now, model_root=root, peer=peer,
-                price=self._price, blame=self._blame, detail=self._detail, proof=self._proof_bytes,
-                receipt=self._receipt_bytes,
-            ),
-            payments,
+        self._record = JobRecord(
+            job_id=self.job_id, role=self.role, state=self._state, updated_at=now, model_root=root, peer=peer,
+            price=self._price, blame=self._blame, detail=self._detail, proof=self._proof_bytes,
+            receipt=self._receipt_bytes,
         )  # fmt: skip
+        return Persist(self._record, payments)
 
     def _send(self, body: Any, now: int) -> Send:  # noqa: ANN401 - any message class
         return Send(self._sealer.seal(body, now).data)

@@ -112,9 +112,8 @@ class Leg:
     def share(self) -> Share:
         """What it is owed for what has come."""
         return share_of(
-            self.provider,
-            self.bid.digest,
-            self.bid.body,
+            self._offer.body,
+            self.bid,
             input_tokens=self._input_tokens,
             first_token=self.first_token,
             output_tokens=self.own_tokens,

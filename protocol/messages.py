@@ -11,6 +11,17 @@ from enum import IntEnum
 from typing import Annotated, Any, Final, TypeAlias
 
 from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.terms import (
+    FEE,
+    LABEL,
+    MAX_EXPERIENCE,
+    MAX_PASSED,
+    SUCCESS_MILLI_MAX,
+    PassedOver,
+    Price,
+    SelectionTerms,
+    Verification,
+)
 from aci_p2p.protocol.wire import DIGEST, Amount, Bytes, EnumOf, ListOf, Node, Struct, Text, Uint, Wire
 
 NONCE_BYTES: Final = 32
@@ -138,6 +149,10 @@ class Offer:
     """Longest promised time to the first token, milliseconds."""
     bid_deadline: Annotated[int, Wire(11, Uint())]
     """Bids are weighed until then, Unix milliseconds."""
+    verification: Annotated[Verification, Wire(12, EnumOf(Verification))]
+    """How the answer is to be checked."""
+    priority_fee: Annotated[int, Wire(13, FEE)]
+    """What the consumer adds to the price, to be served before others, base units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +171,10 @@ class Bid:
     """Expected time from award to first token, milliseconds."""
     addresses: Annotated[tuple[str, ...], Wire(6, ADDRESSES)]
     """Where the provider may be dialled."""
+    quantisation: Annotated[str, Wire(7, LABEL)]
+    """Weight format that it computes with."""
+    region: Annotated[str, Wire(8, LABEL)]
+    """Where it says that it is; empty: it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +337,16 @@ class BidSummary:
     """Most that the job can cost under this bid, base units."""
     latency_ms: Annotated[int, Wire(4, Uint(MAX_LATENCY_MS))]
     """Promised time to the first token, milliseconds."""
+    stake: Annotated[int, Wire(5, Amount())]
+    """What the provider has at stake, base units."""
+    success_milli: Annotated[int, Wire(6, Uint(SUCCESS_MILLI_MAX))]
+    """How likely it is to answer, by the consumer's own experience; thousandths."""
+    experience: Annotated[int, Wire(7, Uint(MAX_EXPERIENCE))]
+    """How much experience that is; thousandths of a job."""
+    quantisation: Annotated[str, Wire(8, LABEL)]
+    """As in the bid."""
+    region: Annotated[str, Wire(9, LABEL)]
+    """As in the bid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,8 +363,13 @@ class Share:
     """Output tokens of others that it read behind the prompt: where its own begin."""
     output_tokens: Annotated[int, Wire(5, Uint(MAX_TOKENS))]
     """Output tokens of its own that were accepted."""
-    price: Annotated[int, Wire(6, Amount())]
-    """What it is owed, base units."""
+    charges: Annotated[Price, Wire(6, Struct(Price))]
+    """What it is owed, item by item."""
+
+    @property
+    def price(self) -> int:
+        """What it is owed in all, base units."""
+        return self.charges.total
 
 
 SHARE: Final = Struct(Share)
@@ -369,6 +403,15 @@ class Receipt:
     """Name and version of the selection rule."""
     bids: Annotated[tuple[BidSummary, ...], Wire(7, ListOf(Struct(BidSummary), MAX_BIDS))]
     """What was weighed, in order of arrival."""
+    terms: Annotated[SelectionTerms, Wire(8, Struct(SelectionTerms))]
+    """What the bids were held to."""
+    passed: Annotated[tuple[PassedOver, ...], Wire(9, ListOf(Struct(PassedOver), MAX_PASSED))]
+    """Who was chosen before the provider, and does not have the job; in order."""
+
+    @property
+    def provider(self) -> NodeId | None:
+        """Who has proved the answer."""
+        return self.shares[-1].provider if self.shares else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -486,7 +529,7 @@ KINDS: Final[dict[Kind, KindRules]] = {
     Kind.TOKENS: KindRules(Tokens, MAX_CHUNK_TEXT_BYTES + 8_192, 60 * SECOND),
     Kind.COMMIT: KindRules(Commit, 1_024, 60 * SECOND),
     Kind.REVEAL: KindRules(Reveal, MAX_ENVELOPE_BYTES + 1_024, 60 * SECOND),
-    Kind.RECEIPT: KindRules(Receipt, 16_384, 10 * _YEAR),
+    Kind.RECEIPT: KindRules(Receipt, 32_768, 10 * _YEAR),
     Kind.ABORT: KindRules(Abort, 2_048, 60 * SECOND),
     Kind.PROOF: KindRules(Proof, MAX_ENVELOPE_BYTES, 10 * _YEAR),
     Kind.NODE_RECORD: KindRules(NodeRecord, 4_096, 3 * 3_600 * SECOND),

@@ -288,9 +288,8 @@ class ProviderJob(Job):
     def _share(self, output_tokens: int) -> Share:
         """What we are owed when so many of our tokens are paid for."""
         return share_of(
-            self._sealer.node_id,
-            self._bid.digest,
-            self._bid.body,
+            self._offer.body,
+            self._bid,
             input_tokens=self._input_tokens,
             first_token=self._accepted_tokens,
             output_tokens=output_tokens,

@@ -8,6 +8,7 @@ from aci_p2p.protocol.errors import LocalError, RemoteError, ResourceError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import MAX_SHARES, Conversation
+from aci_p2p.protocol.terms import ANY_PROVIDER, SelectionTerms, Verification
 
 
 class NoBids(ResourceError):
@@ -19,6 +20,16 @@ class NoBids(ResourceError):
         """`bids`: how many arrived."""
         super().__init__(message, hint=hint)
         self.bids = bids
+
+
+class ImpossibleJob(NoBids):
+    """No provider that is known can take the job, so that it was not offered."""
+
+    code = "impossible_job"
+
+    def __init__(self, why: str, *, hint: str) -> None:
+        """`why`: what nobody has, and by how much."""
+        super().__init__(why, bids=0, hint=hint)
 
 
 class PromptRefused(LocalError):
@@ -68,8 +79,14 @@ class JobRequest:
     """How long to wait for bids, milliseconds."""
     expected_bidders: frozenset[NodeId]
     """Providers known to serve the model: once all have bid there is nobody to wait for. Empty: wait out the window."""
-    max_providers: int
+    max_providers: int = 1
     """Providers that may begin, one after the other: the next goes on where one has failed."""
+    terms: SelectionTerms = ANY_PROVIDER
+    """What is asked of the provider beyond price and latency."""
+    verification: Verification = Verification.OPTIMISTIC
+    """How the answer is to be checked."""
+    priority_fee: int = 0
+    """What is paid to be served before others, base units."""
 
     def __post_init__(self) -> None:
         """Raise LocalError on what no node would forward."""

@@ -57,12 +57,13 @@ from aci_p2p.protocol.messages import (
     Receipt,
     Reveal,
     Settled,
-    Share,
     Tokens,
     Turn,
     Voucher,
 )
+from aci_p2p.protocol.pricing import share_of
 from aci_p2p.protocol.proof import MAGIC, ProofFile, ProofInvalid, encode_proof, verify_proof
+from aci_p2p.protocol.terms import PassedOver, Passing, Price, SelectionTerms, Verification
 from aci_p2p.protocol.validation import MessageRefused
 
 SIGNATURE: Final = 9
@@ -113,8 +114,10 @@ def messages_cddl() -> str:
             _codes(Kind),
             _codes(AbortCode),
             _codes(Finish),
+            _codes(Verification),
+            _codes(Passing),
             "; Parts of messages.",
-            *map(wire.cddl_of, (Turn, Conversation, Engine, BidSummary)),
+            *map(wire.cddl_of, (Turn, Conversation, Engine, BidSummary, Price, SelectionTerms, PassedOver)),
             *(
                 f"; Kind {kind.value}: an envelope of at most {rules.max_bytes} bytes that lives at most "
                 f"{rules.lifetime_ms} ms.\n{wire.cddl_of(rules.body)}"
@@ -278,6 +281,8 @@ def _offer() -> Envelope[Offer]:
         max_price=10**18,
         max_latency_ms=5_000,
         bid_deadline=NOW + 2_000,
+        verification=Verification.OPTIMISTIC,
+        priority_fee=3 * 10**12,
     )
     return Sealer(CONSUMER, NETWORK).seal(offer, NOW)
 
@@ -291,6 +296,8 @@ def _bid() -> Envelope[Bid]:
         output_token_price=5 * 10**12,
         latency_ms=300,
         addresses=(f"/ip4/192.0.2.1/tcp/4001/p2p/{PROVIDER.node_id}",),
+        quantisation="q4_0",
+        region="eu-west",
     )
     return Sealer(PROVIDER, NETWORK).seal(bid, NOW)
 
@@ -325,15 +332,15 @@ def _messages() -> Iterator[Envelope[Any]]:
     award = consumer.seal(Award(job_id, bid.digest, 0), NOW)
     proof = provider.seal(_proof(offer), NOW)
     root = output_root(proof.body.tokens_hash, proof.body.text_hash)
-    summary = BidSummary(PROVIDER.node_id, bid.digest, 10**15, 300)
-    price = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * len(TOKENS)
-    share = Share(PROVIDER.node_id, bid.digest, INPUT_TOKENS, 0, len(TOKENS), price)
+    summary = BidSummary(PROVIDER.node_id, bid.digest, 10**15, 300, 10**20, 980, 12_000, "q4_0", "eu-west")
+    terms = SelectionTerms(10**20, 10**14, 5 * 10**14, ("q4_0", "none"), ("eu-west",))
+    share = share_of(offer.body, bid, input_tokens=INPUT_TOKENS, first_token=0, output_tokens=len(TOKENS))
     theirs: list[Body] = [
         Accept(job_id, award.digest, PROVIDER_NONCE),
         Tokens(job_id, 0, TOKENS, TEXT, INPUT_TOKENS),
         Commit(job_id, output_commitment(job_id, PROVIDER.node_id, root, OUTPUT_SALT)),
         Reveal(job_id, OUTPUT_SALT, proof.data),
-        Settled(job_id, price),
+        Settled(job_id, share.price),
         NodeRecord(("/ip4/192.0.2.1/tcp/4001",), ("provider",), "aci-p2p/0.1.0"),
         CapabilityRecord(
             MODEL_ROOT, "SmolLM2-135M-Instruct", 8_192, ENGINE, 10**12, 0, 4, (), 1, (PriceStep(500, 1_250),)
@@ -342,7 +349,10 @@ def _messages() -> Iterator[Envelope[Any]]:
     ours: list[Body] = [
         Input(job_id, CONVERSATION, SALT, CONSUMER_NONCE, ()),
         Voucher(job_id, share),
-        Receipt(job_id, offer.digest, proof.digest, (share,), price, "price-latency/1", (summary,)),
+        Receipt(
+            job_id, offer.digest, proof.digest, (share,), share.price, "expected-cost/1", (summary,), terms,
+            (PassedOver(STRANGER.node_id, Passing.DECLINED),),
+        ),
         Abort(job_id, AbortCode.CANCELLED, "the consumer cancelled"),
     ]  # fmt: skip
     yield from (offer, bid, award, proof)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -11,9 +12,12 @@ from aci_p2p.config.paths import default_home, runtime_folder, socket_path, stat
 from aci_p2p.network.config import NetworkConfig
 from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import MAX_LATENCY_MS, MAX_TEMPERATURE_MILLI, MAX_TOKENS
-from aci_p2p.protocol.pricing import ONE_ACI
+from aci_p2p.protocol.pricing import ONE_ACI, parse_amount
+from aci_p2p.protocol.terms import MAX_LABEL_BYTES
+from aci_p2p.protocol.text import printable
 
 DEFAULT_LISTEN: Final = "/ip4/0.0.0.0/tcp/9400"
 """All interfaces, on a port that firewalls can be opened for."""
@@ -40,7 +44,32 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final = ("text", "logfmt", "json")
 """One line for each event: for people, as key=value pairs, as JSON documents."""
 
+DEFAULT_LATENCY_VALUE: Final = ONE_ACI // 10_000
+"""Base units that a second of waiting is worth: a tenth of what a long paragraph costs."""
+DEFAULT_RETRY_COST: Final = 5 * DEFAULT_LATENCY_VALUE
+"""Base units that a provider's failure costs: the five seconds until another has taken over."""
+
 _NETWORK_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+
+
+def check_labels(*labels: str) -> None:
+    """Raises LocalError on a quantisation or a region that a bid cannot carry."""
+    for label in labels:
+        if len(label.encode()) > MAX_LABEL_BYTES or printable(label) != label:
+            msg = f"{label!r} is longer than {MAX_LABEL_BYTES} bytes, or cannot be printed"
+            raise LocalError(msg)
+
+
+def parse_stakes(stakes: Sequence[str]) -> dict[NodeId, int]:
+    """Read stakes, each `<peer id>=<amount in ACI>`; base units by provider. Raises LocalError."""
+    table: dict[NodeId, int] = {}
+    for text in stakes:
+        peer, equals, amount = text.partition("=")
+        if not equals:
+            msg = f"{text!r} is no stake"
+            raise LocalError(msg, hint="write it as <peer id>=<amount in ACI>, such as 12D3KooW...=1000")
+        table[NodeId.parse(peer)] = parse_amount(amount)
+    return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +92,8 @@ class ProviderConfig:
     """Threads of the executor; None: one less than the machine has cores."""
     grace_s: int = DEFAULT_GRACE_S
     """Seconds for running jobs to end when the node is stopped; what runs then still is handed back."""
+    region: str = ""
+    """Where the node is, as its bids say it; empty: they do not say."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that cannot work."""
@@ -72,6 +103,7 @@ class ProviderConfig:
         if not 1 <= self.slots <= MAX_SLOTS or not 1 <= (self.threads or 1) <= MAX_SLOTS or self.threads == 0:
             msg = f"slots and threads are between 1 and {MAX_SLOTS}"
             raise LocalError(msg)
+        check_labels(self.region)
         if self.input_token_price < 0 or self.output_token_price < 0:
             msg = "prices are not negative"
             raise LocalError(msg)
@@ -93,6 +125,18 @@ class ClientConfig:
     """Longest promised time to the first token, milliseconds."""
     bid_window_ms: int = DEFAULT_BID_WINDOW_MS
     """Longest wait for bids, milliseconds."""
+    min_provider_stake: int = 0
+    """Least stake of a provider, base units (10^-18 ACI)."""
+    priority_fee: int = 0
+    """What is paid to be served before others, base units (10^-18 ACI)."""
+    latency_value: int = DEFAULT_LATENCY_VALUE
+    """What a second until the first token is worth, base units (10^-18 ACI)."""
+    retry_cost: int = DEFAULT_RETRY_COST
+    """What a provider's failure costs, base units (10^-18 ACI)."""
+    quantisations: tuple[str, ...] = ()
+    """Weight formats that will do; none: any."""
+    regions: tuple[str, ...] = ()
+    """Regions that will do; none: any."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that an offer cannot carry."""
@@ -107,7 +151,8 @@ class ClientConfig:
         if not 0 <= self.temperature <= MAX_TEMPERATURE_MILLI / 1_000:
             msg = f"the temperature is between 0 and {MAX_TEMPERATURE_MILLI // 1_000}"
             raise LocalError(msg)
-        if self.max_price < 0:
+        check_labels(*self.quantisations, *self.regions)
+        if min(self.max_price, self.min_provider_stake, self.priority_fee, self.latency_value, self.retry_cost) < 0:
             msg = "prices are not negative"
             raise LocalError(msg)
 
@@ -157,12 +202,15 @@ class NodeConfig:
     """Directory of the control socket; None: below `home`, or the XDG runtime directory."""
     offline: bool = False
     """Contact nobody that is not named: only `bootstrap`, and who dials us."""
+    stakes: tuple[str, ...] = ()
+    """Stakes of providers, each `<peer id>=<amount in ACI>`; who is not named has none."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on a network id that topics and envelopes cannot carry."""
         if not _NETWORK_ID.fullmatch(self.network):
             msg = f"{self.network!r} is not a network id"
             raise LocalError(msg, hint="use at most 32 lower-case letters, digits and -, such as aci-main")
+        parse_stakes(self.stakes)
 
     @property
     def keys_path(self) -> Path:

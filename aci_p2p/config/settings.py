@@ -68,6 +68,7 @@ class Config:
             state=node.state,
             runtime=node.runtime,
             offline=node.offline,
+            stakes=node.stakes,
         )
 
     def section(self, name: str) -> object:
@@ -157,6 +158,7 @@ SETTINGS: Final = (
     _row("key", "--key", "Name of the key that the node runs under."),
     _row("bootstrap", "--bootstrap -b", "Multiaddr of a node to join through; more than one may be given.", live=True),
     _switch("offline", "Contact nobody that is not named."),
+    _row("stakes", "--stake", "Stake of a provider, <peer id>=<ACI>; more than one may be given."),
     _row("p2p.listen", "--listen -l", "Multiaddr to listen on; more than one may be given, none: dial only."),
     _row("p2p.announce", "--announce", "Multiaddr that others can dial, if the node cannot know it: a forwarded port."),
     _row("p2p.low_water", "--low-water", "Connections kept when idle ones are closed."),
@@ -178,12 +180,19 @@ SETTINGS: Final = (
     _switch("provider.preload", "Load the models at the start, not at the first job."),
     _row("provider.threads", "--threads", "Threads of the executor; by default one less than there are cores."),
     _row("provider.grace_s", "--grace", "Seconds for running jobs to end when the node is stopped.", live=True),
+    _row("provider.region", "--region", "Where the node is, as its bids say it, such as eu-west.", live=True),
     _row("client.model", "--model -m", "Model to ask: a name, or a weights root in hex."),
     _row("client.max_tokens", "--max-tokens", "Longest answer, tokens."),
     _row("client.temperature", "--temperature", "How freely tokens are drawn; 0 always takes the likeliest."),
     _row("client.max_price", "--max-price", "Most to pay for the whole job.", kind=kinds.Amount()),
     _row("client.max_latency_ms", "--max-latency", "Longest promised time to the first token, ms."),
     _row("client.bid_window_ms", "--bid-window", "Longest wait for bids, ms."),
+    _row("client.min_provider_stake", "--min-stake", "Least stake of a provider.", kind=kinds.Amount()),
+    _row("client.priority_fee", "--priority-fee", "What to pay to be served before others.", kind=kinds.Amount()),
+    _row("client.latency_value", "--latency-value", "What a second of waiting is worth.", kind=kinds.Amount()),
+    _row("client.retry_cost", "--retry-cost", "What a provider's failure costs.", kind=kinds.Amount()),
+    _row("client.quantisations", "--quantisation", "Weight format that will do; more than one may be given."),
+    _row("client.regions", "--provider-region", "Region that will do; more than one may be given."),
     _row("log.level", "--log-level", "Least that is logged.", live=True, kind=kinds.Choice(*LOG_LEVELS)),
     _row("log.format", "--log-format", "How each event is logged, in a line.", kind=kinds.Choice(*LOG_FORMATS)),
 )

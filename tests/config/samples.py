@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aci_p2p.config import SETTINGS, Setting, kinds
+from aci_p2p.protocol.identity import KeyPair
 
+PEERS = [KeyPair(bytes([number]) * 32).node_id for number in (1, 2)]
 SPECIAL = {
     "client.temperature": ("0.5", "1.25"),
     "log.format": ("logfmt", "json"),
@@ -15,6 +17,7 @@ SPECIAL = {
     "p2p.low_water": ("7", "8"),
     "p2p.high_water": ("1000", "1001"),
     "home": ("/a", "/b"),
+    "stakes": (f"{PEERS[0]}=1,{PEERS[1]}=0.5", f"{PEERS[1]}=2"),
 }
 """Where the first or second value of its kind would be refused."""
 

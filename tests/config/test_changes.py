@@ -16,6 +16,7 @@ LIVE = {
     "provider.output_token_price",
     "provider.slots",
     "provider.grace_s",
+    "provider.region",
 }
 
 

@@ -17,7 +17,7 @@ from aci_p2p.protocol.commitments import (
     text_digest,
     tokens_digest,
 )
-from aci_p2p.protocol.consumer import BidArrived, ConsumerJob, QuotesAsked, Start
+from aci_p2p.protocol.consumer import ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope, Sealer, kind_of, open_envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import KeyPair, NodeId
@@ -67,8 +67,10 @@ from aci_p2p.protocol.messages import (
 )
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
 from aci_p2p.protocol.request import JobRequest, JobSecrets
-from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
+from aci_p2p.protocol.round import BidArrived, QuotesAsked
+from aci_p2p.protocol.selection import ExpectedCost, Knowledge, SelectionRule
 from aci_p2p.protocol.settlement import read_statement, settle
+from aci_p2p.protocol.terms import ANY_PROVIDER, Price
 
 T = TypeVar("T")
 
@@ -102,7 +104,9 @@ TEXT: Final = "".join(text for _, text in PARTS)
 INPUT_TOKENS: Final = 21
 PRICES: Final = {"input_token_price": 3 * 10**12, "output_token_price": 5 * 10**12}
 """Of the provider's bid, base units for each token."""
-PRICE: Final = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * len(TOKENS)
+COMPUTE: Final = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * len(TOKENS)
+CHARGES: Final = Price(COMPUTE, licence=0, verification=COMPUTE // 4, priority=0)
+PRICE: Final = COMPUTE + COMPUTE // 4
 
 STORED_BEFORE: Final = {
     Kind.AWARD: {State.AWARDED},
@@ -145,7 +149,7 @@ def opened(frame: bytes, body: type[T], now: int = NOW) -> T:
 
 def make_offer(sealer: Sealer | None = None, request: JobRequest = REQUEST) -> Envelope[Offer]:
     """An offer as a consumer's job makes it."""
-    job = ConsumerJob(sealer or Sealer(CONSUMER, NETWORK), request, SECRETS, PriceThenLatency())
+    job = ConsumerJob(sealer or Sealer(CONSUMER, NETWORK), request, SECRETS, ExpectedCost())
     job.handle(Start(), NOW)
     return job.offer
 
@@ -155,7 +159,8 @@ def make_bid(
 ) -> Envelope[Bid]:
     """A bid for an offer."""
     bid = Bid(
-        job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=300, addresses=("/ip4/192.0.2.1",)
+        job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=300, addresses=("/ip4/192.0.2.1",),
+        quantisation="none", region="eu-west",
     )  # fmt: skip
     return Sealer(key, NETWORK).seal(alter(bid, **terms), now, lifetime_ms=lifetime_ms)
 
@@ -286,9 +291,11 @@ class ConsumerBench(Bench):
 
     job: ConsumerJob
 
-    def __init__(self, request: JobRequest = REQUEST, rule: SelectionRule | None = None) -> None:
+    def __init__(
+        self, request: JobRequest = REQUEST, rule: SelectionRule | None = None, knowledge: Knowledge | None = None
+    ) -> None:
         sealer = Sealer(CONSUMER, NETWORK)
-        super().__init__(ConsumerJob(sealer, request, SECRETS, rule or PriceThenLatency()), PROVIDER)
+        super().__init__(ConsumerJob(sealer, request, SECRETS, rule or ExpectedCost(), knowledge), PROVIDER)
 
     def bid(self, key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, **terms: object) -> Envelope[Bid]:
         """A bid arrives; returned."""
@@ -331,19 +338,24 @@ class ConsumerBench(Bench):
         """A part of the answer comes."""
         return self.receive(Tokens(self.job.job_id, index, tokens, text, INPUT_TOKENS))
 
-    def answer(self) -> None:
+    def answer(self, key: KeyPair = PROVIDER) -> None:
         """The whole answer comes, and its commitment."""
         index = 0
         for tokens, text in PARTS:
             self.part(index, tokens, text)
             index += len(tokens)
-        self.receive(Commit(self.job.job_id, self.commitment()))
+        self.receive(Commit(self.job.job_id, self.commitment(key)))
 
-    def commitment(self) -> bytes:
+    def serve(self, key: KeyPair) -> None:
+        """The whole answer comes from the holder of `key`, with commitment and proof."""
+        self.answer(key)
+        self.reveal(key=key)
+
+    def commitment(self, key: KeyPair = PROVIDER) -> bytes:
         """What the honest provider commits to."""
         job_id = self.job.job_id
         root = output_root(tokens_digest(job_id, TOKENS), text_digest(job_id, TEXT))
-        return output_commitment(job_id, PROVIDER.node_id, root, PROVIDER_SECRETS.salt)
+        return output_commitment(job_id, key.node_id, root, PROVIDER_SECRETS.salt)
 
     def reveal(
         self, *, key: KeyPair = PROVIDER, salt: bytes = PROVIDER_SECRETS.salt, **changes: object
@@ -391,8 +403,9 @@ class ProviderBench(Bench):
 
     def share(self, output_tokens: int, **changes: object) -> Share:
         """What the provider is owed for so many of its tokens."""
-        price = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * output_tokens
-        return alter(Share(PROVIDER.node_id, self.bid.digest, INPUT_TOKENS, 0, output_tokens, price), **changes)
+        compute = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * output_tokens
+        charges = Price(compute, licence=0, verification=compute // 4, priority=0)
+        return alter(Share(PROVIDER.node_id, self.bid.digest, INPUT_TOKENS, 0, output_tokens, charges), **changes)
 
     def voucher(self, output_tokens: int, **changes: object) -> list[Effect]:
         """A promise to pay for so many tokens comes."""
@@ -408,8 +421,10 @@ class ProviderBench(Bench):
             proof_digest=proof.digest,
             shares=(self.share(len(TOKENS)),),
             price=PRICE,
-            rule="price-latency/1",
+            rule="expected-cost/1",
             bids=(),
+            terms=ANY_PROVIDER,
+            passed=(),
         )
         return self.peer.seal(alter(receipt, **changes), self.now)
 

@@ -9,6 +9,7 @@ from aci_p2p.protocol.bidding import BID_LIFETIME_MS, FIRST_LATENCY_MS, BidBook,
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.messages import MAX_LATENCY_MS, AbortCode, Award, Bid, Offer
+from aci_p2p.protocol.terms import Verification
 from aci_p2p.protocol.validation import MessageRefused, Reason
 
 NOW = 1_750_000_000_000
@@ -23,7 +24,7 @@ def offer(number: int = 1, *, root: bytes = ROOT, max_tokens: int = 10) -> Envel
     body = Offer(
         job_id=bytes([number]) * 32, model_root=root, input_commitment=bytes(32), nonce_commitment=bytes(32),
         input_bytes=10, input_turns=1, max_tokens=max_tokens, temperature_milli=0, max_price=10**6,
-        max_latency_ms=1_000, bid_deadline=NOW + 1_000,
+        max_latency_ms=1_000, bid_deadline=NOW + 1_000, verification=Verification.OPTIMISTIC, priority_fee=0,
     )  # fmt: skip
     return CONSUMER.seal(body, NOW)
 

@@ -18,7 +18,7 @@ from aci_p2p.protocol.commitments import (
     text_digest,
     tokens_digest,
 )
-from aci_p2p.protocol.consumer import QUOTE_WAIT_MS, BidArrived, ConsumerJob, QuotesAsked, Start
+from aci_p2p.protocol.consumer import ConsumerJob, Start
 from aci_p2p.protocol.envelope import Sealer, open_envelope
 from aci_p2p.protocol.errors import LocalError, RemoteError, ResourceError
 from aci_p2p.protocol.identity import KeyPair
@@ -68,8 +68,11 @@ from aci_p2p.protocol.messages import (
 from aci_p2p.protocol.pricing import worst_price
 from aci_p2p.protocol.proof import MAX_ANSWER_BYTES, verify_proof
 from aci_p2p.protocol.request import JobCancelled, NoBids, PromptRefused, ProviderFault
-from aci_p2p.protocol.selection import PriceThenLatency
+from aci_p2p.protocol.round import QUOTE_WAIT_MS, BidArrived, QuotesAsked
+from aci_p2p.protocol.selection import ExpectedCost
+from aci_p2p.protocol.terms import ANY_PROVIDER, PassedOver, Passing, Verification
 from tests.protocol.driver import (
+    CHARGES,
     CONSUMER,
     CONVERSATION,
     INPUT_TOKENS,
@@ -202,6 +205,8 @@ def test_start_stores_then_broadcasts_the_offer(bench: ConsumerBench) -> None:
         max_price=10**18,
         max_latency_ms=5_000,
         bid_deadline=NOW + QUOTE_WAIT_MS + 2_000,
+        verification=Verification.OPTIMISTIC,
+        priority_fee=0,
     )
     assert bench.job.job_id == offer.body.job_id
 
@@ -230,8 +235,13 @@ def test_bids_are_summarised_as_they_come(bench: ConsumerBench) -> None:
     assert one(bench.effects, BidSeen).bid == BidSummary(
         provider=PROVIDER.node_id,
         bid_digest=bid.digest,
-        worst_price=worst_price(bench.job.offer.body, bid.body),
+        worst_price=worst_price(bench.job.offer.body, bid.body).total,
         latency_ms=77,
+        stake=0,
+        success_milli=800,
+        experience=0,
+        quantisation="none",
+        region="eu-west",
     )
 
 
@@ -304,10 +314,12 @@ def test_reveal_is_answered_with_a_receipt(bench: ConsumerBench) -> None:
         job_id=job.job_id,
         offer_digest=job.offer.digest,
         proof_digest=job.proof.digest,
-        shares=(Share(PROVIDER.node_id, bench.chosen.digest, INPUT_TOKENS, 0, len(TOKENS), PRICE),),
+        shares=(Share(PROVIDER.node_id, bench.chosen.digest, INPUT_TOKENS, 0, len(TOKENS), CHARGES),),
         price=PRICE,
-        rule="price-latency/1",
+        rule="expected-cost/1",
         bids=tuple(effect.bid for effect in of(bench.effects, BidSeen)),
+        terms=ANY_PROVIDER,
+        passed=(),
     )
     assert_over(bench)
 
@@ -357,7 +369,7 @@ def test_the_widest_request_is_allowed() -> None:
     ],
 )
 def test_a_request_out_of_bounds_never_leaves_draft(changes: dict[str, Any]) -> None:
-    job = ConsumerJob(Sealer(CONSUMER, NETWORK), replace(REQUEST, **changes), SECRETS, PriceThenLatency())
+    job = ConsumerJob(Sealer(CONSUMER, NETWORK), replace(REQUEST, **changes), SECRETS, ExpectedCost())
     with pytest.raises(LocalError):
         job.handle(Start(), NOW)
     assert job.state is State.DRAFT
@@ -366,7 +378,7 @@ def test_a_request_out_of_bounds_never_leaves_draft(changes: dict[str, Any]) -> 
 def test_a_lone_surrogate_in_the_prompt_is_refused() -> None:
     request = replace(REQUEST, conversation=Conversation((Turn("user", "\ud800"),)))
     with pytest.raises(LocalError):
-        ConsumerJob(Sealer(CONSUMER, NETWORK), request, SECRETS, PriceThenLatency())
+        ConsumerJob(Sealer(CONSUMER, NETWORK), request, SECRETS, ExpectedCost())
 
 
 @pytest.mark.parametrize(
@@ -480,7 +492,38 @@ def test_the_rival_serves_after_a_decline(bench: ConsumerBench) -> None:
     bench.reveal(key=RIVAL)
     assert bench.last.state is State.PENDING
     assert bench.last.peer == bench.job.receipt.body.shares[0].provider == RIVAL.node_id
-    assert bench.last.price == 3 * 10**12 * INPUT_TOKENS + 6 * 10**12 * len(TOKENS)
+    assert bench.last.price == (3 * 10**12 * INPUT_TOKENS + 6 * 10**12 * len(TOKENS)) * 5 // 4
+    assert bench.job.receipt.body.passed == (PassedOver(PROVIDER.node_id, Passing.DECLINED),)
+
+
+def test_the_receipt_says_why_each_was_passed_over() -> None:
+    bench = ConsumerBench()
+    bench.start()
+    slow, gone, rude = (KeyPair(bytes([number]) * 32) for number in (11, 12, 13))
+    for price, (key, lifetime) in enumerate([(slow, 60_000), (STRANGER, 2_000), (gone, 60_000), (rude, 60_000)]):
+        bench.bid(key, output_token_price=10**12 + price, lifetime_ms=lifetime)
+    bench.chosen = bench.bid(PROVIDER)
+    bench.time_out()
+    bench.time_out()
+    bench.feed(StreamEnded("gone"))
+    bench.feed(FrameArrived(b"nonsense"))
+    bench.accept()
+    bench.serve(PROVIDER)
+    assert bench.job.receipt.body.passed == (
+        PassedOver(slow.node_id, Passing.FAILED),
+        PassedOver(STRANGER.node_id, Passing.EXPIRED),
+        PassedOver(gone.node_id, Passing.FAILED),
+        PassedOver(rude.node_id, Passing.FAILED),
+    )
+
+
+def test_what_is_asked_goes_into_offer_and_receipt() -> None:
+    terms = replace(ANY_PROVIDER, retry_cost=5)
+    bench = ConsumerBench(replace(REQUEST, terms=terms, priority_fee=10**12)).reach(State.PENDING)
+    receipt = bench.job.receipt.body
+    assert bench.job.offer.body.priority_fee == receipt.shares[0].charges.priority == 10**12
+    assert receipt.terms == terms
+    assert receipt.price == receipt.shares[0].price == PRICE + 10**12
 
 
 def test_an_award_that_is_not_answered_times_out(bench: ConsumerBench) -> None:

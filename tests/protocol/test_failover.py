@@ -6,14 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from aci_p2p.protocol.consumer import (
-    QUOTE_PATIENCE_MS,
-    QUOTE_WAIT_MS,
-    BidArrived,
-    QuoteRefused,
-    QuotesAsked,
-    Start,
-)
+from aci_p2p.protocol.consumer import Start
 from aci_p2p.protocol.envelope import Sealer, open_envelope
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.job import (
@@ -33,6 +26,7 @@ from aci_p2p.protocol.messages import AbortCode, Award, Input, Receipt, Voucher
 from aci_p2p.protocol.proof import verify_proof
 from aci_p2p.protocol.provider import GenerationFailed
 from aci_p2p.protocol.request import NoBids, PromptRefused, ProviderFault
+from aci_p2p.protocol.round import QUOTE_PATIENCE_MS, QUOTE_WAIT_MS, BidArrived, QuoteRefused, QuotesAsked
 from tests.protocol.driver import (
     CONSUMER,
     INPUT_TOKENS,
@@ -57,7 +51,9 @@ LENGTH = 40
 PARTS = tuple(((token,), f"{token} ") for token in range(LENGTH))
 ANSWER = "".join(text for _, text in PARTS)
 ROBUST = replace(REQUEST, max_tokens=LENGTH, max_providers=3)
-INPUT_PRICE, CHEAP, DEAR = 3 * 10**12, 5 * 10**12, 6 * 10**12
+INPUT_PRICE, CHEAP_TOKEN, DEAR_TOKEN = (number * 10**12 * 5 // 4 for number in (3, 5, 6))
+"""For each token, verification included."""
+DEAR = 6 * 10**12
 DIES = GenerationFailed(AbortCode.EXECUTOR_FAILED, "killed")
 
 
@@ -85,8 +81,8 @@ def test_another_goes_on_wherever_the_first_dies(dies_after: int) -> None:
     assert one(consumer.effects, FailedOver) == FailedOver(PROVIDER.node_id, "killed", dies_after)
     assert consumer.last.state is second.last.state is State.PENDING
     # Each is paid for its own tokens, and for reading what was there before; both sides hold the same.
-    first_price = (INPUT_PRICE * INPUT_TOKENS + CHEAP * dies_after) if dies_after else 0
-    second_price = INPUT_PRICE * (INPUT_TOKENS + dies_after) + DEAR * (LENGTH - dies_after)
+    first_price = (INPUT_PRICE * INPUT_TOKENS + CHEAP_TOKEN * dies_after) if dies_after else 0
+    second_price = INPUT_PRICE * (INPUT_TOKENS + dies_after) + DEAR_TOKEN * (LENGTH - dies_after)
     assert consumer.last.price == first_price + second_price
     held = [bench.payments[CONSUMER.node_id].amount for bench in market.providers if bench.payments]
     assert held == [price for price in (first_price, second_price) if price]
@@ -105,7 +101,8 @@ def test_another_goes_on_wherever_the_first_dies(dies_after: int) -> None:
 def test_three_providers_and_no_more() -> None:
     keys = (PROVIDER, RIVAL, STRANGER, KeyPair(bytes([40]) * 32))
     sellers = [
-        Seller(key, dying(10 * (index + 1)), {"output_token_price": CHEAP + index}) for index, key in enumerate(keys)
+        Seller(key, dying(10 * (index + 1)), {"output_token_price": 5 * 10**12 + index})
+        for index, key in enumerate(keys)
     ]
     market = Market(sellers, ROBUST).run()
     assert len(market.providers) == 3
@@ -143,7 +140,7 @@ def test_a_new_round_offers_what_is_left_of_the_money() -> None:
     bench.part(0, (1, 2), "ab")
     bench.feed(StreamEnded("gone"))
     bench.feed(StreamEnded("the rival is not there either"))
-    paid = INPUT_PRICE * INPUT_TOKENS + 2 * CHEAP
+    paid = INPUT_PRICE * INPUT_TOKENS + 2 * CHEAP_TOKEN
     assert bench.job.price == paid
     assert bench.job.offer.body.max_price == 10**15 - paid
 
@@ -159,7 +156,7 @@ def test_a_bid_that_the_rest_does_not_pay_for_has_no_turn() -> None:
     bench.time_out()
     bench.accept()
     # A dear prompt: what the first is owed leaves too little for the second's worst.
-    bench.job._request = replace(ROBUST, max_price=INPUT_PRICE * INPUT_TOKENS + 2 * CHEAP + 1)
+    bench.job._request = replace(ROBUST, max_price=INPUT_PRICE * INPUT_TOKENS + 2 * CHEAP_TOKEN + 1)
     bench.part(0, (1, 2), "ab")
     effects = bench.feed(StreamEnded("gone"))
     assert of(effects, Chosen) == []
@@ -177,7 +174,11 @@ def test_one_word_against_the_prompt_is_not_enough() -> None:
     refuses = Model(parts=(), failure=GenerationFailed(AbortCode.PROMPT_TOO_LONG, "too long, I say"))
     market = Market([Seller(PROVIDER, refuses), Seller(RIVAL, honest(), {"output_token_price": DEAR})], ROBUST).run()
     assert market.answer == ANSWER
-    sellers = [Seller(PROVIDER, refuses), Seller(RIVAL, refuses), Seller(STRANGER, honest(), {"latency_ms": 400})]
+    sellers = [
+        Seller(PROVIDER, refuses),
+        Seller(RIVAL, refuses),
+        Seller(STRANGER, honest(), {"output_token_price": DEAR}),
+    ]
     market = Market(sellers, ROBUST).run()
     assert isinstance(market.consumer.error, PromptRefused)
     assert (market.consumer.last.state, market.consumer.last.blame) == (State.CANCELLED, Party.NOBODY)
@@ -217,7 +218,7 @@ def test_a_voucher_goes_out_for_every_step() -> None:
     assert payment.state is PaymentState.RUNNING
     share = opened(payment.statement, Voucher, bench.now).share
     assert (share.output_tokens, share.input_tokens, share.first_token) == (VOUCHER_STEP, INPUT_TOKENS, 0)
-    assert share.price == payment.amount == bench.last.price == INPUT_PRICE * INPUT_TOKENS + CHEAP * VOUCHER_STEP
+    assert share.price == payment.amount == bench.last.price == INPUT_PRICE * INPUT_TOKENS + CHEAP_TOKEN * VOUCHER_STEP
 
 
 def test_what_came_before_a_cancel_is_owed() -> None:
@@ -225,7 +226,7 @@ def test_what_came_before_a_cancel_is_owed() -> None:
     bench.part(0, (1, 2, 3), "abc")
     bench.feed(Cancel())
     payment = bench.payments[PROVIDER.node_id]
-    assert (payment.state, payment.amount) == (PaymentState.OWED, INPUT_PRICE * INPUT_TOKENS + 3 * CHEAP)
+    assert (payment.state, payment.amount) == (PaymentState.OWED, INPUT_PRICE * INPUT_TOKENS + 3 * CHEAP_TOKEN)
 
 
 # Quotes.
@@ -296,6 +297,6 @@ def test_an_abort_of_the_second_is_told_with_all_tokens() -> None:
     assert (error.provider, error.tokens) == (RIVAL.node_id, 3)
     owed = {payment.peer: payment.amount for payment in bench.payments.values()}
     assert owed == {
-        PROVIDER.node_id: INPUT_PRICE * INPUT_TOKENS + 2 * CHEAP,
-        RIVAL.node_id: INPUT_PRICE * (INPUT_TOKENS + 2) + DEAR,
+        PROVIDER.node_id: INPUT_PRICE * INPUT_TOKENS + 2 * CHEAP_TOKEN,
+        RIVAL.node_id: INPUT_PRICE * (INPUT_TOKENS + 2) + DEAR_TOKEN,
     }

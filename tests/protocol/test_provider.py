@@ -64,7 +64,8 @@ from aci_p2p.protocol.provider import (
     Produced,
     ProviderJob,
 )
-from aci_p2p.protocol.selection import PriceThenLatency
+from aci_p2p.protocol.selection import ExpectedCost
+from aci_p2p.protocol.terms import Price
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import (
     CONSUMER,
@@ -239,7 +240,7 @@ def test_an_answer_may_be_empty(bench: ProviderBench) -> None:
     reveal = opened(of(effects, Send)[1].data, Reveal)
     proof = open_envelope(reveal.proof, Proof, network=NETWORK, now=None).body
     assert (proof.input_tokens, proof.output_tokens, proof.finish) == (7, 0, Finish.LENGTH)
-    assert bench.last.price == 7 * 3 * 10**12
+    assert bench.last.price == 7 * 3 * 10**12 * 5 // 4
 
 
 # Being paid.
@@ -284,7 +285,7 @@ def test_a_voucher_is_stored(bench: ProviderBench) -> None:
         (3, {"bid_digest": bytes(32)}),
         (3, {"input_tokens": INPUT_TOKENS - 1}),
         (3, {"first_token": 1}),
-        (3, {"price": 1}),
+        (3, {"charges": Price(1, 0, 0, 0)}),
     ],
     ids=["the same", "less", "more than was sent", "for another", "another bid", "prompt", "start", "price"],
 )
@@ -328,7 +329,7 @@ def test_it_goes_on_behind_the_tokens_of_others(bench: ProviderBench) -> None:
     assert proof.tokens_hash == tokens_digest(job_id, (5, 6, 7))
     assert proof.text_hash == text_digest(job_id, "c")
     # It has read what others wrote, and is paid for reading it.
-    assert bench.last.price == 3 * 10**12 * (INPUT_TOKENS + 2) + 5 * 10**12
+    assert bench.last.price == (3 * 10**12 * (INPUT_TOKENS + 2) + 5 * 10**12) * 5 // 4
 
 
 @pytest.mark.parametrize(("accepted_tokens", "accepted"), [(0, (1,)), (1, ()), (2, (1,))])
@@ -639,7 +640,7 @@ def test_an_award_that_was_seen_before(bench: ProviderBench) -> None:
 
 def test_the_provider_reads_what_a_consumer_wrote(bench: ProviderBench) -> None:
     """The offer of the bench is a real consumer's, its commitments included."""
-    consumer = ConsumerJob(Sealer(CONSUMER, NETWORK), REQUEST, SECRETS, PriceThenLatency())
+    consumer = ConsumerJob(Sealer(CONSUMER, NETWORK), REQUEST, SECRETS, ExpectedCost())
     consumer.handle(Start(), bench.now)
     assert consumer.offer.body == bench.offer.body
     assert bench.offer.body.input_commitment == input_commitment(CONVERSATION, SECRETS.salt)

@@ -89,7 +89,7 @@ def test_planned_jobs_are_won_by_the_cheapest() -> None:
         steps = list(model.answer(prompt, job.max_tokens, Sampling()))
         assert outcome.provider == simulation.nodes[1].node_id
         assert outcome.text == outcome.expected == "".join(step.text for step in steps)
-        assert outcome.price == len(prompt) * 250 + len(steps) * 1_000
+        assert outcome.price == (len(prompt) * 250 + len(steps) * 1_000) * 5 // 4
 
 
 def test_the_market_of_the_scenario_file() -> None:

@@ -40,6 +40,8 @@ from aci_p2p.protocol.messages import (
     Tokens,
 )
 from aci_p2p.protocol.pricing import max_input_tokens, price, worst_price
+from aci_p2p.protocol.terms import ANY_PROVIDER, SelectionTerms
+from aci_p2p.testing.simulator.choosing import best_first
 from aci_p2p.testing.simulator.driver import Driver
 from aci_p2p.testing.simulator.node import SimNode
 from aci_p2p.testing.simulator.statements import Statements
@@ -92,6 +94,8 @@ class Invariant(StrEnum):
     """Who counts money has a receipt for it."""
     PRICES = "prices are as bid"
     """A job costs what was bid for it."""
+    REPLAYS = "receipts replay to their winner"
+    """What a receipt says of the choice leads to the provider that it names."""
     LIMITS = "nobody pays for more than was asked"
     """No more tokens are paid for than were asked for, and no more than the most."""
     MONEY = "money is conserved"
@@ -147,6 +151,8 @@ class _Choice:
     """Digests of those that were awarded, in order."""
     commitment: bytes = b""
     """What the provider has committed to."""
+    terms: SelectionTerms = ANY_PROVIDER
+    """What the consumer asks of its provider."""
 
 
 class Judge:
@@ -196,10 +202,15 @@ class Judge:
             signed is not None
             and offer is not None
             and (signed.sender, signed.body.job_id, signed.body.offer_digest) == (bid.provider, job_id, offer.digest)
-            and (bid.worst_price, bid.latency_ms) == (worst_price(offer.body, signed.body), signed.body.latency_ms)
+            and (bid.worst_price, bid.latency_ms)
+            == (worst_price(offer.body, signed.body).total, signed.body.latency_ms)
         )
         require(holds, Invariant.BIDS_ANSWER, f"node {node.index} weighs a bid for something else")
         self._choices[job_id].weighed[bid.bid_digest] = bid
+
+    def wanted(self, job_id: bytes, terms: SelectionTerms) -> None:
+        """A consumer begins a job, and holds its providers to some terms."""
+        self._choices[job_id].terms = terms
 
     def moved(self, driver: Driver, before: State, frame: bytes) -> None:
         """A frame was handled by a job's machine, which was in a state before."""
@@ -295,8 +306,12 @@ class Judge:
         chosen = firm.get(award.bid_digest)
         if chosen is None:
             fail(Invariant.FIRM_BIDS, f"{name}: a bid that expired, or was awarded before")
-        best = min((bid.worst_price, bid.latency_ms) for bid in firm.values())
-        require((chosen.worst_price, chosen.latency_ms) == best, Invariant.BEST_WINS, name)
+        offer = self._statements.offer(award.job_id)
+        assert offer is not None  # its bids were compared with it
+        left = {bid.provider for bid in firm.values()}
+        order = best_first(choice.weighed.values(), choice.terms, offer.digest)
+        best = next(bid for bid in order if bid.provider in left)
+        require(chosen is best, Invariant.BEST_WINS, name)
         choice.awarded.append(award.bid_digest)
 
     # What a node stores.
@@ -348,10 +363,17 @@ class Judge:
         if proof is None or bid is None or offer is None or body.job_id != record.job_id:
             fail(Invariant.RECEIPTS, f"{name}: its receipt is for something else")
         used = {"input_tokens": proof.body.input_tokens, "output_tokens": proof.body.output_tokens}
-        owed = price(bid.body, **used)
+        charges = price(offer.body, bid.body, **used)
+        owed = charges.total
+        require(body.charges == charges, Invariant.PRICES, f"{name}: other items")
         require(body.price == record.price == owed, Invariant.PRICES, f"{name}: {body.price} for {owed}")
         within = used["output_tokens"] <= offer.body.max_tokens and used["input_tokens"] <= max_input_tokens(offer.body)
         require(within and owed <= offer.body.max_price, Invariant.LIMITS, name)
+        if self._honest(receipt.sender):
+            out = {passed.provider for passed in body.passed}
+            order = best_first(body.bids, body.terms, offer.digest)
+            best = next((weighed.provider for weighed in order if weighed.provider not in out), None)
+            require(best == body.provider, Invariant.REPLAYS, name)
         return receipt.sender
 
     # How much a node holds, and for how long.

@@ -8,7 +8,7 @@ from typing import Final
 
 from aci_p2p.executor import FinishReason, Message, Sampling
 from aci_p2p.protocol.bidding import BidBook, Declined, Offering
-from aci_p2p.protocol.consumer import BidArrived, ConsumerJob, Start
+from aci_p2p.protocol.consumer import ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import (
@@ -22,10 +22,13 @@ from aci_p2p.protocol.job import (
     StartGeneration,
     StopGeneration,
 )
+from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.messages import AbortCode, Bid, CapabilityRecord, Engine, Finish, Offer
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
+from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobRequest, JobSecrets
-from aci_p2p.protocol.selection import PriceThenLatency
+from aci_p2p.protocol.round import BidArrived
+from aci_p2p.protocol.selection import ExpectedCost, Knowledge, StakeTable
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.store import StoreError
 from aci_p2p.testing.simulator.directory import Announcing, Directory
@@ -99,6 +102,8 @@ class Consumer:
         """What it does it in."""
         self.outcomes: list[Outcome] = []
         """Jobs that have ended."""
+        self._reputation = Reputation(node.node_id, node.sealer.network)
+        self._knowledge = Knowledge(StakeTable({}), self._reputation)
 
     def offer(self, request: JobRequest, model: ToyModel) -> None:
         """Look the providers of a model up as `ACI.inference` does, then offer the job to all."""
@@ -120,10 +125,17 @@ class Consumer:
         """Offer a job; `model` is the true one, for judging the answer and nothing else."""
         node = self.node
         secrets = JobSecrets(node.entropy(), node.entropy())
-        machine = ConsumerJob(node.sealer, request, secrets, PriceThenLatency())
+        machine = ConsumerJob(node.sealer, request, secrets, ExpectedCost(), self._knowledge)
         driver = self.drive(machine, request, model)
         self.around.gossip.consumers[machine.job_id] = (node, driver.hear)
+        self.around.judge.wanted(machine.job_id, request.terms)
         driver.tell(Start())
+
+    def remember(self, job_id: bytes) -> None:
+        """Learn from a job that has ended."""
+        record = self.node.disk.jobs.get((job_id, Party.CONSUMER))
+        if record is not None:
+            self._reputation.note(record)
 
     def broadcast(self, offer: Envelope[Offer]) -> None:
         """Publish an offer."""
@@ -190,6 +202,7 @@ class ConsumerDriver(Driver):
 
     def over(self) -> None:
         """The job has ended: note how."""
+        self._consumer.remember(self.job.job_id)
         self._consumer.outcomes.append(
             Outcome(
                 job_id=self.job.job_id,

@@ -14,6 +14,7 @@ from aci_p2p.protocol.job import JobRecord, recovered, settled
 from aci_p2p.protocol.lifecycle import LIMITS, State
 from aci_p2p.protocol.messages import CapabilityRecord, Conversation, Turn
 from aci_p2p.protocol.request import JobRequest
+from aci_p2p.protocol.terms import ANY_PROVIDER
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part
 from aci_p2p.testing.simulator.directory import Announcing, Directory
 from aci_p2p.testing.simulator.faults import Faults
@@ -37,6 +38,8 @@ PROBE_WINDOW_MS: Final = 5_000
 """How long these last jobs wait for bids: longer than gossip takes in any of these networks, milliseconds."""
 MAX_TOKENS: Final = 64
 """Longest answer asked for at random."""
+TERMS: Final = replace(ANY_PROVIDER, latency_value=20_000, retry_cost=50_000)
+"""A second, and a failure, cost as much as some tokens: who is slow or fails loses jobs to who is dearer."""
 MAX_PRICE: Final = 10**12
 """What consumers pay at most: more than any honest provider of these worlds asks."""
 MAX_LATENCY_MS: Final = 600_000
@@ -290,6 +293,7 @@ class Simulation:
             max_latency_ms=MAX_LATENCY_MS,
             bid_window_ms=self.scenario.bid_window_ms,
             expected_bidders=frozenset(),
+            terms=TERMS,
         )
         return request, model
 

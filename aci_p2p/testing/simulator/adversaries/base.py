@@ -106,7 +106,7 @@ class Eavesdropper(Attacker):
 
     def bid_for(self, offer: Envelope[Offer]) -> Bid:
         """A bid that nobody can beat."""
-        return Bid(offer.body.job_id, offer.digest, 0, 1, 1, ())
+        return Bid(offer.body.job_id, offer.digest, 0, 1, 1, (), "none", "")
 
 
 class CheatingProvider(Attacker):
