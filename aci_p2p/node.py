@@ -18,7 +18,7 @@ from aci_p2p.config import NodeConfig, ProviderConfig
 from aci_p2p.consumer import RunningJob, open_job
 from aci_p2p.dht import Discovery, DiscoveryOptions, RecordRules, open_discovery
 from aci_p2p.executor import Executor, ModelStore, open_process_executor
-from aci_p2p.gossip import Market, open_market
+from aci_p2p.gossip import Asks, Market, open_asks, open_market
 from aci_p2p.keys import KeyRing
 from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.peer_clocks import CLOCK_PROTOCOL, clock_service
@@ -28,9 +28,10 @@ from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
-from aci_p2p.protocol.messages import NONCE_BYTES, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.messages import NONCE_BYTES, Ask, CapabilityRecord, NodeRecord
 from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
 from aci_p2p.provider import ProviderRole
+from aci_p2p.repricing import Repricing
 from aci_p2p.store import Store, StoreError, open_store
 from aci_p2p.tasks import open_background
 from aci_p2p.version import SOFTWARE
@@ -83,6 +84,7 @@ class Node:
         network: Network,
         market: Market,
         discovery: Discovery,
+        asks: Asks,
         store: Store,
     ) -> None:
         self.config = config
@@ -93,12 +95,16 @@ class Node:
         """Offers and bids."""
         self.discovery = discovery
         """Nodes and providers."""
+        self.asks = asks
+        """Standing asks, and the order book."""
         self.store = store
         """Its jobs on disk."""
         self.provider: ProviderRole | None = None
         """Its provider's role, if it serves models."""
         self.executor: Executor | None = None
         """What runs its models, if it serves some."""
+        self.repricing: Repricing | None = None
+        """What sets its prices, if it serves some."""
         self._parts = parts
         self._sealer = sealer
 
@@ -118,7 +124,11 @@ class Node:
         return self.network.addresses
 
     async def find_providers(self, model_root: bytes) -> list[Envelope[CapabilityRecord]]:
-        """Providers of a model, found in the DHT, checked, connected and ready to hear an offer; maybe none."""
+        """Providers of a model, found in the DHT, checked, connected and ready to hear an offer; maybe none.
+
+        The order book has their asks a moment later, and follows them from now on.
+        """
+        self.asks.follow(model_root)
         found = await self.discovery.find_providers(model_root)
         connected = [record.sender for record in found if record.sender in self.network.peers]
         await self.market.wait_until_reachable(connected, REACH_WAIT_S)
@@ -136,9 +146,10 @@ class Node:
 
         Raises LocalError when a model cannot be served, and then goes on as before.
         """
-        assert self.provider is not None and self.executor is not None  # noqa: PT018 - there are both or none
-        self.provider.offer(await _offerings(self.executor, ModelStore(self.config.models_path), config), config.slots)
+        assert self.repricing is not None and self.executor is not None  # noqa: PT018 - there are both or none
+        self.repricing.offer(await _offerings(self.executor, ModelStore(self.config.models_path), config), config)
         self.config = replace(self.config, provider=config)
+        self.asks.look_again()
         await self.announce()
 
     async def announce(self) -> None:
@@ -172,6 +183,7 @@ async def open_node(
             open_discovery(
                 network, sealer, rules, parts.clock, _discovery_options(config, parts), parts.random
             ) as discovery,
+            open_asks(network, sealer, parts.clock, random=parts.random) as asks,
             open_background() as tasks,
         ):
             await store.note_key(parts.clock())
@@ -180,7 +192,7 @@ async def open_node(
             await discovery.join(config.bootstrap, require=require_bootstrap)
             node = Node(
                 config=config, parts=parts, sealer=sealer, network=network, market=market, discovery=discovery,
-                store=store,
+                asks=asks, store=store,
             )  # fmt: skip
             with network.serve(CLOCK_PROTOCOL, clock_service(parts.clock)):
                 if config.provider is not None and config.provider.serve:
@@ -239,18 +251,32 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
     models = ModelStore(node.config.models_path)
     opening = parts.open_executor() if parts.open_executor else open_process_executor(models, threads=config.threads)
     async with opening as executor, open_background() as nursery:
+        offerings = await _offerings(executor, models, config)
+
+        def asks() -> Sequence[Ask]:
+            serving = node.config.provider
+            return role.asks() if serving and serving.asks else ()
+
+        def changed() -> None:
+            node.discovery.look_again()
+            node.asks.look_again()
+
         role = ProviderRole(
             network=node.network, market=node.market, executor=executor, store=node.store, sealer=sealer,
-            clock=parts.clock, entropy=parts.entropy, offerings=await _offerings(executor, models, config),
-            slots=config.slots, on_change=node.discovery.look_again,
+            clock=parts.clock, entropy=parts.entropy, offerings=offerings, slots=config.slots, on_change=changed,
         )  # fmt: skip
-        node.provider, node.executor = role, executor
+        repricing = Repricing(role, parts.clock, changed)
+        repricing.offer(offerings, config)
+        node.provider, node.executor, node.repricing = role, executor, repricing
         with node.network.serve(JOB_PROTOCOL, role.serve):
             nursery.start_soon(role.bid_on_offers)
+            nursery.start_soon(repricing.run)
             await node.announce()
+            node.asks.offer(asks)
             try:
                 yield
             finally:
+                node.asks.offer(tuple)
                 await role.hand_back()
 
 
@@ -262,4 +288,4 @@ async def _offerings(executor: Executor, models: ModelStore, config: ProviderCon
         raise LocalError(msg, hint="fetch one with: aci-p2p models pull")
     found = [await executor.load(name) if config.preload else models.open(name) for name in names]
     prices = config.input_token_price, config.output_token_price
-    return [Offering(model.name, model.root, model.context, *prices) for model in found]
+    return [Offering(model.name, model.root, model.context, *prices, config.price_curve) for model in found]

@@ -9,7 +9,8 @@ from typing import Final
 
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import MAX_LATENCY_MS, SECOND, Abort, AbortCode, Award, Bid, Offer
+from aci_p2p.protocol.messages import MAX_LATENCY_MS, SECOND, Abort, AbortCode, Award, Bid, Offer, PriceStep
+from aci_p2p.protocol.pricing import factor_milli, load_milli, scaled_price
 from aci_p2p.protocol.validation import Decision, Reason, require
 
 BID_LIFETIME_MS: Final = 30 * SECOND
@@ -39,6 +40,8 @@ class Offering:
     """Base units for each prompt token."""
     output_token_price: int
     """Base units for each output token."""
+    price_curve: tuple[PriceStep, ...] = ()
+    """How these prices, of an idle provider, change with the load; none: they do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,11 @@ class BidBook:
         """Jobs that run at once."""
         return self._slots
 
+    @property
+    def latency_ms(self) -> int:
+        """Time to the first token that our next bid promises, milliseconds."""
+        return self._latency_ms
+
     def offer(self, offerings: Sequence[Offering], slots: int) -> None:
         """Serve other models, for other prices, or more or fewer jobs at once; bids that are out stay firm."""
         self._offerings = {offering.root: offering for offering in offerings}
@@ -112,11 +120,12 @@ class BidBook:
         self._forget_expired(now)
         if self._consumers[offer.sender] >= MAX_PER_CONSUMER:
             return None
+        factor = factor_milli(offering.price_curve, load_milli(self._slots, self._slots - running))
         body = Bid(
             job_id=offer.body.job_id,
             offer_digest=offer.digest,
-            input_token_price=offering.input_token_price,
-            output_token_price=offering.output_token_price,
+            input_token_price=scaled_price(offering.input_token_price, factor),
+            output_token_price=scaled_price(offering.output_token_price, factor),
             latency_ms=self._latency_ms,
             addresses=tuple(addresses),
         )

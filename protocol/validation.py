@@ -45,6 +45,7 @@ class Reason(StrEnum):
     OUT_OF_ORDER = "out_of_order"
     TOO_MANY_TOKENS = "too_many_tokens"
     BAD_RECORD_KEY = "bad_record_key"
+    WRONG_MODEL = "wrong_model"
     VALIDATOR_FAILED = "validator_failed"
 
 
