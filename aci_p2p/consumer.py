@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from random import Random
 from typing import Final, Self, TypeAlias
 
 import trio
 
 from aci_p2p.clock import Clock
-from aci_p2p.gossip import Market
+from aci_p2p.gossip import Asks, Market
 from aci_p2p.jobs import JobShell, StreamPump
 from aci_p2p.network.api import Network
 from aci_p2p.protocol.consumer import ConsumerEvent, ConsumerJob, Start
@@ -35,7 +36,7 @@ from aci_p2p.protocol.messages import MAX_TOKENS, Bid, Offer, Proof, Receipt
 from aci_p2p.protocol.proof import ProofFile
 from aci_p2p.protocol.request import JobCancelled
 from aci_p2p.protocol.round import BidArrived
-from aci_p2p.quotes import PriceBook, Quotes
+from aci_p2p.quotes import Quotes
 from aci_p2p.store import Store
 from aci_p2p.tasks import open_background
 
@@ -73,17 +74,33 @@ class JobResult:
     """Who ended the answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a job of ours needs of its node."""
+
+    network: Network
+    """Streams to providers."""
+    market: Market
+    """Offers and bids for everybody."""
+    asks: Asks
+    """Whom to ask for a quote."""
+    store: Store
+    """Where it is kept."""
+    clock: Clock
+    """Unix milliseconds."""
+    random: Random
+    """Spreads jobs over providers."""
+
+
 class RunningJob(JobShell[ConsumerEvent]):
     """One job of ours: iterate over it for its updates, then read `result`. Made by `open_job`."""
 
-    def __init__(
-        self, job: ConsumerJob, network: Network, market: Market, prices: PriceBook, store: Store, clock: Clock
-    ) -> None:
-        super().__init__(job, store, clock)
+    def __init__(self, job: ConsumerJob, services: Services) -> None:
+        super().__init__(job, services.store, services.clock)
         self._job = job
-        self._network = network
-        self._market = market
-        self._quotes = Quotes(network, prices, clock, self.tell)
+        self._network = services.network
+        self._market = services.market
+        self._quotes = Quotes(services.network, services.asks, services.clock, services.random, self.tell)
         self._updates_in, self._updates = trio.open_memory_channel[JobUpdate](UPDATES)
         self._outcome: JobResult | AciError = JobCancelled("the job did not run to its end")
         self._streams: trio.Nursery | None = None
@@ -165,16 +182,9 @@ class RunningJob(JobShell[ConsumerEvent]):
 
 
 @asynccontextmanager
-async def open_job(
-    job: ConsumerJob,
-    network: Network,
-    market: Market,
-    prices: PriceBook,
-    store: Store,
-    clock: Clock,
-) -> AsyncGenerator[RunningJob]:
+async def open_job(job: ConsumerJob, services: Services) -> AsyncGenerator[RunningJob]:
     """Run a job within the block; leaving early cancels it, and its provider is told."""
-    running = RunningJob(job, network, market, prices, store, clock)
+    running = RunningJob(job, services)
     async with open_background() as nursery:
         nursery.start_soon(running.serve)
         yield running

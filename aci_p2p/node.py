@@ -15,10 +15,10 @@ import trio
 
 from aci_p2p.clock import Clock, system_clock
 from aci_p2p.config import NodeConfig, ProviderConfig, parse_stakes
-from aci_p2p.consumer import RunningJob, open_job
+from aci_p2p.consumer import RunningJob, Services, open_job
 from aci_p2p.dht import Discovery, DiscoveryOptions, RecordRules, open_discovery
 from aci_p2p.executor import Executor, ModelStore, open_process_executor
-from aci_p2p.gossip import Market, open_market
+from aci_p2p.gossip import Asks, Market, open_asks, open_market
 from aci_p2p.keys import KeyRing
 from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.peer_clocks import CLOCK_PROTOCOL, clock_service
@@ -29,13 +29,14 @@ from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.lifecycle import Party
-from aci_p2p.protocol.messages import NONCE_BYTES, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.messages import NONCE_BYTES, Ask, CapabilityRecord, NodeRecord
 from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.selection import ExpectedCost, Knowledge, SelectionRule, Stakes, StakeTable
 from aci_p2p.protocol.settlement import SETTLE_PROTOCOL
 from aci_p2p.protocol.terms import MAX_LABEL_BYTES
 from aci_p2p.provider import ProviderRole
+from aci_p2p.repricing import Repricing
 from aci_p2p.settlement import Settler
 from aci_p2p.store import Store, StoreError, open_store
 from aci_p2p.tasks import open_background
@@ -94,6 +95,7 @@ class Node:
         network: Network,
         market: Market,
         discovery: Discovery,
+        asks: Asks,
         store: Store,
         settler: Settler,
         reputation: Reputation,
@@ -106,6 +108,8 @@ class Node:
         """Offers and bids."""
         self.discovery = discovery
         """Nodes and providers."""
+        self.asks = asks
+        """Standing asks, and the order book."""
         self.store = store
         """Its jobs on disk."""
         self.settler = settler
@@ -118,6 +122,8 @@ class Node:
         """Its provider's role, if it serves models."""
         self.executor: Executor | None = None
         """What runs its models, if it serves some."""
+        self.repricing: Repricing | None = None
+        """What sets its prices, if it serves some."""
         self._parts = parts
         self._sealer = sealer
 
@@ -137,7 +143,11 @@ class Node:
         return self.network.addresses
 
     async def find_providers(self, model_root: bytes) -> list[Envelope[CapabilityRecord]]:
-        """Providers of a model, found in the DHT, checked, connected and ready to hear an offer; maybe none."""
+        """Providers of a model, found in the DHT, checked, connected and ready to hear an offer; maybe none.
+
+        The order book has their asks a moment later, and follows them from now on.
+        """
+        self.asks.follow(model_root)
         found = await self.discovery.find_providers(model_root)
         connected = [record.sender for record in found if record.sender in self.network.peers]
         await self.market.wait_until_reachable(connected, REACH_WAIT_S)
@@ -150,9 +160,10 @@ class Node:
         fresh = JobSecrets(salt=entropy(NONCE_BYTES), nonce=entropy(NONCE_BYTES))
         knowledge = Knowledge(self.stakes, self.reputation)
         job = ConsumerJob(self._sealer, request, fresh, self._parts.rule, knowledge)
-        opening = open_job(job, self.network, self.market, self.prices, self.store, self._parts.clock)
+        parts = self._parts
+        services = Services(self.network, self.market, self.asks, self.store, parts.clock, parts.random)
         try:
-            async with opening as running:
+            async with open_job(job, services) as running:
                 yield running
         finally:
             self.settler.wake()
@@ -164,9 +175,10 @@ class Node:
 
         Raises LocalError when a model cannot be served, and then goes on as before.
         """
-        assert self.provider is not None and self.executor is not None  # noqa: PT018 - there are both or none
-        self.provider.offer(await _offerings(self.executor, ModelStore(self.config.models_path), config), config.slots)
+        assert self.repricing is not None and self.executor is not None  # noqa: PT018 - there are both or none
+        self.repricing.offer(await _offerings(self.executor, ModelStore(self.config.models_path), config), config)
         self.config = replace(self.config, provider=config)
+        self.asks.look_again()
         await self.announce()
 
     async def announce(self) -> None:
@@ -200,6 +212,7 @@ async def open_node(
             open_discovery(
                 network, sealer, rules, parts.clock, _discovery_options(config, parts), parts.random
             ) as discovery,
+            open_asks(network, sealer, parts.clock, random=parts.random) as asks,
             open_background() as tasks,
         ):
             await store.note_key(parts.clock())
@@ -213,7 +226,7 @@ async def open_node(
             tasks.start_soon(settler.run)
             node = Node(
                 config=config, parts=parts, sealer=sealer, network=network, market=market, discovery=discovery,
-                store=store, settler=settler, reputation=reputation,
+                asks=asks, store=store, settler=settler, reputation=reputation,
             )  # fmt: skip
             with network.serve(CLOCK_PROTOCOL, clock_service(parts.clock)):
                 try:
@@ -276,18 +289,32 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
     models = ModelStore(node.config.models_path)
     opening = parts.open_executor() if parts.open_executor else open_process_executor(models, threads=config.threads)
     async with opening as executor, open_background() as nursery:
+        offerings = await _offerings(executor, models, config)
+
+        def asks() -> Sequence[Ask]:
+            serving = node.config.provider
+            return role.asks() if serving and serving.asks else ()
+
+        def changed() -> None:
+            node.discovery.look_again()
+            node.asks.look_again()
+
         role = ProviderRole(
             network=node.network, market=node.market, executor=executor, store=node.store, sealer=sealer,
-            clock=parts.clock, entropy=parts.entropy, offerings=await _offerings(executor, models, config),
-            slots=config.slots, on_change=node.discovery.look_again,
+            clock=parts.clock, entropy=parts.entropy, offerings=offerings, slots=config.slots, on_change=changed,
         )  # fmt: skip
-        node.provider, node.executor = role, executor
+        repricing = Repricing(role, parts.clock, changed)
+        repricing.offer(offerings, config)
+        node.provider, node.executor, node.repricing = role, executor, repricing
         with node.network.serve(JOB_PROTOCOL, role.serve), node.network.serve(SETTLE_PROTOCOL, role.settle):
             nursery.start_soon(role.bid_on_offers)
+            nursery.start_soon(repricing.run)
             await node.announce()
+            node.asks.offer(asks)
             try:
                 yield
             finally:
+                node.asks.offer(tuple)
                 await role.hand_back()
 
 
@@ -307,6 +334,7 @@ async def _offerings(executor: Executor, models: ModelStore, config: ProviderCon
             output_token_price=config.output_token_price,
             quantisation=_quantisation(executor, model.name),
             region=config.region,
+            price_curve=config.price_curve,
         )
         for model in found
     ]

@@ -43,6 +43,7 @@ from aci_p2p.protocol.job import (
 from aci_p2p.protocol.messages import (
     NONCE_BYTES,
     AbortCode,
+    Ask,
     CapabilityRecord,
     Conversation,
     Engine,
@@ -130,8 +131,14 @@ class ProviderRole:
         offerings: Sequence[Offering],
         slots: int,
         on_change: Callable[[], None] = lambda: None,
+        region: str = "",
     ) -> None:
-        """`entropy(n)` gives n random bytes; `slots` jobs run at once; `on_change`: our `capabilities` may differ."""
+        """`entropy(n)` gives n random bytes; `slots` jobs run at once.
+
+        `on_change`: our `capabilities` and `asks` may differ; `region`: where we stand, if that is told.
+        """
+        self.region = region
+        """Where we stand, in our owner's words; empty: not told."""
         self._network = network
         self._market = market
         self._executor = executor
@@ -164,9 +171,29 @@ class ProviderRole:
                 slots=self._book.slots,
                 addresses=tuple(self._network.addresses),
                 free_slots=0 if self._book.draining else max(self._book.slots - len(self._jobs), 0),
-                price_curve=(),
+                price_curve=offering.price_curve,
             )
             for offering in self._book.offerings
+        ]
+
+    def asks(self) -> list[Ask]:
+        """What we ask now, for each model."""
+        return [
+            Ask(
+                model_root=one.model_root,
+                model_name=one.model_name,
+                engine=one.engine,
+                context=one.context,
+                input_token_price=one.input_token_price,
+                output_token_price=one.output_token_price,
+                price_curve=one.price_curve,
+                slots=one.slots,
+                free_slots=one.free_slots,
+                latency_ms=self._book.latency_ms,
+                region=self.region,
+                addresses=one.addresses,
+            )
+            for one in self.capabilities()
         ]
 
     def offer(self, offerings: Sequence[Offering], slots: int) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import nullcontext
-from typing import Final, Protocol
+from random import Random
+from typing import Final
 
 import trio
 
 from aci_p2p.clock import MS_PER_S, Clock
+from aci_p2p.gossip import Asks
 from aci_p2p.jobs import StreamPump
 from aci_p2p.network.api import Network
 from aci_p2p.protocol.bidding import LEASE_MS
@@ -23,16 +25,6 @@ QUOTES: Final = 4
 """Providers that are asked at once: with one in twenty dead, one answers in all but six of a million jobs."""
 LEASE_S: Final = LEASE_MS / MS_PER_S
 """Seconds that a quote's stream is kept for the award; the provider holds its slot no longer."""
-
-
-class PriceBook(Protocol):
-    """Knows whom to ask."""
-
-    def candidates(
-        self, offer: Envelope[Offer], count: int, exclude: Collection[NodeId]
-    ) -> Sequence[tuple[NodeId, Sequence[str]]]:
-        """The `count` best providers for an offer, with their addresses; maybe none."""
-        ...
 
 
 class _Quote:
@@ -60,25 +52,30 @@ class Quotes:
     def __init__(
         self,
         network: Network,
-        prices: PriceBook,
+        asks: Asks,
         clock: Clock,
+        random: Random,
         tell: Callable[[QuotesAsked | QuoteRefused | BidArrived], Awaitable[None]],
     ) -> None:
-        """`tell` hands an event to the job; `clock` gives Unix milliseconds."""
+        """`tell` hands an event to the job; `clock` gives Unix milliseconds; `random` spreads jobs over providers."""
         self._network = network
-        self._prices = prices
+        self._asks = asks
         self._clock = clock
+        self._random = random
         self._tell = tell
         self._open: dict[NodeId, _Quote] = {}
 
     async def ask(self, offer: Envelope[Offer], exclude: Collection[NodeId]) -> None:
         """Ask the best providers, and serve the stream of the one that wins to its end."""
-        asked = self._prices.candidates(offer, QUOTES, exclude)
-        await self._tell(QuotesAsked(frozenset(provider for provider, _ in asked)))
+        out = {*exclude, self._network.node_id}
+        asks = self._asks.book.best(
+            offer.body.model_root, offer=offer.body, k=QUOTES, now=self._clock(), exclude=out, random=self._random
+        )
+        await self._tell(QuotesAsked(frozenset(ask.sender for ask in asks)))
         async with trio.open_nursery() as nursery:
-            for provider, addresses in asked:
-                self._network.learn_addresses(provider, addresses)
-                nursery.start_soon(self._ask_one, provider, offer)
+            for ask in asks:
+                self._network.learn_addresses(ask.sender, ask.body.addresses)
+                nursery.start_soon(self._ask_one, ask.sender, offer)
 
     async def _ask_one(self, provider: NodeId, offer: Envelope[Offer]) -> None:
         patience = trio.CancelScope(deadline=trio.current_time() + LEASE_S)

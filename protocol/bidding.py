@@ -10,7 +10,8 @@ from typing import Final
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import check_terms
-from aci_p2p.protocol.messages import MAX_LATENCY_MS, SECOND, Abort, AbortCode, Award, Bid, Offer
+from aci_p2p.protocol.messages import MAX_LATENCY_MS, SECOND, Abort, AbortCode, Award, Bid, Offer, PriceStep
+from aci_p2p.protocol.pricing import factor_milli, load_milli, scaled_price
 from aci_p2p.protocol.validation import Decision, Reason, require
 
 BID_LIFETIME_MS: Final = 30 * SECOND
@@ -46,6 +47,8 @@ class Offering:
     """Weight format that it is computed with."""
     region: str = ""
     """Where we are; empty: we do not say."""
+    price_curve: tuple[PriceStep, ...] = ()
+    """How these prices, of an idle provider, change with the load; none: they do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,11 @@ class BidBook:
         """Jobs that run at once."""
         return self._slots
 
+    @property
+    def latency_ms(self) -> int:
+        """Time to the first token that our next bid promises, milliseconds."""
+        return self._latency_ms
+
     def offer(self, offerings: Sequence[Offering], slots: int) -> None:
         """Serve other models, for other prices, or more or fewer jobs at once; bids that are out stay firm."""
         self._offerings = {offering.root: offering for offering in offerings}
@@ -127,11 +135,12 @@ class BidBook:
         self._forget_expired(now)
         if self._consumers[offer.sender] >= MAX_PER_CONSUMER:
             return None
+        factor = factor_milli(offering.price_curve, load_milli(self._slots, self._slots - running))
         body = Bid(
             job_id=offer.body.job_id,
             offer_digest=offer.digest,
-            input_token_price=offering.input_token_price,
-            output_token_price=offering.output_token_price,
+            input_token_price=scaled_price(offering.input_token_price, factor),
+            output_token_price=scaled_price(offering.output_token_price, factor),
             latency_ms=self._latency_ms,
             addresses=tuple(addresses),
             quantisation=offering.quantisation,

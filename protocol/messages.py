@@ -1,7 +1,7 @@
 """The messages of the market and of a job, and what each kind may claim.
 
-Offers and bids go over gossip; the rest goes over the direct stream between consumer and provider, except records,
-which live in the DHT. All of them travel in signed envelopes (`aci_p2p.protocol.envelope`).
+Offers, bids and asks go over gossip; the rest goes over the direct stream between consumer and provider, except
+records, which live in the DHT. All of them travel in signed envelopes (`aci_p2p.protocol.envelope`).
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class Kind(IntEnum):
     PROOF = 11
     NODE_RECORD = 12
     CAPABILITY_RECORD = 13
+    ASK = 14
     VOUCHER = 15
     SETTLED = 16
 
@@ -484,6 +485,36 @@ class CapabilityRecord:
     """How the prices change with the load: ascending, above 0; none: they do not."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a provider asks for one model at this moment, broadcast. With 0 slots it takes earlier ones back."""
+
+    model_root: Annotated[bytes, Wire(1, DIGEST)]
+    """Weights root."""
+    model_name: Annotated[str, Wire(2, NAME)]
+    """The provider's name for it."""
+    engine: Annotated[Engine, Wire(3, Struct(Engine))]
+    """What runs it, and in which quantisation."""
+    context: Annotated[int, Wire(4, Uint(1 << 32))]
+    """Longest sequence, tokens."""
+    input_token_price: Annotated[int, Wire(5, TOKEN_PRICE)]
+    """Base units for each prompt token when idle; a bid is firm."""
+    output_token_price: Annotated[int, Wire(6, TOKEN_PRICE)]
+    """Base units for each output token when idle; a bid is firm."""
+    price_curve: Annotated[tuple[PriceStep, ...], Wire(7, ListOf(Struct(PriceStep), MAX_PRICE_STEPS))]
+    """How the prices change with the load: ascending, above 0; none: they do not."""
+    slots: Annotated[int, Wire(8, Uint(MAX_SLOTS))]
+    """Jobs it runs at once."""
+    free_slots: Annotated[int, Wire(9, Uint(MAX_SLOTS))]
+    """Of them, those not in use when the ask was signed."""
+    latency_ms: Annotated[int, Wire(10, Uint(MAX_LATENCY_MS))]
+    """Expected time from award to first token, milliseconds."""
+    region: Annotated[str, Wire(11, NAME)]
+    """Where it stands, in its owner's words; empty: not told."""
+    addresses: Annotated[tuple[str, ...], Wire(12, ADDRESSES)]
+    """Where the provider may be dialled."""
+
+
 Body: TypeAlias = (
     Offer
     | Bid
@@ -498,6 +529,7 @@ Body: TypeAlias = (
     | Proof
     | NodeRecord
     | CapabilityRecord
+    | Ask
     | Voucher
     | Settled
 )
@@ -534,6 +566,7 @@ KINDS: Final[dict[Kind, KindRules]] = {
     Kind.PROOF: KindRules(Proof, MAX_ENVELOPE_BYTES, 10 * _YEAR),
     Kind.NODE_RECORD: KindRules(NodeRecord, 4_096, 3 * 3_600 * SECOND),
     Kind.CAPABILITY_RECORD: KindRules(CapabilityRecord, 4_096, 3 * 3_600 * SECOND),
+    Kind.ASK: KindRules(Ask, 4_096, 60 * SECOND),
     Kind.VOUCHER: KindRules(Voucher, 1_024, 10 * _YEAR),
     Kind.SETTLED: KindRules(Settled, 1_024, 60 * SECOND),
 }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from aci_p2p.protocol.catalogue import licence_bps
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.messages import Bid, Offer, Share
+from aci_p2p.protocol.messages import LOAD_MILLI_MAX, TOKEN_PRICE, Ask, Bid, CapabilityRecord, Offer, PriceStep, Share
 from aci_p2p.protocol.terms import Price, Verification
+from aci_p2p.protocol.validation import Decision, Reason, require
 from aci_p2p.protocol.wire import AMOUNT_BYTES_MAX
 
 ONE_ACI: Final = 10**18
@@ -19,6 +21,10 @@ TEMPLATE_TOKENS: Final = 128
 """Tokens that a chat template adds once (a default system prompt); SmolLM2 adds 22, Llama 3 about 30."""
 TURN_TOKENS: Final = 16
 """Tokens that a chat template adds to each turn; ChatML adds 5, Llama 3 adds 5."""
+IDLE_FACTOR_MILLI: Final = 1_000
+"""Thousandths of its prices that a provider asks while none of the steps of its curve holds."""
+MAX_TOKEN_PRICE: Final = (1 << (8 * TOKEN_PRICE.size)) - 1
+"""Base units; what a bid or an ask can carry."""
 
 BPS: Final = 10_000
 """Ten-thousandths in a whole."""
@@ -112,6 +118,40 @@ def total_of(shares: Iterable[Share]) -> Price:
 
 def _share(compute: int, bps: int) -> int:
     return -(-compute * bps // BPS)
+
+
+def load_milli(slots: int, free_slots: int) -> int:
+    """Thousandths of a provider's slots that are in use; who has none is fully loaded."""
+    return LOAD_MILLI_MAX * (slots - min(free_slots, slots)) // slots if slots else LOAD_MILLI_MAX
+
+
+def factor_milli(curve: Sequence[PriceStep], load: int) -> int:
+    """Thousandths of the idle prices at a load in thousandths: the last step that it has reached."""
+    return next((step.factor_milli for step in reversed(curve) if step.load_milli <= load), IDLE_FACTOR_MILLI)
+
+
+def scaled_price(token_price: int, factor: int) -> int:
+    """A token's price times a factor in thousandths, rounded up, base units; at most what a bid can carry."""
+    return min(-(-token_price * factor // IDLE_FACTOR_MILLI), MAX_TOKEN_PRICE)
+
+
+def asked_prices(ask: Ask) -> tuple[int, int]:
+    """What an ask wants for a prompt token and for an output token at the load that it tells, base units."""
+    factor = factor_milli(ask.price_curve, load_milli(ask.slots, ask.free_slots))
+    return scaled_price(ask.input_token_price, factor), scaled_price(ask.output_token_price, factor)
+
+
+def ascends(curve: Sequence[PriceStep]) -> bool:
+    """Whether the loads of a curve ascend from above 0, so that one load has one price."""
+    return all(low < high for low, high in pairwise([0, *(step.load_milli for step in curve)]))
+
+
+def check_capacity(body: Ask | CapabilityRecord) -> None:
+    """What the wire form does not say of slots and prices. Raises MessageRefused."""
+    # No more free slots than slots.
+    require(body.free_slots <= body.slots, Decision.REJECT, Reason.MALFORMED)
+    # One load has one price.
+    require(ascends(body.price_curve), Decision.REJECT, Reason.MALFORMED)
 
 
 def format_amount(base_units: int) -> str:

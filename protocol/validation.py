@@ -46,6 +46,7 @@ class Reason(StrEnum):
     TOO_MANY_TOKENS = "too_many_tokens"
     BAD_VOUCHER = "bad_voucher"
     BAD_RECORD_KEY = "bad_record_key"
+    WRONG_MODEL = "wrong_model"
     VALIDATOR_FAILED = "validator_failed"
 
 

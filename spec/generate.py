@@ -39,6 +39,7 @@ from aci_p2p.protocol.messages import (
     Abort,
     AbortCode,
     Accept,
+    Ask,
     Award,
     Bid,
     BidSummary,
@@ -57,6 +58,7 @@ from aci_p2p.protocol.messages import (
     Receipt,
     Reveal,
     Settled,
+    Share,
     Tokens,
     Turn,
     Voucher,
@@ -117,7 +119,10 @@ def messages_cddl() -> str:
             _codes(Verification),
             _codes(Passing),
             "; Parts of messages.",
-            *map(wire.cddl_of, (Turn, Conversation, Engine, BidSummary, Price, SelectionTerms, PassedOver)),
+            *map(
+                wire.cddl_of,
+                (Turn, Conversation, Engine, BidSummary, PriceStep, Price, Share, SelectionTerms, PassedOver),
+            ),
             *(
                 f"; Kind {kind.value}: an envelope of at most {rules.max_bytes} bytes that lives at most "
                 f"{rules.lifetime_ms} ms.\n{wire.cddl_of(rules.body)}"
@@ -344,6 +349,20 @@ def _messages() -> Iterator[Envelope[Any]]:
         NodeRecord(("/ip4/192.0.2.1/tcp/4001",), ("provider",), "aci-p2p/0.1.0"),
         CapabilityRecord(
             MODEL_ROOT, "SmolLM2-135M-Instruct", 8_192, ENGINE, 10**12, 0, 4, (), 1, (PriceStep(500, 1_250),)
+        ),
+        Ask(
+            MODEL_ROOT,
+            "SmolLM2-135M-Instruct",
+            ENGINE,
+            8_192,
+            10**12,
+            4 * 10**12,
+            (PriceStep(500, 1_250),),
+            4,
+            1,
+            300,
+            "eu-west",
+            (f"/ip4/192.0.2.1/tcp/4001/p2p/{PROVIDER.node_id}",),
         ),
     ]
     ours: list[Body] = [

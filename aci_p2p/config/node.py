@@ -14,8 +14,14 @@ from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
-from aci_p2p.protocol.messages import MAX_LATENCY_MS, MAX_TEMPERATURE_MILLI, MAX_TOKENS
-from aci_p2p.protocol.pricing import ONE_ACI, parse_amount
+from aci_p2p.protocol.messages import (
+    MAX_LATENCY_MS,
+    MAX_PRICE_STEPS,
+    MAX_TEMPERATURE_MILLI,
+    MAX_TOKENS,
+    PriceStep,
+)
+from aci_p2p.protocol.pricing import MAX_TOKEN_PRICE, ONE_ACI, ascends, parse_amount
 from aci_p2p.protocol.terms import MAX_LABEL_BYTES
 from aci_p2p.protocol.text import printable
 
@@ -39,6 +45,8 @@ DEFAULT_MAX_TOKENS: Final = 256
 """Output tokens; a long paragraph."""
 DEFAULT_BID_WINDOW_MS: Final = 1_000
 """Milliseconds to wait for bids when not all of them are known to come: five gossip hops between continents."""
+PRICINGS: Final = ("fixed", "auto")
+"""Prices stay as they are set, or follow how busy the node is, between a floor and a ceiling."""
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 """From most to least."""
 LOG_FORMATS: Final = ("text", "logfmt", "json")
@@ -86,6 +94,16 @@ class ProviderConfig:
     """Base units (10^-18 ACI) for each output token."""
     slots: int = DEFAULT_SLOTS
     """Jobs at once."""
+    price: str = "fixed"
+    """What becomes of these prices: one of PRICINGS."""
+    price_floor: int | None = None
+    """Least base units for each output token, if the price follows the load; None: half of the one above."""
+    price_ceiling: int | None = None
+    """Most base units for each output token, if the price follows the load; None: twice the one above."""
+    price_curve: tuple[PriceStep, ...] = ()
+    """By how much the prices rise or fall while so much of the slots is in use; none: they do not."""
+    asks: bool = True
+    """Publish standing asks: up to one each 20 s for a model, whether anybody wants it or not; else only bid."""
     preload: bool = True
     """Load the models at the start, not at the first job."""
     threads: int | None = None
@@ -93,7 +111,7 @@ class ProviderConfig:
     grace_s: int = DEFAULT_GRACE_S
     """Seconds for running jobs to end when the node is stopped; what runs then still is handed back."""
     region: str = ""
-    """Where the node is, as its bids say it; empty: they do not say."""
+    """Where the node is, as its asks and bids say it; empty: they do not say."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that cannot work."""
@@ -107,6 +125,22 @@ class ProviderConfig:
         if self.input_token_price < 0 or self.output_token_price < 0:
             msg = "prices are not negative"
             raise LocalError(msg)
+        floor, ceiling = self.price_bounds
+        if not 0 <= floor <= ceiling <= MAX_TOKEN_PRICE:
+            msg = "the price floor is above the price ceiling, or no price at all"
+            raise LocalError(msg, hint="give both --price-floor and --price-ceiling, around --output-price")
+        if self.price not in PRICINGS:
+            msg = f"{self.price!r} is no way to set prices"
+            raise LocalError(msg, hint=f"one of {', '.join(PRICINGS)}")
+        if not ascends(self.price_curve) or len(self.price_curve) > MAX_PRICE_STEPS:
+            msg = f"a price curve has at most {MAX_PRICE_STEPS} steps, at loads that ascend from above 0"
+            raise LocalError(msg)
+
+    @property
+    def price_bounds(self) -> tuple[int, int]:
+        """Floor and ceiling of the price of an output token, base units."""
+        price, floor, ceiling = self.output_token_price, self.price_floor, self.price_ceiling
+        return price // 2 if floor is None else floor, 2 * price if ceiling is None else ceiling
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,13 +260,14 @@ async def open_swarm(
     network: NetworkModel | Literal["libp2p"] | None = None,
     executor: OpenExecutor | None = None,
     model_root: bytes | None = None,
+    asks: bool = False,
 ) -> AsyncGenerator[Swarm]:
     """A swarm within the block: real nodes that have found each other.
 
     With the virtual clock, run under `MockClock(autojump_threshold=0)`, as `aci_p2p.testing.run` and the pytest fixture
     do; equal seeds then give equal runs. `network`: how an imagined one behaves (None: 10 ms from node to node), or
     "libp2p" for loopback sockets and real time. `executor` replaces the toy model; `model_root` is then the root of
-    what it serves.
+    what it serves. With `asks` providers publish standing asks; an hour of virtual time then takes some seconds.
 
     Raises LocalError for parts that do not fit together, TooSlowError when the nodes do not find each other.
     """
@@ -299,7 +300,7 @@ async def open_swarm(
         async with open_background() as nursery:
             swarm = Swarm(around, nursery, hub, trace if hub else None)
             for number in range(providers):
-                swarm.providers.append(_provider(number, folder, around, executor or open_toy))
+                swarm.providers.append(_provider(number, folder, around, executor or open_toy, asks=asks))
             for number in range(consumers):
                 name = f"consumer-{number}"
                 swarm.consumers.append(SwarmNode(name, _config(folder, name), around, None))
@@ -324,9 +325,11 @@ def _config(folder: Path, name: str, provider: ProviderConfig | None = None) -> 
     return NodeConfig(home=folder / name, network=NETWORK, key=name, own_key=True, provider=provider)
 
 
-def _provider(number: int, folder: Path, around: Surroundings, executor: OpenExecutor) -> SwarmNode:
+def _provider(number: int, folder: Path, around: Surroundings, executor: OpenExecutor, *, asks: bool) -> SwarmNode:
     price = FIRST_PRICE + number * PRICE_STEP
-    serving = ProviderConfig(models=(MODEL,), input_token_price=price // INPUT_SHARE, output_token_price=price)
+    serving = ProviderConfig(
+        models=(MODEL,), input_token_price=price // INPUT_SHARE, output_token_price=price, asks=asks
+    )
     name = f"provider-{number}"
     return SwarmNode(name, _config(folder, name, serving), around, lambda: executor(number))
 

@@ -18,8 +18,12 @@ SPECIAL = {
     "p2p.high_water": ("1000", "1001"),
     "home": ("/a", "/b"),
     "stakes": (f"{PEERS[0]}=1,{PEERS[1]}=0.5", f"{PEERS[1]}=2"),
+    "provider.price": ("auto", "fixed"),
+    "provider.price_curve": ("0.5:1.25,0.9:2", "0.75:1.001"),
+    "provider.price_floor": ("0.000001", "0.000002"),
+    "provider.price_ceiling": ("0.5", "2"),
 }
-"""Where the first or second value of its kind would be refused."""
+"""Where the first or second value of its kind would be refused, or there are none."""
 
 
 @dataclass(frozen=True, slots=True)

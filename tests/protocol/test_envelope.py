@@ -129,7 +129,7 @@ def test_encoding() -> None:
         raw(drop=9),
         raw(drop=1),
         raw(extra={10: 0}),
-        raw(kind=14),
+        raw(kind=99),
         raw(version=True),
         raw(version="1"),
         raw(network="x" * 33),

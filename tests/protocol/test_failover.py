@@ -18,6 +18,7 @@ from aci_p2p.protocol.job import (
     OpenStream,
     PaymentState,
     ReleaseQuotes,
+    Send,
     StreamEnded,
 )
 from aci_p2p.protocol.leg import VOUCHER_STEP
@@ -197,12 +198,12 @@ def test_the_next_reads_the_tokens_behind_the_prompt() -> None:
     bench = ConsumerBench(ROBUST).reach(State.STREAMING)
     bench.part(0, (1, 2), "ab")
     effects = bench.feed(StreamEnded("gone"))
-    award = opened(of(effects, OpenStream) and effects[-1].data, Award, bench.now)  # type: ignore[union-attr]
-    assert award.accepted_tokens == 2
+    assert one(effects, OpenStream).provider == RIVAL.node_id
+    assert opened(of(effects, Send)[-1].data, Award, bench.now).accepted_tokens == 2
     bench.peer = Sealer(RIVAL, NETWORK)
     effects = bench.accept()
     assert isinstance(effects[-1], ReleaseQuotes)
-    assert opened(effects[-2].data, Input, bench.now).accepted == (1, 2)  # type: ignore[union-attr]
+    assert opened(one(effects, Send).data, Input, bench.now).accepted == (1, 2)
 
 
 # Vouchers.

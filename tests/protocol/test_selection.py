@@ -325,6 +325,7 @@ def test_any_receipt_of_a_job_replays_to_its_winner(data: st.DataObject) -> None
     )  # fmt: skip
     with pytest.raises(NotReplayed):
         replay(offer, replace(receipt, bids=dear))
+    changed: dict[str, Any]
     for changed in ({"stake": 9, "worst_price": 0, "latency_ms": 0, "success_milli": 1_000, "experience": 0},):
         terms = replace(receipt.terms, quantisations=(), regions=())
         for rival in (one for one in receipt.bids if one.provider != receipt.provider):

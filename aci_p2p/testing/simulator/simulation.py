@@ -10,7 +10,7 @@ from typing import Any, Final
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.job import JobRecord, recovered, settled
+from aci_p2p.protocol.job import JobRecord, recovered, timed_out
 from aci_p2p.protocol.lifecycle import LIMITS, State
 from aci_p2p.protocol.messages import CapabilityRecord, Conversation, Turn
 from aci_p2p.protocol.request import JobRequest
@@ -301,7 +301,7 @@ class Simulation:
         """Every hour nodes finalise the jobs whose challenge windows are over."""
         for node in self.nodes:
             if node.up and not node.disk.is_full:
-                self._change(node, settled)
+                self._change(node, timed_out)
         self.world.after(HOUR_MS, self._settle)
 
     def _change(self, node: SimNode, change: Callable[[JobRecord, int], JobRecord | None]) -> None:
