@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
     from aci_p2p.protocol.messages import Turn
     from aci_p2p.protocol.proof import ProofInvalid, VerifiedProof, encode_proof, verify_proof
-    from aci_p2p.protocol.request import JobCancelled, NoBids, PromptRefused, ProviderFault
+    from aci_p2p.protocol.request import ImpossibleJob, JobCancelled, NoBids, PromptRefused, ProviderFault
 
 _HOMES = {
     "aci_p2p.client": ("ACI", "Answer", "AnswerStream", "NotConnected", "Requirements", "UnknownModel"),
     "aci_p2p.config": ("NodeConfig", "ProviderConfig"),
     "aci_p2p.consumer": ("Offered",),
     "aci_p2p.node": ("Node", "NodeParts", "open_node"),
-    "aci_p2p.protocol.consumer": ("ImpossibleJob", "JobCancelled", "NoBids", "PromptRefused", "ProviderFault"),
     "aci_p2p.protocol.errors": ("AciError", "LocalError", "RemoteError", "ResourceError"),
     "aci_p2p.protocol.job": ("BidSeen", "Chosen", "Deliver"),
     "aci_p2p.protocol.messages": ("Turn",),
     "aci_p2p.protocol.proof": ("ProofInvalid", "VerifiedProof", "encode_proof", "verify_proof"),
+    "aci_p2p.protocol.request": ("ImpossibleJob", "JobCancelled", "NoBids", "PromptRefused", "ProviderFault"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -21,7 +21,7 @@ from aci_p2p.keys import KeyRing
 from aci_p2p.node import Node, NodeParts, OpenNetwork, open_node
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import SEED_BYTES, NodeId
-from aci_p2p.protocol.job import JobRecord
+from aci_p2p.protocol.job import JobRecord, Payment
 from aci_p2p.store import Store, open_store
 from aci_p2p.tasks import Notice
 from aci_p2p.testing.ledger import Ledger, WatchedStore
@@ -169,8 +169,8 @@ class SwarmNode:
         make = partial(WatchedStore, is_dead=lambda: self._is_dead, stored=self._stored)
         return open_store(path, node, threads=self._around.threads, make=make)
 
-    def _stored(self, records: Sequence[JobRecord]) -> None:
-        self._around.ledger.stored(self.name, records)
+    def _stored(self, records: Sequence[JobRecord], payments: Sequence[Payment]) -> None:
+        self._around.ledger.stored(self.name, self.node_id, records, payments)
         if self._countdown:
             self._countdown -= 1
             if not self._countdown:

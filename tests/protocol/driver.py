@@ -297,7 +297,7 @@ class ConsumerBench(Bench):
         sealer = Sealer(CONSUMER, NETWORK)
         super().__init__(ConsumerJob(sealer, request, SECRETS, rule or ExpectedCost(), knowledge), PROVIDER)
 
-    def bid(self, key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, **terms: Any) -> Envelope[Bid]:
+    def bid(self, key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, **terms: Any) -> Envelope[Bid]:  # noqa: ANN401 - fields of a bid
         """A bid arrives; returned."""
         bid = make_bid(self.job.offer, key, lifetime_ms=lifetime_ms, **terms)
         self.feed(BidArrived(bid))
