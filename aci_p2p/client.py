@@ -30,6 +30,7 @@ from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Deliver
 from aci_p2p.protocol.messages import (
     MAX_LATENCY_MS,
+    MAX_SHARES,
     MAX_TEMPERATURE_MILLI,
     MAX_TOKENS,
     CapabilityRecord,
@@ -103,6 +104,25 @@ class Requirements:
         return SelectionTerms(
             self.min_provider_stake, self.latency_value, self.retry_cost, self.quantisations, self.regions
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """What to do when a provider fails."""
+
+    providers: int = 3
+    """Providers that may begin, one after the other: the next goes on behind the tokens that have come."""
+    consensus: str = "any"
+    """Whose answer counts: that of whoever answers."""
+
+    def __post_init__(self) -> None:
+        """Raises LocalError on what is not offered."""
+        if self.consensus != "any":
+            msg = f"{self.consensus!r} is no consensus that is offered"
+            raise LocalError(msg, hint="use: any")
+        if not 1 <= self.providers <= MAX_SHARES:
+            msg = f"a job has 1 to {MAX_SHARES} providers, not {self.providers}"
+            raise LocalError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +220,21 @@ class ACI:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         temperature: float = 0.0,
         requirements: Requirements | None = None,
+        fallback: Fallback | None = None,
     ) -> Answer:
         """Run one inference to its end.
 
         `prompt` is a question or a whole conversation; `model` a name or a weights root in hex; `temperature` 0 is
-        greedy. Raises UnknownModel, NotConnected, ImpossibleJob, NoBids, PromptRefused, ProviderFault.
+        greedy; when a provider fails, `fallback` says how many may take its place. Raises UnknownModel, NotConnected,
+        ImpossibleJob, NoBids, PromptRefused, ProviderFault.
         """
         async with self.stream(
-            prompt=prompt, model=model, max_tokens=max_tokens, temperature=temperature, requirements=requirements
+            prompt=prompt,
+            model=model,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            requirements=requirements,
+            fallback=fallback,
         ) as stream:
             async for _ in stream:
                 pass
@@ -222,6 +249,7 @@ class ACI:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         temperature: float = 0.0,
         requirements: Requirements | None = None,
+        fallback: Fallback | None = None,
     ) -> AsyncGenerator[AnswerStream]:
         """Run one inference within the block, streaming; leaving it early cancels the job. As `inference`."""
         wanted = requirements or Requirements()
@@ -237,7 +265,7 @@ class ACI:
         if not self.node.network.peers:
             msg = "this node is connected to nobody"
             raise NotConnected(msg, hint="give the address of a running node with --bootstrap")
-        providers = await self.node.find_providers(root)
+        providers = await self._find_providers(root)
         connected = {record.sender for record in providers} & set(self.node.network.peers)
         request = JobRequest(
             model_root=root,
@@ -248,15 +276,24 @@ class ACI:
             max_latency_ms=wanted.max_latency_ms,
             bid_window_ms=wanted.bid_window_ms,
             expected_bidders=frozenset(connected),
+            max_providers=(fallback or Fallback()).providers,
             terms=wanted.terms,
             verification=VERIFICATIONS[wanted.verification],
             priority_fee=wanted.priority_fee,
         )
         why = why_impossible(request, providers, self.node.stakes)
-        if why:
+        if why and not self._asking(root):
             raise ImpossibleJob(why, hint="ask for less, pay more, or wait for other providers")
         async with self.node.open_job(request) as job:
             yield AnswerStream(job, providers)
+
+    async def _find_providers(self, root: bytes) -> Sequence[Envelope[CapabilityRecord]]:
+        """Providers of a model in the DHT, unless there are some whose asks are known: these are asked at once."""
+        self.node.asks.follow(root)
+        return () if self._asking(root) else await self.node.find_providers(root)
+
+    def _asking(self, root: bytes) -> bool:
+        return self.node.asks.book.providers(root, self.node.clock()) > 0
 
     async def verify_proof(self, proof: ProofFile | bytes) -> VerifiedProof:
         """Check a proof offline; nobody is asked. Raises ProofInvalid."""

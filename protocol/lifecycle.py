@@ -153,7 +153,10 @@ _SERVED: Final = (State.ACCEPTED, State.STREAMING, State.UNPAID, State.COMMITTED
 
 TRANSITIONS: Final[dict[tuple[State, Trigger], State]] = {
     **_PATH,
-    **{(state, Trigger.CANCEL): State.CANCELLED for state in (State.DRAFT, State.OFFERED, State.AWARDED, *_SERVED)},
+    **{
+        (state, Trigger.CANCEL): State.CANCELLED
+        for state in (State.DRAFT, State.OFFERED, State.AWARDED, *_SERVED, State.REVEALED)
+    },
     **{(state, Trigger.FAIL_OVER): State.OFFERED for state in _SERVED if state is not State.UNPAID},
     **{(state, Trigger.PROVIDER_FAILS): State.PROVIDER_FAULT for state in (State.OFFERED, *_SERVED)},
     **{(state, Trigger.CONSUMER_FAILS): State.CONSUMER_FAULT for state in (State.AWARDED, *_SERVED)},

@@ -78,8 +78,11 @@ def settle(
         return None
     # While it runs, its own stream is the place for that.
     require(job.state not in _RUNNING, Decision.IGNORE, Reason.WRONG_JOB)
-    price = job.price if job.state is State.REVEALED else amount
-    known = replace(job, price=price, receipt=statement.data if receipt else job.receipt)
+    known = replace(job, price=amount, receipt=statement.data if receipt else job.receipt)
+    if job.state is State.REVEALED:
+        # The answer did not reach it whole: it pays for what has come, and that is the end of it.
+        detail = "the consumer has not the whole answer"
+        known = replace(known, state=advance(job.state, Trigger.CANCEL), updated_at=now, detail=detail)
     return (known,), _payment(statement, amount)
 
 

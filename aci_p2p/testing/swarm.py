@@ -178,7 +178,9 @@ class Swarm:
         await trio.sleep(hours * HOUR_S + seconds)
 
     async def rendezvous(self, timeout_s: float = RENDEZVOUS_S) -> None:
-        """Wait until every running consumer has found all running providers, and they hear it. Raises TooSlowError."""
+        """Wait until every running consumer has found all running providers, they hear it, and it knows what
+        they ask, if they publish that. Raises TooSlowError.
+        """
         with trio.fail_after(timeout_s):
             async with trio.open_nursery() as nursery:
                 for consumer in self.consumers:
@@ -188,8 +190,10 @@ class Swarm:
     async def _find_providers(self, consumer: SwarmNode) -> None:
         wanted = {provider.node_id for provider in self.providers if provider.is_up}
         while True:
-            found = await consumer.node.find_providers(self.model_root)
-            if wanted <= {record.sender for record in found} & set(consumer.node.network.peers):
+            node = consumer.node
+            found = {record.sender for record in await node.find_providers(self.model_root)}
+            asking = {ask.sender for ask in node.asks.book.view(self.model_root, node.clock())}
+            if wanted <= found & set(node.network.peers) and (wanted <= asking or not self._asks):
                 return
             await trio.sleep(LOOK_S)
 
