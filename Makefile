@@ -31,6 +31,9 @@ JS := tests/interop/js
 NODE_MODULES := $(JS)/node_modules/.installed-$(call sum,$(JS)/package-lock.json)
 LINKS := $(addprefix aci_p2p/,protocol gossip dht executor)
 
+# Two modules at a time, in processes of their own.
+PARALLEL := --numprocesses 2 --dist loadfile
+
 # Models and keys of this checkout stay in it.
 export ACI_HOME := $(CURDIR)/.aci
 # Passed on through the environment, so that neither make nor the shell reads quotes, dollars or backslashes in it.
@@ -45,7 +48,13 @@ demo: model ## run the main job on a small swarm: make demo PROMPT="Why is the s
 	@$(BIN)/aci-p2p demo $${ACI_DEMO_PROMPT:+--prompt "$$ACI_DEMO_PROMPT"}
 
 test: $(DEV) model ## run the tests: make test ARGS="tests/protocol -k cbor"
+# One after the other where ARGS chooses some, so that -s and --pdb work.
+ifeq ($(strip $(ARGS)),)
+	@ACI_REQUIRE_MODEL=1 $(BIN)/python -m pytest $(PARALLEL) -k "not undisturbed"
+	@ACI_REQUIRE_MODEL=1 $(BIN)/python -m pytest -k undisturbed
+else
 	@ACI_REQUIRE_MODEL=1 $(BIN)/python -m pytest $(ARGS)
+endif
 
 model: $(PACKAGE) ## fetch the default model into .aci
 	@$(BIN)/aci-p2p models pull
@@ -90,7 +99,7 @@ test-interop: $(DEV) $(NODE_MODULES) ## run the tests against js-libp2p
 	@ACI_REQUIRE_INTEROP=1 $(BIN)/python -m pytest -m interop $(ARGS)
 
 test-simulation: $(DEV) ## run many simulated worlds: random seeds, attackers, planted bugs
-	@$(BIN)/python -m pytest -m simulation $(ARGS)
+	@ACI_SIMULATION_SEEDS=$${ACI_SIMULATION_SEEDS:-500} $(BIN)/python -m pytest -m simulation $(ARGS)
 
 test-scenarios: $(DEV) ## run the tests with whole swarms: daemons, NATs, attacks, a short soak
 	@$(BIN)/python -m pytest -m scenario $(ARGS)

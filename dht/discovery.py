@@ -31,19 +31,19 @@ from aci_p2p.network.api import Network, Subscription
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import SECOND, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.messages import KINDS, CapabilityRecord, Kind, NodeRecord
 from aci_p2p.protocol.validation import ACCEPTED, MessageRefused, Validation
 from aci_p2p.tasks import open_background
 
 LOOK_S: Final = 900.0
 """Longest time between looks at what there is to do, seconds: nobody tells of an interface's new address."""
-RECORD_LIFETIME_MS: Final = 3 * 3_600 * SECOND
-"""Three hours."""
+RECORD_LIFETIME_MS: Final = KINDS[Kind.NODE_RECORD].lifetime_ms
+"""Milliseconds for which our records hold: as long as records may."""
 LEAVE_S: Final = 1.0
 """Seconds for taking our records back when we leave."""
 ANNOUNCE_WAIT_S: Final = 3.0
 """Seconds that announcing waits for the DHT; storing goes on behind."""
-PUBLISH_AT_ONCE: Final = 8
+PUBLISH_AT_ONCE: Final = 16
 """Records that are being stored in the DHT at once."""
 EXCHANGE_QUEUE: Final = 64
 """Exchanged records waiting to be looked at; their contents are kept when they are checked."""
@@ -193,6 +193,9 @@ class Discovery:
 
     async def leave(self) -> None:
         """Take back what we said we serve, and write the address cache."""
+        # Nothing is announced again meanwhile, and nothing waits for a turn that may come too late.
+        self._describe = None
+        self._publishing.total_tokens = inf
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LEAVE_S):
             if self._network.peers and (records := self._announcer.withdraw()):
                 await self._publish(records)
@@ -296,9 +299,10 @@ async def open_discovery(
 
     def hints() -> list[str]:
         connected = set(network.peers)
-        heard = [(node.sender, node.body.addresses) for node in exchange.nodes(clock())]
-        known = [*((one.peer, one.addresses) for one in network.known_peers()), *heard]
-        return [address for peer, addresses in known if peer not in connected for address in addresses[:1]]
+        known = [(one.peer, one.addresses[0]) for one in network.known_peers()]
+        # Where they can be dialled, the network has heard, and knows which of it to believe.
+        heard = [(node.sender, f"/p2p/{node.sender}") for node in exchange.nodes(clock())]
+        return [address for peer, address in [*known, *heard] if peer not in connected]
 
     async with open_background() as nursery, AsyncExitStack() as stack:
         membership = Membership(network, random, nursery, cache=cache, hints=list if options.offline else hints)

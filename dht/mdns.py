@@ -133,9 +133,8 @@ class _Mdns:
                 if addresses and answers.take(1, now):
                     await _send(sock, encode_answer(self._name, addresses), group)
             elif addresses := addresses_in(message, self._network.node_id):
-                for address in addresses:
-                    if (peer := peer_of(address)) is not None:
-                        self._network.learn_addresses(peer, (address,))
+                for peer in {peer for address in addresses if (peer := peer_of(address)) is not None}:
+                    self._network.learn_addresses(peer, [one for one in addresses if peer_of(one) == peer])
                 self._found(addresses)
 
     async def ask(self, sock: trio.socket.SocketType, group: tuple[str, int]) -> None:

@@ -8,6 +8,7 @@ the others fetch it too. While nothing is new, next to nothing happens.
 
 from __future__ import annotations
 
+import heapq
 import logging
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable
@@ -134,13 +135,13 @@ class Topic(Generic[T]):
 
         Raises ResourceError while MAX_PUBLISHED of ours have not expired: more would be refused, and held against us.
         """
+        now = self._clock()
+        while self._own_expiries and self._own_expiries[0] <= now:
+            heapq.heappop(self._own_expiries)
         if len(self._own_expiries) >= MAX_PUBLISHED:
-            now = self._clock()
-            self._own_expiries = [expires_at for expires_at in self._own_expiries if expires_at > now]
-            if len(self._own_expiries) >= MAX_PUBLISHED:
-                msg = f"{len(self._own_expiries)} messages of ours are out on {self.name} already"
-                raise ResourceError(msg, hint="wait until some of them expire, or run another node")
-        self._own_expiries.append(envelope.header.expires_at)
+            msg = f"{len(self._own_expiries)} messages of ours are out on {self.name} already"
+            raise ResourceError(msg, hint="wait until some of them expire, or run another node")
+        heapq.heappush(self._own_expiries, envelope.header.expires_at)
         self._remember(message_id(self.name, envelope.data), envelope)
         await self._network.publish(self.name, envelope.data)
 

@@ -537,6 +537,9 @@ Body: TypeAlias = (
 
 SECOND: Final = 1_000
 """Milliseconds."""
+RECORD_LIFETIME_MS: Final = 3 * 3_600 * SECOND
+"""Longest life of a record in the DHT, milliseconds; `RECORD_SECONDS` follows from it. A node that is gone is forgotten
+then."""
 _YEAR: Final = 365 * 24 * 3_600 * SECOND
 
 
@@ -564,8 +567,8 @@ KINDS: Final[dict[Kind, KindRules]] = {
     Kind.RECEIPT: KindRules(Receipt, 32_768, 10 * _YEAR),
     Kind.ABORT: KindRules(Abort, 2_048, 60 * SECOND),
     Kind.PROOF: KindRules(Proof, MAX_ENVELOPE_BYTES, 10 * _YEAR),
-    Kind.NODE_RECORD: KindRules(NodeRecord, 4_096, 3 * 3_600 * SECOND),
-    Kind.CAPABILITY_RECORD: KindRules(CapabilityRecord, 4_096, 3 * 3_600 * SECOND),
+    Kind.NODE_RECORD: KindRules(NodeRecord, 4_096, RECORD_LIFETIME_MS),
+    Kind.CAPABILITY_RECORD: KindRules(CapabilityRecord, 4_096, RECORD_LIFETIME_MS),
     Kind.ASK: KindRules(Ask, 4_096, 60 * SECOND),
     Kind.VOUCHER: KindRules(Voucher, 1_024, 10 * _YEAR),
     Kind.SETTLED: KindRules(Settled, 1_024, 60 * SECOND),

@@ -32,7 +32,7 @@ _EPILOG: Final = """\b
 Examples:
   aci-p2p demo                                 a whole market on this machine
   aci-p2p join                                 serve a model
-  aci-p2p infer --bootstrap ADDRESS "Hello!"   ask it
+  aci-p2p infer "Hello!"                       ask it
   aci-p2p verify answer.aciproof               check an answer offline
   aci-p2p status                               how the running node is doing
   aci-p2p doctor                               what is wrong, and what to do
@@ -97,10 +97,7 @@ def _report(error: BaseException) -> int:
             _say("interrupted")
             return EXIT_INTERRUPTED
         if isinstance(cause, click.ClickException):
-            context = cause.ctx if isinstance(cause, click.UsageError) else None
-            hint = f"; see {context.command_path} --help" if context else ""
-            _say(cause.format_message().rstrip(".") + hint)
-            return cause.exit_code
+            return _report_usage(cause)
         if isinstance(cause, AciError):
             _say(cause.message + (f"; {cause.hint}" if cause.hint else ""))
             return cause.exit_code
@@ -111,6 +108,17 @@ def _report(error: BaseException) -> int:
     cause = causes[0]
     _say(f"internal error: {type(cause).__name__}: {cause}; please report it, with the output of ACI_DEBUG=1")
     return EXIT_INTERNAL
+
+
+def _report_usage(error: click.ClickException) -> int:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        # Its message is the help of a command that needs another one.
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    hint = f"; see {context.command_path} --help" if context else ""
+    _say(error.format_message().rstrip(".") + hint)
+    return error.exit_code
 
 
 def _report_output(error: OSError) -> int:

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from aci_p2p.cli.answering import Show, speed_line, summary
+from aci_p2p.cli.asking import client_beside
 from aci_p2p.cli.common import json_option, print_json, program
 from aci_p2p.cli.options import CLIENT, Given, configured
 from aci_p2p.cli.running import Stop, run
@@ -24,6 +25,7 @@ from aci_p2p.protocol.proof import encode_proof
 
 _EPILOG = """\b
 Examples:
+  aci-p2p infer "What is the capital of France?"        beside a running aci-p2p join
   aci-p2p infer --bootstrap /ip4/192.0.2.1/tcp/9400/p2p/12D3KooW... "What is the capital of France?"
   echo "Tell me a story" | aci-p2p infer --bootstrap ADDRESS --temperature 0.8 -
   aci-p2p infer --bootstrap ADDRESS --max-price 0.001 --proof a.aciproof "Hello!"
@@ -51,9 +53,13 @@ class _Request:
 @click.option("--verification", default="optimistic", show_default=True, help="How the answer is checked.")
 @json_option
 def command(prompt: str, given: Given, proof: Path | None, verification: str, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
-    """Ask a model of the network PROMPT ('-' reads it from standard input), stream the answer, save its proof."""
+    """Ask a model of the network PROMPT ('-' reads it from standard input), stream the answer, save its proof.
+
+    Without --bootstrap the network is joined through the node that runs on this machine (aci-p2p join), if one does,
+    and through the addresses that are configured or known from before.
+    """
     loaded = given.load()
-    config, ask = loaded.config.client_node, loaded.config.client
+    config, ask = client_beside(loaded), loaded.config.client
     _check_reachable(config)
     text = _read_prompt() if prompt == "-" else prompt
     requirements = Requirements(
@@ -83,7 +89,8 @@ def command(prompt: str, given: Given, proof: Path | None, verification: str, as
 def _check_reachable(config: NodeConfig) -> None:
     """Raises click.UsageError when nobody is known who could be asked."""
     if not (config.bootstrap or config.p2p.mdns or config.address_cache_path.exists()):
-        msg = "no node is known to ask: name one with --bootstrap, ACI_BOOTSTRAP or bootstrap in the configuration file"
+        msg = "no node is known to ask, and none runs here: start one with aci-p2p join, or name one with --bootstrap, "
+        msg += "ACI_BOOTSTRAP or bootstrap in the configuration file"
         raise click.UsageError(msg)
 
 

@@ -34,7 +34,7 @@ from aci_p2p.tasks import open_background
 _EPILOG: Final = """\b
 Examples:
   aci-p2p join                                      serve the models of the store, start a new network
-  aci-p2p join --bootstrap ADDRESS --serve MODEL    join a network and serve one model
+  aci-p2p join --bootstrap ADDRESS -s MODEL         join a network and serve one model of the store
   aci-p2p join --no-serve                           only help others to find each other
   aci-p2p join --listen /ip4/127.0.0.1/tcp/0        any free port, this machine only
   aci-p2p join --no-live --log-format json          lines for programs, also on a terminal
@@ -166,7 +166,9 @@ def _introduce(console: Console, node: Node) -> None:
         prices += f"{format_amount(provider.output_token_price)} an output token"
         names = ", ".join(record.model_name for record in node.provider.capabilities())
         console.print(f"serving {names}: {provider.slots} jobs at once, {prices}")
-    if node.addresses:
+    if not node.addresses:
+        console.print("listening nowhere: it only dials")
+    elif node.provider:
         console.print(f'ask it with: {program()} infer --bootstrap {node.addresses[0]} "Hello!"', style="dim")
     else:
-        console.print("listening nowhere: it only dials")
+        console.print(f"join through it with: {program()} join --bootstrap {node.addresses[0]}", style="dim")

@@ -8,6 +8,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from aci_p2p.cli.asking import client_beside
 from aci_p2p.cli.common import json_option, print_json
 from aci_p2p.cli.options import FOLDERS, Given, configured
 from aci_p2p.cli.running import Stop, run
@@ -42,14 +43,14 @@ class NoProviders(ResourceError):
 def command(model: str | None, given: Given, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
     """Find the providers of MODEL, a name or a weights root in hex; exit code 4 when there is none.
 
-    The running node of this machine is asked; without one, or with --bootstrap, the command joins the network itself.
+    The running node of this machine is asked, and is listed if it serves the model itself; without one, or with
+    --bootstrap or --network, the command joins the network itself.
     """
     loaded = given.load()
-    config = loaded.config.client_node
-    root = resolve_model(model or loaded.config.client.model, config)
-    report = None if "bootstrap" in given.flags else _ask(loaded.config.node, root)
+    root = resolve_model(model or loaded.config.client.model, loaded.config.client_node)
+    report = None if given.flags.keys() & {"bootstrap", "network"} else _ask(loaded.config.node, root)
     if report is None:
-        report = _search(config, root)
+        report = _search(client_beside(loaded), root)
     if as_json:
         print_json(report)
     elif report["providers"]:
@@ -86,7 +87,7 @@ def _table(report: ProvidersReport) -> Table:
     for one in report["providers"]:
         cells = (
             one["provider"],
-            "yes" if one["connected"] else "no",
+            "this node" if one["this_node"] else "yes" if one["connected"] else "no",
             str(one["context"]),
             f"{one['free_slots']} of {one['slots']}",
             format_amount(int(one["input_token_price"])),

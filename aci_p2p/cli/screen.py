@@ -15,7 +15,7 @@ from rich.text import Text
 from aci_p2p.cli.texts import amount, duration, mebibytes, plural, short_job, short_peer
 from aci_p2p.clock import MS_PER_S
 from aci_p2p.control import Event, StatusReport
-from aci_p2p.control.report import PeerEntry, ProviderSection
+from aci_p2p.control.report import PeerEntry, ProcessSection, ProviderSection
 from aci_p2p.protocol.catalogue import CATALOGUE
 from aci_p2p.protocol.text import printable
 
@@ -128,13 +128,18 @@ def _header(view: View, rows: int, frame: box.Box) -> Panel:
         *([f" through {plural(len(reachability['relays']), 'relay')}"] if reachability["relays"] else []),
         _bootstrap(status),
         f"  {mebibytes(process['memory_bytes'])}",
-        f"  {plural(process['file_descriptors'], 'file')}",
+        _files(process),
         f"  {plural(process['tasks'], 'task')}",
         (f"  {plural(log['warnings'], 'warning')}", "yellow" if log["warnings"] else "dim"),
         (f"  {plural(log['errors'], 'error')}", "red" if log["errors"] else "dim"),
     )
     lines = [_plain(f"node {node['id']}"), address, _line(facts)]
     return _panel(_Section(title, lines), rows, frame)
+
+
+def _files(process: ProcessSection) -> str:
+    opened = process["file_descriptors"]
+    return f"  {'unknown files' if opened is None else plural(opened, 'file')}"
 
 
 def _bootstrap(status: StatusReport) -> str:

@@ -136,7 +136,8 @@ def _jobs(status: StatusReport) -> Iterator[Row]:
 def _machine(status: StatusReport) -> str:
     process = status["process"]
     memory = f"{mebibytes(process['memory_bytes'])} (at most {mebibytes(process['peak_memory_bytes'])})"
-    files = f"{process['file_descriptors']} of {process['file_descriptor_limit']} files"
+    opened = process["file_descriptors"]
+    files = f"{'unknown' if opened is None else opened} of {process['file_descriptor_limit']} files"
     work = f"{plural(process['threads'], 'thread')}, {plural(process['tasks'], 'task')}"
     return f"{memory}, {files}, {work}, {duration(process['cpu_s'])} of CPU"
 

@@ -19,6 +19,15 @@ _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 _FALSE: Final = frozenset({"0", "false", "no", "off"})
 
 
+class BadItem(ValueError):
+    """One item of a list is none of its kind; the text says what would do."""
+
+    def __init__(self, wanted: str, item: str) -> None:
+        """`wanted`: with its article."""
+        super().__init__(wanted)
+        self.item = item
+
+
 class Kind(ABC):
     """What a setting can hold. The methods raise ValueError, saying what would do: "a whole number"."""
 
@@ -268,7 +277,7 @@ class Texts(Kind):
         """From a flag that was repeated."""
         return () if [text.lower() for text in texts] == [NONE] else tuple(texts)
 
-    def from_toml(self, value: object, folder: Path) -> object:  # noqa: ARG002 - no paths
+    def from_toml(self, value: object, folder: Path) -> tuple[str, ...]:  # noqa: ARG002 - no paths
         """An array of strings."""
         if not isinstance(value, list):
             raise self.refusal()

@@ -58,6 +58,8 @@ DEFAULT_RETRY_COST: Final = 5 * DEFAULT_LATENCY_VALUE
 """Base units that a provider's failure costs: the five seconds until another has taken over."""
 
 _NETWORK_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_KEY_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+"""What `KeyRing` takes; the control socket and the address cache are named after it, too."""
 
 
 def check_labels(*labels: str) -> None:
@@ -240,11 +242,14 @@ class NodeConfig:
     """Stakes of providers, each `<peer id>=<amount in ACI>`; who is not named has none."""
 
     def __post_init__(self) -> None:
-        """Raises LocalError on a network id that topics and envelopes cannot carry."""
+        """Raises LocalError on a network id that topics and envelopes cannot carry, and on what names no key."""
         if not _NETWORK_ID.fullmatch(self.network):
             msg = f"{self.network!r} is not a network id"
             raise LocalError(msg, hint="use at most 32 lower-case letters, digits and -, such as aci-main")
         parse_stakes(self.stakes)
+        if not _KEY_NAME.fullmatch(self.key):
+            msg = f"{self.key!r} is not a key name"
+            raise LocalError(msg, hint="use at most 64 letters, digits, - and _")
 
     @property
     def keys_path(self) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, cast, get_type_hints
 
-from aci_p2p.config import kinds
+from aci_p2p.config import addresses, kinds
 from aci_p2p.config.node import (
     DEFAULT_LISTEN,
     LOG_FORMATS,
@@ -157,21 +157,37 @@ SETTINGS: Final = (
     _row("runtime", "--runtime", "Folder of the control socket."),
     _row("network", "--network", "Network id; nodes of different networks ignore each other."),
     _row("key", "--key", "Name of the key that the node runs under."),
-    _row("bootstrap", "--bootstrap -b", "Multiaddr of a node to join through; more than one may be given.", live=True),
+    _row(
+        "bootstrap",
+        "--bootstrap -b",
+        "Multiaddr of a node to join through; more than one may be given.",
+        live=True,
+        kind=addresses.BOOTSTRAP,
+    ),
     _switch("offline", "Contact nobody that is not named."),
     _row("stakes", "--stake", "Stake of a provider, <peer id>=<ACI>; more than one may be given."),
-    _row("p2p.listen", "--listen -l", "Multiaddr to listen on; more than one may be given, none: dial only."),
-    _row("p2p.announce", "--announce", "Multiaddr that others can dial, if the node cannot know it: a forwarded port."),
+    _row(
+        "p2p.listen",
+        "--listen -l",
+        "Multiaddr to listen on; more than one may be given, none: dial only.",
+        kind=addresses.LISTEN,
+    ),
+    _row(
+        "p2p.announce",
+        "--announce",
+        "Multiaddr that others can dial, if the node cannot know it: a forwarded port.",
+        kind=addresses.ANNOUNCE,
+    ),
     _row("p2p.low_water", "--low-water", "Connections kept when idle ones are closed."),
     _row("p2p.high_water", "--high-water", "Connections at which idle ones are closed."),
     _switch("p2p.relay_server", "Relay for nodes behind NATs, if others can reach this one."),
     _switch("p2p.relay_client", "Be reachable through relays, if others cannot reach this node."),
     _switch("p2p.hole_punching", "Make relayed connections direct where the NATs allow it."),
     _switch("p2p.mdns", "Find and be found by nodes of the local network."),
-    _row("provider.serve", "--serve-models/--no-serve", "Serve models."),
+    _switch("provider.serve", "Serve models; without, the node only helps others to find each other."),
     _row(
         "provider.models",
-        "--serve -s",
+        "--serve-model -s",
         "Model to serve; more than one may be given, none: all in the store.",
         live=True,
     ),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
 
@@ -117,7 +118,8 @@ def _flag_value(setting: Setting, value: Flag) -> object:
     if isinstance(value, bool):
         return value
     if isinstance(setting.kind, kinds.Texts):
-        return setting.kind.from_texts([value] if isinstance(value, str) else value)
+        texts = [value] if isinstance(value, str) else value
+        return _read(setting, _flag_origin(setting), partial(setting.kind.from_texts, texts), texts)
     assert isinstance(value, str)  # only lists are repeated
     return _read(setting, _flag_origin(setting), lambda: setting.kind.from_text(value), value)
 
@@ -204,12 +206,13 @@ def _read(setting: Setting, origin: Origin, reading: Callable[[], object], raw: 
     try:
         return reading()
     except ValueError as error:
-        raise ConfigError(origin, setting.key, f"{_shown(raw)} is not {error}") from None
+        blamed = error.item if isinstance(error, kinds.BadItem) else raw
+        raise ConfigError(origin, setting.key, f"{_shown(blamed)} is not {error}") from None
 
 
 def _shown(raw: object) -> str:
     text = str(raw) if isinstance(raw, Decimal) else repr(raw)
-    return text if len(text) <= 64 else f"{text[:64]}..."  # noqa: PLR2004 - what fits into a line
+    return text if len(text) <= 160 else f"{text[:160]}..."  # noqa: PLR2004 - two peer ids fit
 
 
 def _build(values: Mapping[str, object], origins: Mapping[str, Origin]) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import sys
@@ -28,8 +29,8 @@ class ProcessFigures:
     """Resident memory, bytes; where only the highest is known, that."""
     peak_memory_bytes: int
     """The highest resident memory so far, bytes."""
-    file_descriptors: int
-    """Open ones; 0 where it cannot be known."""
+    file_descriptors: int | None
+    """Open ones; None where it cannot be known."""
     file_descriptor_limit: int
     """How many may be open."""
     threads: int
@@ -45,16 +46,22 @@ def process_figures() -> ProcessFigures:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     # Kilobytes on Linux, bytes on macOS.
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else _KIB)
+    limit = file_descriptor_limit()
     return ProcessFigures(
         pid=os.getpid(),
         memory_bytes=_resident_bytes() or peak,
         peak_memory_bytes=peak,
-        file_descriptors=_descriptors(),
-        file_descriptor_limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        file_descriptors=_descriptors(limit),
+        file_descriptor_limit=limit,
         threads=threading.active_count(),
         tasks=trio.lowlevel.current_statistics().tasks_living,
         cpu_s=round(usage.ru_utime + usage.ru_stime, 3),
     )
+
+
+def file_descriptor_limit() -> int:
+    """How many file descriptors this process, and those that it starts, may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _resident_bytes() -> int:
@@ -65,11 +72,13 @@ def _resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def _descriptors() -> int:
+def _descriptors(limit: int) -> int | None:
     for folder in _DESCRIPTORS:
         try:
             # One of them is the listing's own.
             return sum(1 for _ in folder.iterdir()) - 1
-        except OSError:
-            continue
-    return 0
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                # None is left for the listing.
+                return limit
+    return None

@@ -172,7 +172,8 @@ class ProcessSection(TypedDict):
     pid: int
     memory_bytes: int
     peak_memory_bytes: int
-    file_descriptors: int
+    file_descriptors: int | None
+    """None: not known."""
     file_descriptor_limit: int
     threads: int
     tasks: int

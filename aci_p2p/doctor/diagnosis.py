@@ -14,6 +14,7 @@ from aci_p2p.doctor.machine import (
     check_compute,
     check_configuration,
     check_disk,
+    check_files,
     check_key,
     check_models,
     check_node,
@@ -27,7 +28,7 @@ CHECK_S: Final = 40.0
 """Seconds for one check; the longest waits for peers to dial back."""
 ORDER: Final = (
     "node", "configuration", "key", "clock", "ports", "DNS", "bootstrap", "reachability", "relay", "hole punching",
-    "chain", "models", "disk", "compute",
+    "chain", "models", "disk", "files", "compute",
 )  # fmt: skip
 """All checks, as they are shown: what the later ones need comes first."""
 
@@ -53,6 +54,7 @@ async def diagnose(subject: Subject, report: Report) -> list[Finding]:
             ("chain", check_chain),
             ("models", check_models),
             ("disk", check_disk),
+            ("files", check_files),
             ("compute", check_compute),
         ):
             nursery.start_soon(run, name, partial(check, subject))

@@ -13,6 +13,7 @@ from typing import Final
 import trio
 
 from aci_p2p.config import unknown_variables
+from aci_p2p.control.process import file_descriptor_limit
 from aci_p2p.doctor.findings import Finding, ok, problem, problem_of, warning
 from aci_p2p.doctor.subject import Subject
 from aci_p2p.executor import ModelStore, ModelUnavailable, Progress, WeightsMismatch
@@ -27,6 +28,10 @@ FULL_DISK: Final = 64 << 20
 """Free bytes under which jobs soon cannot be stored."""
 NVIDIA_S: Final = 5.0
 """Seconds for nvidia-smi, which hangs with a broken driver."""
+MANY_FILES: Final = 0.8
+"""Share of the file descriptors that may be open from which on there is a warning."""
+FILES_BESIDE: Final = 320
+"""File descriptors that a node may need beside its connections: 256 handshakes under way, and 64 of its own."""
 GROUP_OR_OTHERS_WRITE: Final = 0o022
 """Mode bits with which others can replace what lies in a folder."""
 
@@ -98,7 +103,7 @@ def _look_at_models(subject: Subject) -> list[Finding]:
     present = sorted(entry.name for entry in path.iterdir() if is_model_name(entry.name)) if path.is_dir() else []
     wanted = provider.models if provider and provider.serve else ()
     missing = [
-        problem("models", f"{name} is to be served and is not in {path}", "add it, or serve others: --serve")
+        problem("models", f"{name} is to be served and is not in {path}", "add it, or serve others: --serve-model")
         for name in wanted
         if name not in present
     ]
@@ -149,6 +154,27 @@ def _look_at_disk(place: Path) -> Finding:
     if free < LITTLE_DISK:
         return warning("disk", f"{text}: too little for another model", "make room, or move --model-store")
     return ok("disk", text)
+
+
+async def check_files(subject: Subject) -> list[Finding]:
+    """Whether the node may open as many files as it needs: each connection takes one."""
+    await trio.lowlevel.checkpoint()
+    action = "raise it: LimitNOFILE= in the systemd unit, or ulimit -n before it is started; or lower --high-water"
+    if subject.status is None:
+        limit, opened = file_descriptor_limit(), None
+        text = f"a node that is started from here may open {limit} files"
+    else:
+        process = subject.status["process"]
+        limit, opened = process["file_descriptor_limit"], process["file_descriptors"]
+        text = f"the running node has {'an unknown number' if opened is None else opened} of {limit} files open"
+    if opened is not None and opened >= limit:
+        return [problem("files", f"{text}: it can take no more connections", action)]
+    if opened is not None and opened >= MANY_FILES * limit:
+        return [warning("files", f"{text}: soon it can take no more connections", action)]
+    needed = subject.config.p2p.high_water + FILES_BESIDE
+    if limit < needed:
+        return [warning("files", f"{text}; with many connections it needs up to {needed}", action)]
+    return [ok("files", text)]
 
 
 async def check_compute(subject: Subject) -> list[Finding]:

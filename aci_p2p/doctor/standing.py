@@ -38,6 +38,8 @@ async def check_reachability(subject: Subject, standing: Standing) -> list[Findi
 
 def _look_at_reachability(standing: Standing) -> Finding:
     match standing.reachability:
+        case _ if standing.is_local:
+            return ok("reachability", "it listens on this machine alone")
         case Reachability.PUBLIC:
             return ok("reachability", "public: peers have dialled back")
         case Reachability.PRIVATE if standing.relays:
@@ -51,8 +53,6 @@ def _look_at_reachability(standing: Standing) -> Finding:
 
 
 def _look_at_unknown(standing: Standing) -> Finding:
-    if standing.is_local:
-        return ok("reachability", "it listens on this machine alone")
     if not standing.can_listen:
         return ok("reachability", "unknown until the node can listen; see ports")
     if not standing.has_peers:
@@ -67,6 +67,8 @@ async def check_relay(subject: Subject, standing: Standing) -> list[Finding]:
     if standing.relays:
         names = ", ".join(standing.relays)
         return [ok("relay", f"reserved at {names}")]
+    if standing.is_local:
+        return [ok("relay", "none is used: it listens on this machine alone")]
     if standing.reachability is not Reachability.PRIVATE:
         why = "others can reach the node" if standing.reachability is Reachability.PUBLIC else "not known to be needed"
         return [ok("relay", f"none is used: {why}")]

@@ -254,7 +254,11 @@ class Network(ABC):
 
     @abstractmethod
     def learn_addresses(self, peer: NodeId, addresses: Sequence[str]) -> None:
-        """Remember where a peer may be dialled (from a verified record). Malformed ones are skipped."""
+        """Remember where a peer may be dialled, as it says in a verified record, in place of what it has said before.
+
+        Skipped are malformed addresses, and those that a stranger may not make us dial: of this machine or of a local
+        network, unless all of our peers or we ourselves are there, too.
+        """
 
     @abstractmethod
     def open_stream(self, peer: NodeId, protocol: str) -> AbstractAsyncContextManager[Stream]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from aci_p2p.protocol.messages import RECORD_LIFETIME_MS, SECOND
+
 MAX_STREAMS_PER_PEER = 64
 """Inbound streams served at once for one peer: a consumer holds one a job, a validator a few."""
 MAX_STREAMS = 1024
@@ -19,7 +21,7 @@ MAX_KNOWN_PEERS = 4096
 """Peers whose addresses are remembered; the oldest are forgotten first."""
 MAX_ADDRESSES_PER_PEER = 8
 """Addresses remembered for one peer; the newest are kept."""
-RECORD_SECONDS = 3 * 3600.0
+RECORD_SECONDS = RECORD_LIFETIME_MS / SECOND
 """How long a DHT value is kept, seconds: as long as the signed records in it hold."""
 PROVIDER_SECONDS = RECORD_SECONDS
 """How long an announcement that somebody provides a key is kept, seconds: as long as the provider's signed record."""

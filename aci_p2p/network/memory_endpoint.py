@@ -29,7 +29,8 @@ from aci_p2p.network.api import (
 )
 from aci_p2p.network.checks import check_gossip, check_provider_key, check_record, peer_alone
 from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, SeenCache, judge, message_id
-from aci_p2p.network.limits import MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER
+from aci_p2p.network.inbound import InboundStreams
+from aci_p2p.network.limits import MAX_KNOWN_PEERS
 from aci_p2p.network.memory_medium import DIAL_S, KEEP_ALIVE_S, Inbox, parse_address
 from aci_p2p.network.memory_records import RecordRules, RecordShelf
 from aci_p2p.network.memory_stream import MemoryStream, Pipe
@@ -73,7 +74,7 @@ class MemoryNetwork(Network):
         self._links: dict[NodeId, _Link] = {}
         self._connected: dict[NodeId, tuple[str, ...]] = {}
         self._handlers: dict[str, tuple[StreamHandler, set[trio.CancelScope]]] = {}
-        self._inbound: dict[NodeId, int] = {}
+        self._inbound = InboundStreams[MemoryStream]()
         self._streams = 0
         self._dials = 0
         self._dial_failures = 0
@@ -300,17 +301,16 @@ class MemoryNetwork(Network):
     def accept_stream(self, peer: NodeId, protocol: str, *, incoming: Pipe, outgoing: Pipe) -> bool:
         """Start serving a stream that `peer` opened; False when we do not serve the protocol or are too busy."""
         served = self._handlers.get(protocol)
-        total = sum(self._inbound.values())
-        if served is None or self._inbound.get(peer, 0) >= MAX_STREAMS_PER_PEER or total >= MAX_STREAMS:
-            return False
-        handler, scopes = served
-        self._inbound[peer] = self._inbound.get(peer, 0) + 1
         stream = MemoryStream(peer, incoming, outgoing, self._carrier(peer))
-        self._nursery.start_soon(self._serve_stream, stream, handler, scopes)
+        scope = None if served is None else self._inbound.add(peer, stream)
+        if served is None or scope is None:
+            return False
+        self._nursery.start_soon(self._serve_stream, stream, scope, *served)
         return True
 
-    async def _serve_stream(self, stream: MemoryStream, handler: StreamHandler, scopes: set[trio.CancelScope]) -> None:
-        scope = trio.CancelScope()
+    async def _serve_stream(
+        self, stream: MemoryStream, scope: trio.CancelScope, handler: StreamHandler, scopes: set[trio.CancelScope]
+    ) -> None:
         scopes.add(scope)
         try:
             with scope:
@@ -318,6 +318,8 @@ class MemoryNetwork(Network):
                 if stream.peer in self._links:
                     with self._holding(stream):
                         await handler(stream)
+            if scope.cancelled_caught:
+                stream.reset()
         except StreamClosed:
             pass
         except Exception:  # a handler never raises into the network's task tree
@@ -325,9 +327,7 @@ class MemoryNetwork(Network):
             self._handler_failures += 1
         finally:
             scopes.discard(scope)
-            self._inbound[stream.peer] -= 1
-            if not self._inbound[stream.peer]:
-                del self._inbound[stream.peer]
+            self._inbound.remove(stream.peer, stream)
 
     @contextmanager
     def serve(self, protocol: str, handler: StreamHandler) -> Generator[None]:

@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aci_p2p.network.model import LAN, ROUGH, WIDE_AREA, Nat, NetworkModel, Place
-    from aci_p2p.testing.plan import Plan, PlannedJob, PlannedOutcome, read_plan, run_plan
+    from aci_p2p.testing.rehearsal import open_scenario, run_scenario
     from aci_p2p.testing.running import run
     from aci_p2p.testing.simulator.invariants import InvariantBroken
+    from aci_p2p.testing.simulator.scenario import PlannedJob, PlannedOutcome, Scenario
+    from aci_p2p.testing.simulator.scenario_file import load_scenario
     from aci_p2p.testing.swarm import Swarm, open_swarm
     from aci_p2p.testing.swarm_node import NodeDown, SwarmNode
     from aci_p2p.testing.toy_model import ToyExecutor, ToyModel
 
 _HOMES = {
     "aci_p2p.network.model": ("LAN", "ROUGH", "WIDE_AREA", "Nat", "NetworkModel", "Place"),
-    "aci_p2p.testing.plan": ("Plan", "PlannedJob", "PlannedOutcome", "read_plan", "run_plan"),
+    "aci_p2p.testing.rehearsal": ("open_scenario", "run_scenario"),
     "aci_p2p.testing.running": ("run",),
     "aci_p2p.testing.simulator.invariants": ("InvariantBroken",),
+    "aci_p2p.testing.simulator.scenario": ("PlannedJob", "PlannedOutcome", "Scenario"),
+    "aci_p2p.testing.simulator.scenario_file": ("load_scenario",),
     "aci_p2p.testing.swarm": ("Swarm", "open_swarm"),
     "aci_p2p.testing.swarm_node": ("NodeDown", "SwarmNode"),
     "aci_p2p.testing.toy_model": ("ToyExecutor", "ToyModel"),
@@ -35,17 +39,18 @@ __all__ = [
     "NetworkModel",
     "NodeDown",
     "Place",
-    "Plan",
     "PlannedJob",
     "PlannedOutcome",
+    "Scenario",
     "Swarm",
     "SwarmNode",
     "ToyExecutor",
     "ToyModel",
+    "load_scenario",
+    "open_scenario",
     "open_swarm",
-    "read_plan",
     "run",
-    "run_plan",
+    "run_scenario",
 ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import trio
 from trio.testing import MockClock
 
 from aci_p2p.clock import MS_PER_S, system_clock, virtual_clock
-from aci_p2p.config import NodeConfig, ProviderConfig
+from aci_p2p.config import DEFAULT_SLOTS, NodeConfig, ProviderConfig
 from aci_p2p.dht import RecordRules
 from aci_p2p.executor import Executor
 from aci_p2p.gossip.market import MAX_WAITING_JOBS, OFFER_QUEUE
@@ -37,6 +37,7 @@ from aci_p2p.tasks import open_background
 from aci_p2p.testing.ledger import Ledger
 from aci_p2p.testing.running import repeatable_scheduling
 from aci_p2p.testing.severable import Cables
+from aci_p2p.testing.simulator.casting import INPUT_SHARE
 from aci_p2p.testing.simulator.invariants import Invariant, InvariantBroken
 from aci_p2p.testing.swarm_node import Surroundings, SwarmNode
 from aci_p2p.testing.toy_model import ToyExecutor, ToyModel
@@ -53,8 +54,6 @@ FIRST_PRICE: Final = 1_000
 """Base units for each output token of the first provider."""
 PRICE_STEP: Final = 100
 """So much more asks each further one."""
-INPUT_SHARE: Final = 4
-"""A token of the prompt costs this part of one of the answer."""
 HOUR_S: Final = 3_600.0
 """Seconds."""
 RENDEZVOUS_S: Final = 60.0
@@ -100,7 +99,7 @@ class Swarm:
         self.ledger = around.ledger
         """Every record that reached a disk."""
         self.providers: list[SwarmNode] = []
-        """Nodes that serve the model, the cheapest first."""
+        """Nodes that serve the model, the cheapest first unless their prices were given."""
         self.consumers: list[SwarmNode] = []
         """Nodes that only ask."""
         self._nursery = nursery
@@ -193,7 +192,10 @@ class Swarm:
             node = consumer.node
             found = {record.sender for record in await node.find_providers(self.model_root)}
             asking = {ask.sender for ask in node.asks.book.view(self.model_root, node.clock())}
-            if wanted <= found & set(node.network.peers) and (wanted <= asking or not self._asks):
+            asks = any(
+                one.is_up and one.node.config.provider and one.node.config.provider.asks for one in self.providers
+            )
+            if wanted <= found & set(node.network.peers) and (wanted <= asking or not asks):
                 return
             await trio.sleep(LOOK_S)
 
@@ -273,14 +275,19 @@ async def open_swarm(
     network: NetworkModel | Literal["libp2p"] | None = None,
     executor: OpenExecutor | None = None,
     model_root: bytes | None = None,
+    prices: Sequence[int] = (),
+    slots: int = DEFAULT_SLOTS,
     asks: bool = False,
 ) -> AsyncGenerator[Swarm]:
     """A swarm within the block: real nodes that have found each other.
 
     With the virtual clock, run under `MockClock(autojump_threshold=0)`, as `aci_p2p.testing.run` and the pytest fixture
     do; equal seeds then give equal runs. `network`: how an imagined one behaves (None: 10 ms from node to node), or
-    "libp2p" for loopback sockets and real time. `executor` replaces the toy model; `model_root` is then the root of
-    what it serves. With `asks` providers publish standing asks; an hour of virtual time then takes some seconds.
+    "libp2p" for loopback sockets and real time. `executor` replaces the toy model, or sets its speed and its faults
+    (`lambda number: nullcontext(ToyExecutor(...))`); `model_root` is the root of what it serves. `prices`: base units
+    for each output token, by provider; by default, and behind their end, each is dearer than the one before. `slots`:
+    jobs that a provider runs at once. With `asks` providers publish standing asks; an hour of virtual time then takes
+    some seconds.
 
     Raises LocalError for parts that do not fit together, TooSlowError when the nodes do not find each other.
     """
@@ -313,10 +320,12 @@ async def open_swarm(
         async with open_background() as nursery:
             swarm = Swarm(around, nursery, hub, trace if hub else None)
             for number in range(providers):
-                swarm.providers.append(_provider(number, folder, around, executor or open_toy, asks=asks))
+                price = prices[number] if number < len(prices) else FIRST_PRICE + number * PRICE_STEP
+                config = _config(folder, f"provider-{number}", _serving(price, slots, asks=asks))
+                swarm.providers.append(SwarmNode(config.key, config, around, partial(executor or open_toy, number)))
             for number in range(consumers):
-                name = f"consumer-{number}"
-                swarm.consumers.append(SwarmNode(name, _config(folder, name), around, None))
+                config = _config(folder, f"consumer-{number}")
+                swarm.consumers.append(SwarmNode(config.key, config, around, None))
             await _begin(swarm)
             yield swarm
 
@@ -338,13 +347,10 @@ def _config(folder: Path, name: str, provider: ProviderConfig | None = None) -> 
     return NodeConfig(home=folder / name, network=NETWORK, key=name, own_key=True, provider=provider)
 
 
-def _provider(number: int, folder: Path, around: Surroundings, executor: OpenExecutor, *, asks: bool) -> SwarmNode:
-    price = FIRST_PRICE + number * PRICE_STEP
-    serving = ProviderConfig(
-        models=(MODEL,), input_token_price=price // INPUT_SHARE, output_token_price=price, asks=asks
+def _serving(price: int, slots: int, *, asks: bool) -> ProviderConfig:
+    return ProviderConfig(
+        models=(MODEL,), input_token_price=price // INPUT_SHARE, output_token_price=price, slots=slots, asks=asks
     )
-    name = f"provider-{number}"
-    return SwarmNode(name, _config(folder, name, serving), around, lambda: executor(number))
 
 
 async def _begin(swarm: Swarm) -> None:

@@ -127,13 +127,28 @@ class _ToyGeneration(Generation):
 
 
 class ToyExecutor(Executor):
-    """Runs one toy model in the event loop, at a chosen speed; can be told to fail."""
+    """Runs one toy model in the event loop, at a chosen speed; can be told to fail and to lie."""
 
-    def __init__(self, model: ToyModel, *, tokens_per_second: float = 100.0, fail_after: int | None = None) -> None:
-        """`fail_after`: tokens that it makes of every answer, after which it dies; None: never."""
+    def __init__(
+        self,
+        model: ToyModel,
+        *,
+        tokens_per_second: float = 100.0,
+        fail_after: int | None = None,
+        runs: ToyModel | None = None,
+        stop_after: int | None = None,
+    ) -> None:
+        """`model` is the one that it claims to run; its lies are found by running that again (`forward`).
+
+        `fail_after`: tokens that it makes of every answer, after which it dies; None: never. `runs`: what it runs in
+        truth, another model or a rounded one. `stop_after`: tokens after which it says that the model ended; None:
+        where it does.
+        """
         self._model = model
         self._pace_s = 1 / tokens_per_second
         self._fail_after = fail_after
+        self._runs = runs or model
+        self._stop_after = stop_after
         self._counts = _Counts()
 
     async def load(self, model: str) -> ModelInfo:
@@ -161,14 +176,18 @@ class ToyExecutor(Executor):
             finish = FinishReason.STOP if END in accepted else FinishReason.LENGTH
             yield TokenChunk(len(accepted), (), "", finish)
             return
-        steps = self._model.answer(prompt, request.max_tokens, request.sampling, request.accepted)
+        steps = self._runs.answer(prompt, request.max_tokens, request.sampling, accepted)
         for made, step in enumerate(steps):
             await trio.sleep(self._pace_s)
             if made == self._fail_after:
                 msg = "the executor died"
                 raise ExecutorFailed(msg)
             self._counts.produced += 1
-            yield TokenChunk(len(request.accepted) + made, (step.token,), step.text, step.finish)
+            index = len(accepted) + made
+            if made + 1 == self._stop_after:
+                yield TokenChunk(index, (step.token,), step.text, FinishReason.STOP)
+                return
+            yield TokenChunk(index, (step.token,), step.text, step.finish)
 
     async def encode(self, model: str, messages: Sequence[Message]) -> tuple[int, ...]:
         await trio.lowlevel.checkpoint()
@@ -176,7 +195,7 @@ class ToyExecutor(Executor):
 
     async def forward(self, model: str, tokens: Sequence[int], *, start: int = 0) -> ForwardResult:
         await trio.lowlevel.checkpoint()
-        rows = list(self._model.logits(tokens))[start:]
+        rows = list(self._runs.logits(tokens))[start:]
         return ForwardResult(np.stack(rows) if rows else np.empty((0, VOCABULARY), np.float32))
 
     def describe(self, model: str) -> EngineDescription:

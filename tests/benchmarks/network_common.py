@@ -28,23 +28,23 @@ CHUNKS: Final = 64
 """In one transfer, at whose end the receiver says that it has read them."""
 SECONDS: Final = 0.5
 """How long each workload is repeated."""
-WARM_UP_SECONDS: Final = 0.2
+WARM_UP_S: Final = 0.2
 """Before that, and not counted: windows open, JavaScript is compiled."""
 PAIRS: Final = 12
 """Of hosts, of which one dials the other, pair after pair."""
 IN_FLIGHT: Final = 16
 """Gossip messages published that some subscriber still lacks: stock py-libp2p drops them from 32 on."""
-LOST_SECONDS: Final = 1.0
+LOST_S: Final = 1.0
 """Without a message for so long, those in flight are lost."""
 FINDS: Final = 5
 """Keys provided, and as many records stored, each looked up once."""
 QUIET_SHARE: Final = 0.1
 """Of a core: below it, a network that was just put together has come to rest."""
-QUIET_SECONDS: Final = 5.0
+QUIET_S: Final = 5.0
 """How long to wait for that."""
 AT_ONCE: Final = 4
 """Nodes that join a swarm at the same time."""
-POLL_SECONDS: Final = 0.001
+POLL_S: Final = 0.001
 """Between looks at whether a peer is identified: not every library tells."""
 
 Step = Callable[[], Awaitable[None]]
@@ -148,8 +148,8 @@ async def join_all(steps: Iterable[Step]) -> None:
 
 
 async def settle() -> None:
-    """Wait until nothing happens any more, for at most QUIET_SECONDS."""
-    with trio.move_on_after(QUIET_SECONDS):
+    """Wait until nothing happens any more, for at most QUIET_S."""
+    with trio.move_on_after(QUIET_S):
         while True:
             before = time.process_time()
             await trio.sleep(0.5)
@@ -159,7 +159,7 @@ async def settle() -> None:
 
 async def rate(step: Step) -> float:
     """Steps a second of processor time."""
-    until = time.perf_counter() + WARM_UP_SECONDS
+    until = time.perf_counter() + WARM_UP_S
     while time.perf_counter() < until:
         await step()
     count, started, until = 0, time.process_time(), time.perf_counter() + SECONDS
@@ -216,13 +216,13 @@ async def measure_gossip(library: Library, count: int) -> NoReturn:
             while time.perf_counter() < until:
                 published += 1
                 await mesh.publish(published.to_bytes(PAYLOAD_BYTES))
-                patience = time.perf_counter() + LOST_SECONDS
+                patience = time.perf_counter() + LOST_S
                 while published - lost - mesh.received() >= IN_FLIGHT:
                     await trio.lowlevel.checkpoint()
                     if time.perf_counter() > patience:
                         lost = published - mesh.received()
 
-        await publish(WARM_UP_SECONDS)
+        await publish(WARM_UP_S)
         before, started = mesh.received(), time.process_time()
         await publish(SECONDS)
         finish(messages=(mesh.received() - before) / (time.process_time() - started), lost=lost)

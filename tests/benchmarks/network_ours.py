@@ -18,7 +18,7 @@ from tests.benchmarks.network_common import (
     CHUNK_BYTES,
     CHUNKS,
     PAYLOAD_BYTES,
-    POLL_SECONDS,
+    POLL_S,
     Library,
     Mesh,
     Pair,
@@ -130,7 +130,7 @@ async def connect(client: Network, server: Network) -> None:
     """Connect, and wait until the server is identified."""
     await client.connect(server.addresses[0])
     while not client.connections()[0].agent:  # noqa: ASYNC110 - there is no event
-        await trio.sleep(POLL_SECONDS)
+        await trio.sleep(POLL_S)
 
 
 class Ours(Library):

@@ -39,7 +39,7 @@ from tests.benchmarks.network_common import (
     CHUNK_BYTES,
     CHUNKS,
     PAYLOAD_BYTES,
-    POLL_SECONDS,
+    POLL_S,
     Library,
     Mesh,
     Pair,
@@ -92,7 +92,7 @@ async def connect(client: IHost, server: IHost) -> None:
     """Connect, and wait until the server is identified."""
     await dial(client, server)
     while not client.get_peerstore().get_protocols(server.get_id()):  # noqa: ASYNC110 - there is no event
-        await trio.sleep(POLL_SECONDS)
+        await trio.sleep(POLL_S)
 
 
 async def read_exactly(stream: INetStream, count: int) -> bytes:

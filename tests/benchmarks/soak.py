@@ -66,8 +66,9 @@ ALLOWED: Final[Mapping[str, tuple[float, float]]] = {
 ALLOWED_TABLE: Final = (32.0, 0.05)
 """The same for each table of the residents, entries."""
 
-FILLING: Final = frozenset({"Topic._refused"})
-"""Tables that forget nothing before they are full (MAX_REFUSED): shown, but not judged."""
+NOT_JUDGED: Final = frozenset({"Topic._refused", "_State.received"})
+"""Shown only: what forgets nothing before it is full (MAX_REFUSED), and the bytes that wait for their readers at the
+moment of a sample, which are as many as the machine is busy."""
 
 _LIBC: Final = ctypes.CDLL("libc.so.6")
 
@@ -126,7 +127,7 @@ class Counts:
 
 def allowance(name: str) -> tuple[float, float]:
     """Growth of a quantity that is noise, as in ALLOWED."""
-    return (math.inf, 0.0) if name in FILLING else ALLOWED.get(name, ALLOWED_TABLE)
+    return (math.inf, 0.0) if name in NOT_JUDGED else ALLOWED.get(name, ALLOWED_TABLE)
 
 
 def fit(name: str, times: Sequence[float], values: Sequence[float], allowed: tuple[float, float]) -> Series:

@@ -17,6 +17,8 @@ COMMAND = (sys.executable, "-c", "from aci_p2p.cli import main; main()")
 LOOPBACK = ("--listen", "/ip4/127.0.0.1/tcp/0")
 START_S = 30.0
 """Seconds for a process to come up on a busy machine."""
+SOON_S = 15.0
+"""Longest time for what should happen at once, seconds: half of START_S, and of what a provider grants its jobs."""
 
 Process = subprocess.Popen[str]
 Start = Callable[..., Process]

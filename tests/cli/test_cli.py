@@ -50,6 +50,13 @@ def test_every_command_explains_itself_with_an_example(cli: Cli, command: str) -
     assert f"aci-p2p {command}" in result.stdout
 
 
+@pytest.mark.parametrize("command", [(), ("config",), ("keys",), ("models",)])
+def test_without_a_command_the_help_is_shown(cli: Cli, command: tuple[str, ...]) -> None:
+    result = cli(*command)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == cli(*command, "--help").stdout
+
+
 def test_version(cli: Cli) -> None:
     assert cli("--version").stdout.startswith("aci-p2p, version ")
 
@@ -59,7 +66,7 @@ def test_unknown_command_and_option_say_so(cli: Cli) -> None:
         (("infr",), "No such command 'infr'; see aci-p2p --help"),
         (("verify", "--nope", "x"), "No such option '--nope'; see aci-p2p verify --help"),
         (("join", "--slots"), "Option '--slots' requires an argument"),
-        (("infer", "hello"), "no node is known to ask: name one with --bootstrap, "),
+        (("infer", "hello"), "no node is known to ask, and none runs here: "),
     ):
         result = cli(*arguments)
         assert result.returncode == 2
@@ -181,7 +188,7 @@ def test_infer_refuses_bad_input_before_it_dials(cli: Cli) -> None:
 
 
 def test_join_without_its_model(cli: Cli) -> None:
-    line = one_line(cli("join", "--listen", "/ip4/127.0.0.1/tcp/0", "--serve", "nothing"), 2)
+    line = one_line(cli("join", "--listen", "/ip4/127.0.0.1/tcp/0", "--serve-model", "nothing"), 2)
     assert "nothing" in line
 
 

@@ -40,8 +40,8 @@ def file(home: Path) -> Path:
 
 
 def test_show_is_a_file_with_the_same_values(cli: Cli, home: Path, file: Path, tmp_path: Path) -> None:
-    file.write_text('[p2p]\nannounce = ["/dns4/a b"]\n')
-    arguments = ("--slots", "2", "--bootstrap", "/a", "--bootstrap", "/b", "--no-serve")
+    file.write_text('[p2p]\nannounce = ["/dns4/a.example/tcp/1"]\n')
+    arguments = ("--slots", "2", "--bootstrap", "/dnsaddr/a", "--bootstrap", "/dnsaddr/b", "--no-serve")
     shown = cli("config", "show", *arguments, env={"ACI_NETWORK": "aci-x"})
     assert shown.returncode == 0, shown.stderr
     assert shown.stderr == ""
@@ -49,10 +49,10 @@ def test_show_is_a_file_with_the_same_values(cli: Cli, home: Path, file: Path, t
     assert lines[0] == f"# {file}"
     assert f'home = "{home}" # ACI_HOME' in lines
     assert 'network = "aci-x" # ACI_NETWORK' in lines
-    assert f'announce = ["/dns4/a b"] # {file}:2' in lines
+    assert f'announce = ["/dns4/a.example/tcp/1"] # {file}:2' in lines
     assert "slots = 2 # --slots" in lines
-    assert "serve = false # --serve-models" in lines
-    assert 'bootstrap = ["/a", "/b"] # --bootstrap' in lines
+    assert "serve = false # --serve" in lines
+    assert 'bootstrap = ["/dnsaddr/a", "/dnsaddr/b"] # --bootstrap' in lines
     assert 'key = "node" # default' in lines
     assert "# threads is not set # default" in lines
     assert f"# control socket {home}/run/node.sock" in lines
@@ -116,7 +116,18 @@ def test_infer_without_anybody_to_ask_says_how_to_name_one(cli: Cli) -> None:
     result = cli("infer", "hello")
     assert result.returncode == 2
     assert "name one with --bootstrap, ACI_BOOTSTRAP or bootstrap in the configuration file" in result.stderr
-    assert "nonsense" in one_line(cli("infer", "hello", env={"ACI_BOOTSTRAP": "nonsense"}), 2)
+
+
+def test_an_address_that_is_none_is_refused_by_every_command(cli: Cli, home: Path, file: Path) -> None:
+    for command in (("config", "show"), ("join",), ("doctor",)):
+        line = one_line(cli(*command, "--listen", "/ip4/127.0.0.1/tcp/1", "--listen", "zzz"), 2)
+        assert line == "aci-p2p: --listen: 'zzz' is not a multiaddr to listen on, such as /ip4/0.0.0.0/tcp/9400"
+    line = one_line(cli("infer", "hello", env={"ACI_BOOTSTRAP": "nonsense"}), 2)
+    assert line.startswith("aci-p2p: ACI_BOOTSTRAP: 'nonsense' is not a multiaddr to join through, such as ")
+    file.write_text('[p2p]\nannounce = ["192.0.2.1:9400"]\n')
+    assert f"{file}:2: p2p.announce: '192.0.2.1:9400' is not a multiaddr that others" in one_line(
+        cli("keys", "list"), 2
+    )
 
 
 def test_ctrl_c_while_we_are_imported() -> None:
@@ -233,7 +244,7 @@ def test_a_node_reads_its_configuration_again(
         for text, words in (
             ("slots = 3", f"the configuration is not taken, the old one stays: {file}:1: slots: there is no such"),
             (f'{LOOPBACK}[provider]\nmodels = ["none"]\n', "the old one stays: there is no model 'none'"),
-            (f'bootstrap = ["nonsense"]\n{LOOPBACK}', "the old one stays: 'nonsense' is not"),
+            (f'bootstrap = ["nonsense"]\n{LOOPBACK}', f"the old one stays: {file}:1: bootstrap: 'nonsense' is not"),
             (f'bootstrap = ["{NOBODY}"]\n{LOOPBACK}', 'provider.output_token_price "0" -> "0.000004"'),
             (LOOPBACK, f'bootstrap ["{NOBODY}"] -> []'),
         ):

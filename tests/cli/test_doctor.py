@@ -335,6 +335,31 @@ async def test_a_disk_that_cannot_be_written(subject: Subject, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
+    ("opened", "limit", "level", "words"),
+    [
+        (34, 1_024, Level.OK, "34 of 1024 files"),
+        (None, 1_024, Level.OK, "an unknown number of 1024 files"),
+        (820, 1_024, Level.WARNING, "soon it can take no more"),
+        (1_024, 1_024, Level.PROBLEM, "it can take no more"),
+        (34, 511, Level.WARNING, "needs up to 512"),
+        (None, 64, Level.WARNING, "needs up to 512"),
+    ],
+)
+async def test_file_descriptors(subject: Subject, opened: int | None, limit: int, level: Level, words: str) -> None:
+    running = status()
+    running["process"]["file_descriptors"], running["process"]["file_descriptor_limit"] = opened, limit
+    only(await machine_checks.check_files(replace(subject, status=running)), level, words)
+
+
+@pytest.mark.parametrize(("limit", "level"), [(512, Level.OK), (511, Level.WARNING)])
+async def test_file_descriptors_of_a_node_to_be_started(
+    subject: Subject, limit: int, level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_checks, "file_descriptor_limit", lambda: limit)
+    only(await machine_checks.check_files(subject), level, f"may open {limit} files")
+
+
+@pytest.mark.parametrize(
     ("script", "level", "words"),
     [
         ("echo 'NVIDIA H100'; echo 'NVIDIA H200'", Level.OK, "NVIDIA H100, NVIDIA H200; not used"),
@@ -396,6 +421,7 @@ PUBLIC, PRIVATE, UNKNOWN = Reachability.PUBLIC, Reachability.PRIVATE, Reachabili
         (Standing(UNKNOWN, ("/ip4/192.0.2.1/tcp/9400",), has_peers=True), "warning ok ok"),
         (Standing(UNKNOWN, ("/ip4/192.0.2.1/tcp/9400",), has_peers=False), "ok ok ok"),
         (Standing(UNKNOWN, ("/ip4/127.0.0.1/tcp/9400",), has_peers=True), "ok ok ok"),
+        (Standing(PRIVATE, ("/ip6/::1/tcp/9400",), has_peers=True), "ok ok ok"),
         (Standing(UNKNOWN, (), has_peers=True, can_listen=False), "ok ok ok"),
     ],
 )

@@ -21,6 +21,7 @@ from aci_p2p.client import AnswerStream
 from aci_p2p.consumer import JobUpdate
 from aci_p2p.protocol.job import Deliver
 from tests.cli.conftest import one_line
+from tests.cli.views import NODE
 
 
 def test_an_answer_is_printed_as_it_is() -> None:
@@ -78,7 +79,7 @@ def test_an_output_that_takes_nothing(home: Path, output: str, code: int) -> Non
 )
 def test_a_prompt_from_standard_input(home: Path, data: bytes, words: str) -> None:
     command = [sys.executable, "-c", "from aci_p2p.cli import main; main()"]
-    arguments = ["infer", "--home", str(home), "--bootstrap", "nowhere", "-"]
+    arguments = ["infer", "--home", str(home), "--bootstrap", f"/ip4/127.0.0.1/tcp/1/p2p/{NODE}", "-"]
     result = subprocess.run([*command, *arguments], input=data, capture_output=True, check=False)
     text = subprocess.CompletedProcess(result.args, result.returncode, "", result.stderr.decode())
     assert words in one_line(text, 2)

@@ -28,11 +28,21 @@ def provider(tmp_path: Path) -> Iterator[Daemon]:
 def test_who_serves_a_model(provider: Daemon, tmp_path: Path) -> None:
     node_id = provider.ask("status")["node"]["id"]
     ours = run_command(provider.home, "providers", "rare", "--json")
-    # A provider does not find itself, and nobody else serves it.
-    assert ours.returncode == 4
+    # The only provider names itself.
+    assert ours.returncode == 0, ours.stderr
     report = json.loads(ours.stdout)
-    assert report["providers"] == []
-    assert ours.stderr.startswith("aci-p2p: nobody is found who serves rare")
+    (itself,) = report["providers"]
+    assert (itself["provider"], itself["this_node"], itself["connected"]) == (node_id, True, False)
+    shown = run_command(provider.home, "providers", "rare").stdout.splitlines()
+    assert shown[1].split()[:3] == [node_id, "this", "node"]
+    nobody = run_command(provider.home, "providers", "ab" * 32, "--json")
+    assert nobody.returncode == 4
+    assert json.loads(nobody.stdout)["providers"] == []
+    assert nobody.stderr.startswith("aci-p2p: nobody is found who serves abab")
+
+    # Of another network the running node knows nothing.
+    elsewhere = run_command(provider.home, "providers", "rare", "--network", "aci-other", "--json")
+    assert (elsewhere.returncode, json.loads(elsewhere.stdout)["providers"]) == (4, [])
 
     other = tmp_path / "other"
     joined = run_command(other, "providers", report["model_root"], "--bootstrap", provider.address, "--json")
@@ -40,6 +50,7 @@ def test_who_serves_a_model(provider: Daemon, tmp_path: Path) -> None:
     (found,) = json.loads(joined.stdout)["providers"]
     assert (found["provider"], found["connected"], found["model_name"]) == (node_id, True, "rare")
     assert (found["slots"], found["free_slots"], found["input_token_price"]) == (4, 4, "1000000000000")
+    assert found == itself | {"this_node": False, "connected": True}
 
     text = run_command(other, "providers", report["model_root"], "--bootstrap", provider.address)
     assert text.stdout.splitlines()[0].split()[:2] == ["provider", "connected"]

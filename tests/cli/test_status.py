@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +26,12 @@ def rows() -> dict[str, list[str]]:
         label = name or label
         found.setdefault(label, []).append(value)
     return found
+
+
+def test_what_is_not_known_is_said_to_be_unknown() -> None:
+    running = status()
+    running["process"]["file_descriptors"] = None
+    assert "unknown of 1024 files" in dict(status_rows(running))["machine"]
 
 
 def test_everything_is_shown() -> None:
@@ -156,12 +161,10 @@ def test_many_questions_leave_nothing_behind(cli: Cli, start: Start, home: Path)
 
     def figures() -> tuple[int, int]:
         process = cast("StatusReport", control.ask(path, "status"))["process"]
-        return process["file_descriptors"], process["tasks"]
+        return process["file_descriptors"] or 0, process["tasks"]
 
-    figures()
-    time.sleep(1)
     before = figures()
     for _ in range(200):
         control.ask(path, "peers")
-    time.sleep(0.1)
-    assert figures() == before
+    # Each of them would leave one; a few come and go with the node's own work.
+    assert all(after - earlier < 100 for after, earlier in zip(figures(), before, strict=True))

@@ -22,6 +22,9 @@ SPECIAL = {
     "provider.price_curve": ("0.5:1.25,0.9:2", "0.75:1.001"),
     "provider.price_floor": ("0.000001", "0.000002"),
     "provider.price_ceiling": ("0.5", "2"),
+    "bootstrap": ("/dnsaddr/boot.example,/dns4/boot.example/tcp/9400", "/ip6/::1/tcp/1"),
+    "p2p.listen": ("/ip4/127.0.0.1/tcp/0,/ip6/::/tcp/9400", "/ip4/127.0.0.1/tcp/1"),
+    "p2p.announce": ("/dns4/node.example/tcp/9400,/ip4/192.0.2.1/tcp/1", "/ip6/2001:db8::1/tcp/1"),
 }
 """Where the first or second value of its kind would be refused, or there are none."""
 

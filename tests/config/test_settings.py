@@ -112,7 +112,7 @@ def test_a_client_neither_listens_nor_serves() -> None:
 
 def test_lists_can_be_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "some.toml"
-    file.write_text('[p2p]\nlisten = ["/a"]\n[provider]\nthreads = 3\n')
+    file.write_text('[p2p]\nlisten = ["/ip4/127.0.0.1/tcp/1"]\n[provider]\nthreads = 3\n')
     monkeypatch.setenv("ACI_CONFIG", str(file))
     assert given_by(["--listen", "none"]).load().config.node.p2p.listen == ()
     monkeypatch.setenv("ACI_P2P_LISTEN", "none")

@@ -49,6 +49,7 @@ def refused(file: Path) -> Refused:
         ("[provider]\nslots = 0\n", ":2: provider.slots", "between 1 and 1024", ""),
         ("[provider]\nthreads = 0\n", ":2: provider.threads", "between 1 and 1024", ""),
         ("network = 'Aci'\n", ":1: network", "is not a network id", "lower-case letters"),
+        ("key = '../x'\n", ":1: key", "'../x' is not a key name", "letters, digits"),
         ("[client]\nmax_tokens = 99999\n", ":2: client.max_tokens", "between 1 and 32768", ""),
         ("[client]\ntemperature = 10.5\n", ":2: client.temperature", "between 0 and 10", ""),
         ("[client]\ntemperature = nan\n", ":2: client.temperature", "between 0 and 10", ""),

@@ -11,15 +11,17 @@ from trio.testing import MockClock
 
 from aci_p2p.dht import BootstrapFailed, capability_key, node_key
 from aci_p2p.dht.announcing import JITTER, REANNOUNCE_S
-from aci_p2p.dht.discovery import RECORD_LIFETIME_MS
+from aci_p2p.dht.discovery import PUBLISH_AT_ONCE, RECORD_LIFETIME_MS
+from aci_p2p.dht.exchange import exchange_topic
 from aci_p2p.dht.joining import DIAL_TIMEOUT_S
 from aci_p2p.dht.search import LOOKUP_TIMEOUT_S, MAX_PROVIDERS
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.errors import LocalError, ResourceError
-from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
 from tests.dht.driver import HOUR_S, OTHER_ROOT, ROOT, RULES, OpenPeers, clock, dead, open_peer
+from tests.protocol.driver import NETWORK
 
 # Joining.
 
@@ -72,6 +74,27 @@ async def test_an_address_that_is_none_is_named(autojump_clock: MockClock, hub: 
         for addresses in ([a.address, "nowhere"], ["nowhere"], [dead(99), "nowhere"]):
             with pytest.raises(LocalError, match="'nowhere' is not"):
                 await b.discovery.join(addresses)
+
+
+async def test_a_node_that_was_heard_of_is_dialled_where_the_network_believes_it_to_be(
+    autojump_clock: MockClock, open_peers: OpenPeers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record may say anything, and who wrote it be anywhere."""
+    async with open_peers(2) as (neighbour, ours):
+        tried: list[str] = []
+
+        async def connect(address: str) -> NodeId:
+            await trio.lowlevel.checkpoint()
+            tried.append(address)
+            msg = "not there"
+            raise ResourceError(msg)
+
+        monkeypatch.setattr(ours.network, "connect", connect)
+        sealer = Sealer(KeyPair(bytes([77]) * 32), NETWORK)
+        record = NodeRecord((dead(77), "/memory/9"), (), "aci-p2p/1")
+        await neighbour.network.publish(exchange_topic(NETWORK), sealer.seal(record, clock()).data)
+        await trio.sleep(2)
+        assert set(tried) == {f"/p2p/{sealer.node_id}"}
 
 
 # Finding.
@@ -311,6 +334,27 @@ async def test_a_provider_that_leaves_takes_its_record_back(
             assert await other.found() == [provider.node_id]
         assert await consumer.found() == []
         assert await other.found() == []
+
+
+async def test_many_records_are_taken_back_while_each_store_drags_on(
+    autojump_clock: MockClock, open_peers: OpenPeers, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots = [bytes([number]) * 32 for number in range(2 * PUBLISH_AT_ONCE)]
+    async with open_peers(2) as (consumer, _):
+        async with open_peer(hub, 9) as provider:
+            await provider.discovery.join([consumer.address])
+            await provider.announce(*map(provider.capability, roots))
+            real = provider.network.put_record
+
+            async def put_slowly(key: str, value: bytes) -> None:
+                await real(key, value)
+                await trio.sleep(10)
+
+            monkeypatch.setattr(provider.network, "put_record", put_slowly)
+        for root in roots:
+            value = await consumer.network.get_record(capability_key(root, provider.node_id))
+            assert value is not None
+            assert not RULES.open_capability(capability_key(root, provider.node_id), value).body.slots
 
 
 def nobody_there(_topic: str) -> Sequence[NodeId]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 from random import Random
-from typing import Final
+from types import SimpleNamespace
+from typing import Final, cast
 
 import dns.message
 import dns.rdatatype
@@ -25,6 +27,7 @@ from aci_p2p.dht.mdns import (
     is_question,
     open_mdns,
 )
+from aci_p2p.network import Network
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.identity import NodeId
 from tests.network.driver import make_key, open_on
@@ -93,6 +96,23 @@ def test_no_packet_does_harm(packet: bytes) -> None:
     if message is not None:
         is_question(message)
         assert len(addresses_in(message, OWN)) <= MAX_FOUND
+
+
+async def test_all_addresses_of_a_node_are_learnt_together() -> None:
+    """What is learnt of a node replaces what was known."""
+    third = make_key(3).node_id
+    packets = [encode_answer("random", [at(OTHER, 1), at(third, 2), at(OTHER, 3)])]
+    learnt: dict[NodeId, Sequence[str]] = {}
+
+    async def recvfrom(_limit: int) -> tuple[bytes, None]:
+        await trio.lowlevel.checkpoint()
+        return packets.pop(), None
+
+    sock = cast("trio.socket.SocketType", SimpleNamespace(recvfrom=recvfrom))
+    network = cast("Network", SimpleNamespace(node_id=OWN, learn_addresses=learnt.__setitem__))
+    with pytest.raises(IndexError):
+        await mdns._Mdns(network, lambda _addresses: None, Random(1)).listen(sock, GROUP)  # noqa: S311
+    assert learnt == {OTHER: [at(OTHER, 1), at(OTHER, 3)], third: [at(third, 2)]}
 
 
 def multicast_works() -> bool:

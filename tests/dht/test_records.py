@@ -7,12 +7,14 @@ from typing import Any, Final
 import pytest
 
 from aci_p2p.dht import RecordRules, capability_key, node_key
+from aci_p2p.dht.announcing import JITTER, REANNOUNCE_S
+from aci_p2p.dht.discovery import RECORD_LIFETIME_MS
 from aci_p2p.network.api import MAX_RECORD_KEY_BYTES
 from aci_p2p.network.checks import RECORD_NAMESPACE
-from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER
+from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, RECORD_SECONDS
 from aci_p2p.protocol.envelope import MAX_SKEW_MS, Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import MAX_ADDRESSES, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.messages import KINDS, MAX_ADDRESSES, CapabilityRecord, Kind, NodeRecord
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import ENGINE, NETWORK, NOW, PRICES
 
@@ -59,6 +61,13 @@ def test_the_network_takes_every_key_of_ours() -> None:
     assert longest.startswith(RECORD_NAMESPACE)
     assert len(longest) <= MAX_RECORD_KEY_BYTES
     assert MAX_ADDRESSES <= MAX_ADDRESSES_PER_PEER
+
+
+@pytest.mark.parametrize("kind", [Kind.NODE_RECORD, Kind.CAPABILITY_RECORD])
+def test_a_record_is_kept_for_as_long_as_it_holds_and_renewed_twice_within(kind: Kind) -> None:
+    """So that its holders need not pass it on."""
+    assert KINDS[kind].lifetime_ms == 1_000 * RECORD_SECONDS == RECORD_LIFETIME_MS == LIFETIME
+    assert 2 * REANNOUNCE_S * (1 + JITTER) < RECORD_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def answer(model: Any, tokenizer: Any, turns: Turns) -> dict[str, Any]:  # noqa:
     return {"messages": messages, "prompt": prompt, "answer": tokens, "margin": float(f"{min(margins):.3g}")}
 
 
-def greedy_answers(directory: Path) -> list[dict[str, Any]]:
-    """The first WANTED conversations whose answers are long and clear enough to compare."""
+def greedy_answers(directory: Path, wanted: int = WANTED) -> list[dict[str, Any]]:
+    """The first conversations whose answers are long and clear enough to compare."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     cases: list[dict[str, Any]] = []
@@ -95,7 +95,7 @@ def greedy_answers(directory: Path) -> list[dict[str, Any]]:
         case = answer(model, tokenizer, turns)
         if len(case["answer"]) == MAX_TOKENS and case["margin"] >= MARGIN_MIN:
             cases.append(case)
-        if len(cases) == WANTED:
+        if len(cases) == wanted:
             return cases
     msg = f"only {len(cases)} conversations have long and clear answers"
     raise SystemExit(msg)

@@ -115,7 +115,7 @@ def test_an_error_comes_out_and_the_team_works_on(threads: int) -> None:
 
 def test_helpers_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tiles at once: each waits for the other to have begun."""
-    barrier = threading.Barrier(2, timeout=5)
+    barrier = threading.Barrier(2, timeout=30)
     multiply = parallel._multiply
 
     def met(rows: Array, tile: Array, out: Array) -> None:
@@ -136,7 +136,7 @@ def test_slow_helpers_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def slow(rows: Array, tile: Array, out: Array) -> None:
         if threading.current_thread() is threading.main_thread():
-            assert taken.wait(5)
+            assert taken.wait(30)
         else:
             taken.set()
             time.sleep(0.05)

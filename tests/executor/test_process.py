@@ -39,6 +39,8 @@ from tests.executor.tiny import CONTEXT, vocabulary, write_tiny_model
 
 HOT = Sampling(2000, bytes(32))
 """Tiny models repeat themselves when greedy."""
+SOON_S = 5.0
+"""Longest time for what should happen at once, seconds: the machine may be busy."""
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,7 @@ async def test_more_jobs_than_places_wait(store: ModelStore, monkeypatch: pytest
 
         async def run(number: int) -> None:
             nonlocal most
-            async with executor.generate("tiny", request(count=3)) as chunks:
+            async with executor.generate("tiny", request(count=4 * CREDIT)) as chunks:
                 async for _ in chunks:
                     statistics = executor.statistics()
                     most = max(most, statistics.running + statistics.waiting)
@@ -357,7 +359,7 @@ async def test_closing_is_quick_and_fails_what_runs(store: ModelStore) -> None:
             await started.wait()
             worker = process_of(executor)
             before = time.perf_counter()
-        assert time.perf_counter() - before < 1
+        assert time.perf_counter() - before < SOON_S
         assert worker.returncode is not None
     assert failures == ["the executor was closed"]
     with pytest.raises(ExecutorFailed, match="closed"):
@@ -371,7 +373,7 @@ async def test_closing_a_worker_that_does_not_end(store: ModelStore, monkeypatch
         with trio.move_on_after(0.05):
             await executor.load("tiny")
         worker = process_of(executor)
-    assert time.perf_counter() - before < 1
+    assert time.perf_counter() - before < SOON_S
     assert worker.returncode == -signal.SIGKILL
 
 
@@ -395,7 +397,7 @@ async def test_the_worker_is_nice_and_alone_in_its_session(store: ModelStore) ->
     async with open_process_executor(store, threads=3) as executor:
         await executor.load("tiny")
         pid = process_of(executor).pid
-        assert os.getpriority(os.PRIO_PROCESS, pid) == connection.NICENESS
+        assert os.getpriority(os.PRIO_PROCESS, pid) == niceness()
         assert os.getsid(pid) == pid
         os.kill(pid, signal.SIGINT)
         await executor.load("tiny")
@@ -404,17 +406,22 @@ async def test_the_worker_is_nice_and_alone_in_its_session(store: ModelStore) ->
             check_as_linux_sees_it(pid)
 
 
+def niceness() -> int:
+    """Of a worker that we start: 19 is the most that there is."""
+    return min(os.nice(0) + connection.NICENESS, 19)
+
+
 def check_as_linux_sees_it(pid: int) -> None:
     """Of three threads that compute, and one that reads; BLAS has none of its own. All are nice, and the process is the
     first to go when memory runs out."""
     tasks = [int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir()]
     assert len(tasks) == 4
-    assert {os.getpriority(os.PRIO_PROCESS, task) for task in tasks} == {connection.NICENESS}
+    assert {os.getpriority(os.PRIO_PROCESS, task) for task in tasks} == {niceness()}
     assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
 
 
 NODE = """
-import sys, pathlib, trio
+import signal, sys, pathlib, trio
 from aci_p2p.executor import GenerationRequest, Message, ModelStore, open_process_executor
 async def main():
     async with open_process_executor(ModelStore(pathlib.Path(sys.argv[1]))) as executor:
@@ -424,6 +431,8 @@ async def main():
             async for _ in chunks:
                 pass
             await trio.sleep_forever()
+# What a shell starts in the background ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 trio.run(main)
 """
 
@@ -451,8 +460,8 @@ def test_no_orphan_is_left(store: ModelStore, how: signal.Signals) -> None:
         assert node.stderr is not None
         pid = int(node.stdout.readline())
         node.send_signal(how)
-        assert ends(pid, 1)
-        node.wait(2)
+        assert ends(pid, SOON_S)
+        node.wait(SOON_S)
         errors = node.stderr.read()
     assert errors == "" if how == signal.SIGKILL else "KeyboardInterrupt" in errors
 

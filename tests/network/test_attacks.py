@@ -48,7 +48,7 @@ from tests.network.attack import (
     until_ended,
     until_refused,
 )
-from tests.network.driver import ECHO, eventually, make_key, wait_for_ever
+from tests.network.driver import ECHO, PATIENCE_S, eventually, make_key, wait_for_ever
 
 TCP_GARBAGE = {
     "random": [noise(4096)],
@@ -114,11 +114,11 @@ async def test_silent_connections_do_not_lock_others_out(victim: Victim) -> None
         ended = not await stream.receive_some(1)
         closed += ended
 
-    with trio.move_on_after(0.2):
-        async with trio.open_nursery() as nursery:
-            for stream in silent:
-                nursery.start_soon(wait_for_end, stream)
-    assert closed >= 300 - admission.MAX_HANDSHAKES
+    async with trio.open_nursery() as nursery:
+        for stream in silent:
+            nursery.start_soon(wait_for_end, stream)
+        await eventually(lambda: closed >= 300 - admission.MAX_HANDSHAKES)
+        nursery.cancel_scope.cancel()
     for stream in silent:
         await stream.aclose()
 
@@ -127,7 +127,7 @@ async def test_handshake_that_stalls_is_ended(victim: Victim, monkeypatch: pytes
     monkeypatch.setattr(admission, "HANDSHAKE_SECONDS", 0.05)
     stream = await victim.tcp()
     await stream.send_all(encode_message("/multistream/1.0.0"))
-    with trio.fail_after(2):
+    with trio.fail_after(PATIENCE_S):
         while await stream.receive_some(100):
             pass
     await stream.aclose()
@@ -148,7 +148,7 @@ async def test_handshake_in_drips_is_ended(victim: Victim, monkeypatch: pytest.M
         for drip in drips:
             await channel.write(bytes([drip]))
             await trio.sleep(0.02)
-    assert 0.2 < trio.current_time() - started < 1
+    assert trio.current_time() - started > 0.2
     assert victim.network.statistics().handshakes == 0
     assert not victim.network.peers
     await channel.close()

@@ -143,7 +143,7 @@ async def test_who_draws_a_lookup_out_keeps_nobody_from_storing(
     victim: Victim, open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of its answers names others that are nearer, of which each takes its time not to answer."""
-    monkeypatch.setattr(kademlia, "LOOKUP_SECONDS", 1.0)
+    monkeypatch.setattr(kademlia, "STORE_LOOKUP_SECONDS", 1.0)
     numbers = itertools.count(1000)
     asked = False
 

@@ -23,7 +23,17 @@ from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import ACCEPTED
 from aci_p2p.tasks import open_background
-from tests.network.driver import ECHO, TOPIC, Opener, echo, eventually, make_key, select_record, validate_record
+from tests.network.driver import (
+    ECHO,
+    PATIENCE_S,
+    TOPIC,
+    Opener,
+    echo,
+    eventually,
+    make_key,
+    select_record,
+    validate_record,
+)
 
 LISTEN = TcpAddress("ip4", "127.0.0.1", 0)
 BACKGROUND = "/test/background/1"
@@ -51,7 +61,7 @@ async def echo_bytes(_peer: NodeId, stream: YamuxStream) -> None:
 async def answers(stream: YamuxStream) -> bool:
     """Whether a stream still works."""
     await stream.write(b"x")
-    with trio.fail_after(2):
+    with trio.fail_after(PATIENCE_S):
         return await stream.read(10) == b"x"
 
 
@@ -188,7 +198,7 @@ async def test_handshakes_through_a_relay_end_in_time(monkeypatch: pytest.Monkey
     monkeypatch.setattr(upgrade, "HANDSHAKE_SECONDS", 0.2)
     async with hosts(2) as (a, b):
         ours, theirs = trio.testing.memory_stream_pair()
-        with trio.fail_after(2):
+        with trio.fail_after(PATIENCE_S):
             await b.adopt_inbound(theirs, CIRCUIT, RELAY, a.node_id)
             assert await ours.receive_some(100) == b""
             ours, theirs = trio.testing.memory_stream_pair()
@@ -225,9 +235,7 @@ async def test_peer_that_vanished_does_not_look_connected(monkeypatch: pytest.Mo
 
         # Its answers stop, but its end of the TCP connection stays open, as when its machine has lost power.
         monkeypatch.setattr(there.muxer, "send", swallow)
-        started = trio.current_time()
         await eventually(lambda: not a.peers)
-        assert trio.current_time() - started < 1
 
 
 FROZEN = """
@@ -298,16 +306,39 @@ async def test_least_useful_connections_are_closed_above_high_water(monkeypatch:
             assert all([await answers(stream) for stream in streams])
 
 
-async def test_those_that_were_used_lately_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_those_that_we_used_lately_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a peer opens, and opens again, does not count: any could keep its place so."""
     monkeypatch.setattr(connections, "YOUNG_SECONDS", 0.0)
     async with hosts(6, NetworkConfig(low_water=3, high_water=4)) as (ours, *others):
         for other in others[:4]:
             await other.dial(ours.node_id, ours.addresses)
+        with others[0].serve(ECHO, echo_bytes):
+            (await ours.open_stream(others[0].node_id, ECHO)).reset()
         with ours.serve(ECHO, echo_bytes):
-            (await others[0].open_stream(ours.node_id, ECHO)).reset()
+            for _ in range(3):
+                stream = await others[1].open_stream(ours.node_id, ECHO)
+                assert await answers(stream)
+                stream.reset()
         await others[4].dial(ours.node_id, ours.addresses)
         await eventually(lambda: len(ours.peers) == 3)
         assert set(ours.peers) == {others[index].node_id for index in (0, 3, 4)}
+
+
+async def test_those_that_peers_hold_in_use_are_closed_when_no_others_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "YOUNG_SECONDS", 0.0)
+    async with hosts(6, NetworkConfig(low_water=2, high_water=4)) as (ours, *others):
+        with ours.serve(ECHO, echo_bytes), others[0].serve(ECHO, echo_bytes):
+            for other in others[:4]:
+                await other.dial(ours.node_id, ours.addresses)
+            used = await ours.open_stream(others[0].node_id, ECHO)
+            for other in others[1:4]:
+                assert await answers(await other.open_stream(ours.node_id, ECHO))
+            # One that is idle goes first, though it is the youngest: at once, or when it has just been made.
+            with suppress(PeerUnreachable):
+                await others[4].dial(ours.node_id, ours.addresses)
+            await eventually(lambda: len(ours.peers) == 2)
+            assert set(ours.peers) == {others[0].node_id, others[3].node_id}
+            assert await answers(used)
 
 
 async def test_young_connections_are_spared_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.version import SOFTWARE
-from tests.network.driver import ECHO, STRANGER, Opener, OpenLine, echo, eventually, make_key, told
+from tests.network.driver import ECHO, PATIENCE_S, STRANGER, Opener, OpenLine, echo, eventually, make_key, told
 
 
 async def test_address_names_the_node(open_network: Opener) -> None:
@@ -331,8 +331,9 @@ async def test_slow_reader_holds_the_writer_back(open_line: OpenLine) -> None:
                         sent += 1
 
                 nursery.start_soon(send_all)
+                await eventually(lambda: sent)
                 await trio.sleep(0.2)
-                assert 1 <= sent <= 16
+                assert sent <= 16
                 go.set()
                 with trio.fail_after(5):
                     await done.wait()
@@ -437,7 +438,7 @@ async def test_leaving_with_live_streams_is_quick(open_network: Opener) -> None:
 
 
 async def test_cancellation_ends_everything(open_network: Opener) -> None:
-    with trio.fail_after(2), trio.move_on_after(0.1) as scope:
+    with trio.fail_after(PATIENCE_S), trio.move_on_after(0.1) as scope:
         async with open_network(1) as a, open_network(2) as b:
             await a.connect(b.addresses[0])
             with b.serve(ECHO, echo):

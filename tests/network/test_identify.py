@@ -20,7 +20,7 @@ from aci_p2p.protocol.identity import NodeId
 from aci_p2p.tasks import open_background
 from aci_p2p.version import SOFTWARE
 from tests.network.attack import Victim
-from tests.network.driver import ECHO, Opener, echo, eventually, make_key, select_record, validate_record
+from tests.network.driver import ECHO, PATIENCE_S, Opener, echo, eventually, make_key, select_record, validate_record
 
 LOOPBACK = TcpAddress("ip4", "127.0.0.1", 0)
 ELSEWHERE = TcpAddress("ip4", "198.51.100.7", 4001)
@@ -150,15 +150,15 @@ async def test_announced_addresses_come_first(open_libp2p: Opener) -> None:
 
 
 async def test_pings_are_answered_until_they_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ping, "IDLE_SECONDS", 0.3)
+    monkeypatch.setattr(ping, "IDLE_SECONDS", 1.0)
     async with nodes(2) as (a, b):
         stream = await a.host.open_stream(b.host.node_id, ping.PROTOCOL)
-        for number in range(6):
+        for number in range(4):
             payload = bytes([number]) * ping.PING_BYTES
             await stream.write(payload)
             assert await stream.read_exactly(ping.PING_BYTES) == payload
-            await trio.sleep(0.1)
-        with pytest.raises(EndOfStream), trio.fail_after(2):
+            await trio.sleep(0.4)
+        with pytest.raises(EndOfStream), trio.fail_after(PATIENCE_S):
             await stream.read(1)
 
 

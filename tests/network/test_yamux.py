@@ -335,6 +335,10 @@ async def test_connection_knows_when_nothing_is_on_it(autojump_clock: MockClock)
         assert (dialler.is_in_use, listener.is_in_use) == (False, False)
         theirs[0].mark_in_use()
         assert (dialler.is_in_use, listener.is_in_use) == (False, True)
+        # The dialler opened it, so for the listener it need not stay.
+        assert not listener.is_needed
+        first.mark_in_use()
+        assert dialler.is_needed
         first.reset()
         await trio.sleep(1)
         assert (listener.stream_count, listener.is_in_use, done) == (1, False, 0)

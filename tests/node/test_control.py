@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
@@ -23,8 +24,9 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from aci_p2p import ACI
-from aci_p2p.control import ClocksReport, Journal, NoNode, PeersReport, StatusReport, ask, server
+from aci_p2p.control import ClocksReport, Journal, NoNode, PeersReport, StatusReport, ask, process, server
 from aci_p2p.control.observer import Observer
+from aci_p2p.control.process import process_figures
 from aci_p2p.control.server import MAX_CLIENTS, ControlInUse, open_control
 from aci_p2p.control.wire import (
     MAX_REQUEST_BYTES,
@@ -440,7 +442,7 @@ def check_status(status: StatusReport, provider: str, consumer: str) -> None:
     assert (offer["job"], offer["consumer"], offer["max_tokens"]) == (running["job"], consumer, 100)
     assert status["network"]["peers"] == 1
     assert status["process"]["pid"] == os.getpid()
-    assert status["process"]["file_descriptors"] > 3
+    assert (status["process"]["file_descriptors"] or 0) > 3
     assert status["process"]["tasks"] > 5
     assert status["log"]["warnings"] == 1
     (entry,) = status["log"]["last"]
@@ -466,6 +468,22 @@ async def test_rates_are_of_the_last_minute(autojump_clock: MockClock, open_test
         nursery.cancel_scope.cancel()
     assert status["market"]["offers"]["per_minute"] == 0
     assert status["market"]["offers"]["heard"] == 1
+
+
+async def test_descriptors_are_counted_also_when_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = process_figures().file_descriptors
+    assert counted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (counted + 8, hard))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                stack.callback(os.close, os.dup(2))
+        figures = process_figures()
+    assert figures.file_descriptors == figures.file_descriptor_limit == counted + 8
+    monkeypatch.setattr(process, "_DESCRIPTORS", (Path("/nonexistent"),))
+    assert process_figures().file_descriptors is None
 
 
 async def test_a_lost_network_is_logged(

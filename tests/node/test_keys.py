@@ -18,6 +18,7 @@ from typing import IO, Self
 import pytest
 
 from aci_p2p import keys
+from aci_p2p.config import NodeConfig
 from aci_p2p.keys import KEY_MODE, KeyFileError, KeyRing
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair
@@ -199,12 +200,16 @@ def test_a_bad_name_touches_nothing(ring: KeyRing, tmp_path: Path, name: str) ->
         with pytest.raises(LocalError, match="is not a key name") as caught:
             call(ring, name)
         assert caught.value.hint == "use letters, digits, - and _"
+    # Settings are refused before anything is named after it.
+    with pytest.raises(LocalError, match="is not a key name"):
+        NodeConfig(key=name)
     assert list(tmp_path.rglob("*")) == []
 
 
 @pytest.mark.parametrize("name", ["a", "7", "client-2", "A_b", "a" * 64])
 def test_a_good_name(ring: KeyRing, name: str) -> None:
     assert ring.create(name).seed == ring.load(name).seed
+    assert NodeConfig(key=name).key == name
 
 
 def test_keys_are_listed_by_name(ring: KeyRing) -> None:

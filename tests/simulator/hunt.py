@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -28,7 +29,14 @@ def hunt(seeds: range) -> dict[str, object]:
             return {"package": package, "seed": seed, "invariant": None, "why": repr(error)}
         fired.update(result.fired)
         died_at.update(result.died_at)
-    return {"package": package, "seed": None, "fired": fired, "died_at": died_at, "strategies": strategies}
+    return {
+        "package": package,
+        "seed": None,
+        "cpu_s": time.process_time(),
+        "fired": fired,
+        "died_at": died_at,
+        "strategies": strategies,
+    }
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
-from aci_p2p.testing.simulator import STRATEGIES, UNBUILT, Measurement, Scenario, UnbuiltAttack, measure
-from aci_p2p.testing.simulator.adversaries import Part
-from tests.simulator.thorough import thorough
+from aci_p2p.testing.simulator import STRATEGIES, UNBUILT, Measurement, UnbuiltAttack, measure, trial
+from tests.simulator.conftest import PROCESSES, selected
 
-NODES = 24
 MOST_HARM = 0.05
 """Share of the honest jobs that an attack may spoil."""
 PAYING = [name for name, strategy in STRATEGIES.items() if strategy.pays]
@@ -26,23 +26,15 @@ REQUIRED = {
 """What the library must hold at least."""
 
 
-@functools.cache
-def measured(name: str) -> Measurement:
-    part = STRATEGIES[name].part
-    providers = 0.5 if part is Part.PROVIDER else 0.3
-    return measure(
-        Scenario(
-            seed=5,
-            nodes=NODES,
-            hours=0.15,
-            providers=providers,
-            adversaries=0.2,
-            strategies=(name,),
-            models=1,
-            job_interval_s=45,
-            bid_window_ms=2_000,
-        )
-    )
+Found = dict[str, Future[Measurement]]
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest) -> Generator[Found]:
+    """What each strategy that is asked for brings."""
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+        yield {name: pool.submit(measure, trial(name)) for name in selected(request, "name")}
+        pool.shutdown(cancel_futures=True)
 
 
 def marked(names: list[str], reason: str) -> list[object]:
@@ -57,27 +49,25 @@ def marked(names: list[str], reason: str) -> list[object]:
     ]
 
 
-@thorough
 @pytest.mark.slow
 @pytest.mark.simulation
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", marked(PAYING, "pays"))
-def test_an_attack_brings_nothing(name: str) -> None:
-    found = measured(name)
-    assert found.nodes
-    assert found.jobs
-    assert found.unearned == 0, found
-    assert found.profit <= 0, found
+def test_an_attack_brings_nothing(name: str, found: Found) -> None:
+    measured = found[name].result()
+    assert measured.nodes
+    assert measured.jobs
+    assert measured.unearned == 0, measured
+    assert measured.profit <= 0, measured
 
 
-@thorough
 @pytest.mark.slow
 @pytest.mark.simulation
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", marked(HARMING, "harms"))
-def test_an_attack_spoils_next_to_nothing(name: str) -> None:
-    found = measured(name)
-    assert found.harm <= MOST_HARM, found
+def test_an_attack_spoils_next_to_nothing(name: str, found: Found) -> None:
+    measured = found[name].result()
+    assert measured.harm <= MOST_HARM, measured
 
 
 @pytest.mark.parametrize(

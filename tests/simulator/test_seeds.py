@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,16 @@ from aci_p2p.testing.simulator import (
     load_scenario,
     random_scenario,
 )
-from tests.simulator.thorough import SEEDS
+from tests.simulator.conftest import PROCESSES, Tell
 
+SAMPLE = 16
+"""Random worlds of `make test`."""
+SEEDS = int(os.environ.get("ACI_SIMULATION_SEEDS") or SAMPLE)
+"""Random worlds of `make test-simulation`, which sets it."""
 HUNT = Path(__file__).with_name("hunt.py")
 KEPT = Path(__file__).parents[1] / "seeds"
 ENOUGH_FOR_COVERAGE = 200
 """Worlds after which each fault and each strategy must have had its turn."""
-PROCESSES = 2
 
 WRITES = {
     "consumer offered", "consumer awarded", "consumer streaming", "consumer committed", "consumer receipted",
@@ -55,11 +60,9 @@ def add(found: list[dict[str, Any]], name: str) -> Counter[str]:
     return total
 
 
-@pytest.mark.slow
-@pytest.mark.simulation
-@pytest.mark.timeout(900)
-def test_random_worlds() -> None:
-    hunts = [start(first, SEEDS, PROCESSES) for first in range(1, PROCESSES + 1)]
+def run_worlds(seeds: int) -> list[dict[str, Any]]:
+    """Run the worlds of so many seeds, which must not break anything."""
+    hunts = [start(first, seeds, PROCESSES) for first in range(1, PROCESSES + 1)]
     found: list[dict[str, Any]] = []
     for hunt in hunts:
         output, _ = hunt.communicate()
@@ -69,10 +72,25 @@ def test_random_worlds() -> None:
         if one["seed"] is not None:
             path = keep(one["seed"])
             pytest.fail(f"{one['why']}\nsee it again: aci-p2p simulate --random {one['seed']}\nkept as {path}")
+    return found
+
+
+@pytest.mark.slow
+def test_a_sample_of_random_worlds() -> None:
+    assert add(run_worlds(SAMPLE), "fired")
+
+
+@pytest.mark.slow
+@pytest.mark.simulation
+@pytest.mark.timeout(1800)
+def test_random_worlds(tell: Tell) -> None:
+    began = time.monotonic()
+    found = run_worlds(SEEDS)
     fired, died_at, strategies = (add(found, name) for name in ("fired", "died_at", "strategies"))
-    sys.stdout.write(
-        "\n".join(f"{count:7} {name}" for name, count in [*fired.items(), *died_at.items(), *strategies.items()])
-    )
+    cpu_s = sum(one["cpu_s"] for one in found)
+    tell(f"{SEEDS} random worlds in {time.monotonic() - began:.0f} s, {cpu_s:.0f} s of processor time; nothing broke")
+    for title, counts in (("faults", fired), ("deaths while writing", died_at), ("attackers", strategies)):
+        tell(f"{title}: {', '.join(f'{name} {count}' for name, count in sorted(counts.items()))}")
     assert set(died_at) <= WRITES
     if SEEDS >= ENOUGH_FOR_COVERAGE:
         assert set(fired) == {fault.value for fault in Fault}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +17,6 @@ from aci_p2p.testing.simulator import (
     PlannedJob,
     Scenario,
     Simulation,
-    load_scenario,
     page,
     random_scenario,
     summarise,
@@ -90,15 +88,6 @@ def test_planned_jobs_are_won_by_the_cheapest() -> None:
         assert outcome.provider == simulation.nodes[1].node_id
         assert outcome.text == outcome.expected == "".join(step.text for step in steps)
         assert outcome.price == (len(prompt) * 250 + len(steps) * 1_000) * 5 // 4
-
-
-def test_the_market_of_the_scenario_file() -> None:
-    scenario = load_scenario(Path(__file__).with_name("one_market.toml"))
-    simulation = Simulation(scenario)
-    outcomes = sorted(simulation.run().outcomes, key=lambda outcome: outcome.started)
-    assert len(outcomes) == len(scenario.jobs)
-    assert {outcome.provider for outcome in outcomes} == {simulation.nodes[0].node_id}
-    assert all(outcome.text == outcome.expected for outcome in outcomes)
 
 
 def test_jobs_become_final_after_a_day() -> None:

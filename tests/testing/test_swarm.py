@@ -5,22 +5,26 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from aci_p2p import NoBids, Requirements
-from aci_p2p.executor import Executor
+from aci_p2p import Answer, NoBids, Requirements
+from aci_p2p.executor import Executor, Message, ModelStore, open_process_executor
 from aci_p2p.network.memory_medium import KEEP_ALIVE_S
+from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import State
+from aci_p2p.protocol.messages import CapabilityRecord
 from aci_p2p.testing import ROUGH, InvariantBroken, NodeDown, Swarm, ToyExecutor, ToyModel, open_swarm, run
 from aci_p2p.testing.ledger import Ledger
-from aci_p2p.testing.swarm import NETWORK
+from aci_p2p.testing.swarm import MODEL, NETWORK
+from tests.executor.tiny import write_tiny_model
 
 PAID = (State.AWARDED, State.ACCEPTED, State.STREAMING, State.COMMITTED, State.REVEALED, State.RECEIPTED)
 """States of a provider's job until it is paid."""
@@ -122,7 +126,7 @@ async def test_own_executor(open_swarm: OpenSwarm) -> None:
     model = ToyModel("another")
 
     def open_executor(number: int) -> AbstractAsyncContextManager[Executor]:
-        return _held(ToyExecutor(model, fail_after=0 if number == 0 else None))
+        return nullcontext(ToyExecutor(model, fail_after=0 if number == 0 else None))
 
     async with open_swarm(providers=2, executor=open_executor, model_root=model.root) as swarm:
         with pytest.raises(AciError):
@@ -130,15 +134,76 @@ async def test_own_executor(open_swarm: OpenSwarm) -> None:
         assert swarm.model_root == model.root
 
 
-class _held(AbstractAsyncContextManager[Executor]):  # noqa: N801 - used as a function
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
+def serve(executor: Executor) -> Callable[[int], AbstractAsyncContextManager[Executor]]:
+    """Every provider has this executor."""
+    return lambda _number: nullcontext(executor)
 
-    async def __aenter__(self) -> Executor:
-        return self._executor
 
-    async def __aexit__(self, *_: object) -> None:
-        return None
+async def test_speed_is_what_was_asked_for(open_swarm: OpenSwarm) -> None:
+    slow = ToyExecutor(ToyModel(), tokens_per_second=0.1)
+    async with open_swarm(providers=1, executor=serve(slow)) as swarm:
+        began = trio.current_time()
+        answer = await swarm.consumers[0].ask("How fast?", max_tokens=3)
+        assert 10 * len(answer.tokens) <= trio.current_time() - began < 10 * len(answer.tokens) + 5
+
+
+@pytest.mark.parametrize(
+    "lie", [{"runs": ToyModel("small")}, {"runs": ToyModel(rounding=12)}], ids=["wrong model", "quantised model"]
+)
+async def test_a_lie_is_paid_for_and_found_by_running_the_true_model(
+    open_swarm: OpenSwarm, lie: dict[str, Any]
+) -> None:
+    true = ToyExecutor(ToyModel())
+
+    async def differs(answer: Answer) -> bool:
+        prompt = await true.encode(MODEL, [Message("user", "Who are you?")])
+        found = await true.forward(MODEL, (*prompt, *answer.tokens), start=len(prompt) - 1)
+        return tuple(found.logits[:-1].argmax(axis=1)) != answer.tokens
+
+    for honest in (True, False):
+        executor = ToyExecutor(ToyModel(), **({} if honest else lie))
+        async with open_swarm(providers=1, executor=serve(executor)) as swarm:
+            answer = await swarm.consumers[0].ask("Who are you?", max_tokens=12)
+            await swarm.settle()
+            assert answer.receipt.body.price > 0
+            assert await differs(answer) is not honest
+
+
+async def test_an_answer_can_be_cut_short(open_swarm: OpenSwarm) -> None:
+    async with open_swarm(providers=1, executor=serve(ToyExecutor(ToyModel(), stop_after=2))) as swarm:
+        answer = await swarm.consumers[0].ask("Who are you?", max_tokens=12)
+        assert len(answer.tokens) == 2
+        assert answer.receipt.body.price > 0
+        await swarm.settle()
+
+
+async def test_prices_and_slots_are_as_given(open_swarm: OpenSwarm) -> None:
+    async with open_swarm(prices=(3_000, 1_050), slots=1) as swarm:
+        answer = await swarm.consumers[0].ask("Who is cheapest?", max_tokens=4)
+        assert answer.provider == swarm.providers[1].node_id
+        # The third asks what it asks without prices.
+        assert [record.body.output_token_price for record in await _records(swarm)] == [1_050, 1_200, 3_000]
+        assert {record.body.slots for record in await _records(swarm)} == {1}
+
+
+async def _records(swarm: Swarm) -> list[Envelope[CapabilityRecord]]:
+    records = await swarm.consumers[0].node.find_providers(swarm.model_root)
+    return sorted(records, key=lambda record: record.body.output_token_price)
+
+
+@pytest.mark.slow
+async def test_default_executor_on_a_tiny_model(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path / "models")
+    model = store.add_directory(write_tiny_model(tmp_path / "tiny"), MODEL)
+
+    def open_executor(_number: int) -> AbstractAsyncContextManager[Executor]:
+        return open_process_executor(store, threads=1)
+
+    # Its processes know nothing of virtual time.
+    async with open_swarm(providers=1, executor=open_executor, model_root=model.root, clock="real") as swarm:
+        first, second = [await swarm.consumers[0].ask("Who are you?", max_tokens=3) for _ in range(2)]
+        assert first.tokens == second.tokens
+        await swarm.settle()
 
 
 async def test_virtual_time_needs_its_clock() -> None:

@@ -17,6 +17,9 @@ BACK_OFF_SECONDS = 2.0
 """How long an address that could not be dialled is left alone, seconds; doubled each time."""
 MAX_BACK_OFF_SECONDS = 600.0
 """Longest time that an address is left alone, seconds."""
+STALE_FAILURES = 3
+"""Failures in a row after which an address makes room for others, and is forgotten once its peer is found elsewhere;
+not before, since it may be our own line that is down."""
 
 
 class _Failure(NamedTuple):
@@ -32,24 +35,34 @@ class AddressBook:
         self._own = own
         self._random = random
         self._addresses: OrderedDict[NodeId, tuple[TcpAddress, ...]] = OrderedDict()
+        self._proven: dict[NodeId, set[TcpAddress]] = {}
         self._connected: OrderedDict[NodeId, None] = OrderedDict()
         self._failures: dict[NodeId, dict[str, _Failure]] = {}
 
     def learn(self, peer: NodeId, addresses: Sequence[TcpAddress], *, hearsay: bool = False) -> None:
-        """Remember where a peer may be dialled: what the peer itself says first.
+        """Remember where a peer may be dialled, as it says itself: that replaces what it has said before.
 
-        `hearsay` (from another peer) never displaces an address that is known already.
+        `hearsay` (from another peer) is added, and displaces only what has failed.
         """
         usable = [replace(address, peer=None) for address in addresses if address.port and address.peer in {None, peer}]
         if peer == self._own or not usable:
             return
         known = self.known(peer)
-        merged = dict.fromkeys([*known, *usable] if hearsay else [*usable, *known])
-        self._addresses[peer] = tuple(merged)[:MAX_ADDRESSES_PER_PEER]
+        proven = self._proven.get(peer, set())
+        self._keep(peer, [*known, *usable] if hearsay else [*usable, *(one for one in known if one in proven)])
+
+    def _keep(self, peer: NodeId, addresses: Sequence[TcpAddress]) -> None:
+        ranked = sorted(dict.fromkeys(addresses), key=lambda address: self._is_stale(peer, address))
+        self._addresses[peer] = tuple(ranked)[:MAX_ADDRESSES_PER_PEER]
         self._addresses.move_to_end(peer)
         if len(self._addresses) > MAX_KNOWN_PEERS:
             forgotten, _ = self._addresses.popitem(last=False)
             self._failures.pop(forgotten, None)
+            self._proven.pop(forgotten, None)
+
+    def _is_stale(self, peer: NodeId, address: TcpAddress) -> bool:
+        failure = self._failures.get(peer, {}).get(address.transport)
+        return failure is not None and failure.times >= STALE_FAILURES
 
     def known(self, peer: NodeId) -> tuple[TcpAddress, ...]:
         """Where a peer may be dialled, the best place first."""
@@ -72,16 +85,26 @@ class AddressBook:
         times = failures[address.transport].times + 1 if address.transport in failures else 1
         longest = min(BACK_OFF_SECONDS * 2 ** (times - 1), MAX_BACK_OFF_SECONDS)
         failures[address.transport] = _Failure(times, now + longest * self._random.uniform(0.5, 1))
+        if times >= STALE_FAILURES:
+            self._proven.get(peer, set()).discard(replace(address, peer=None))
         known = {one.transport for one in self.known(peer)}
         for forgotten in failures.keys() - known:
             del failures[forgotten]
 
-    def worked(self, peer: NodeId, address: TcpAddress) -> None:
-        """A peer was found at an address: it comes first from now on."""
-        self.learn(peer, (address,))
+    def prefer(self, peer: NodeId, address: TcpAddress) -> None:
+        """A peer was found at an address, or our user says so: it comes first, and stays until it fails."""
+        if peer == self._own or not address.port:
+            return
+        address = replace(address, peer=None)
+        known = self.known(peer)
+        self._proven[peer] = {one for one in self._proven.get(peer, ()) if one in known} | {address}
+        self._keep(peer, [address, *known])
 
     def connected(self, peer: NodeId) -> None:
-        """A peer is connected, so it is alive and may be dialled again wherever it is said to be."""
+        """A peer is alive: it may be dialled again wherever it is said to be, unless it was never found there."""
+        fresh = tuple(address for address in self.known(peer) if not self._is_stale(peer, address))
+        if fresh:
+            self._addresses[peer] = fresh
         self._failures.pop(peer, None)
         self._connected[peer] = None
         self._connected.move_to_end(peer)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Self, TypeAlias, cast
 
 import ifaddr
@@ -43,6 +44,29 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 _PORT = re.compile(r"0|[1-9][0-9]{0,4}")
 _MAX_PORT = 65_535
 _HINT = "it looks like /ip4/192.0.2.1/tcp/4001/p2p/12D3KooW..."
+
+
+class Scope(IntEnum):
+    """From where an address can be dialled; the narrower, the less."""
+
+    LOOPBACK = 0
+    """From the same machine."""
+    PRIVATE = 1
+    """From the same local network, or another that is not the Internet."""
+    PUBLIC = 2
+    """From everywhere."""
+
+
+def scope_of(ip: str) -> Scope | None:
+    """The scope of an IP address; None when nobody is there whom one could mean: unspecified, multicast, reserved."""
+    address = ipaddress.ip_address(ip)
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
+    if address.is_loopback:
+        return Scope.LOOPBACK
+    if address.is_unspecified or address.is_multicast or address.is_reserved:
+        return None
+    return Scope.PUBLIC if address.is_global else Scope.PRIVATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +165,11 @@ class TcpAddress:
         return self.is_ip and ipaddress.ip_address(self.host).is_global
 
     @property
+    def scope(self) -> Scope | None:
+        """See `scope_of`; what a name stands for is not known, so it counts as public."""
+        return scope_of(self.host) if self.is_ip else Scope.PUBLIC
+
+    @property
     def relay_address(self) -> TcpAddress:
         """Of a circuit: where its relay can be dialled."""
         return TcpAddress(self.protocol, self.host, self.port, self.relay)
@@ -212,6 +241,30 @@ def expand_unspecified(protocol: str, host: str, port: int) -> list[TcpAddress]:
         return [TcpAddress(protocol, host, port)]
     interfaces = [str(address) for address in cast("list[object]", get_available_interfaces(port))]
     return [TcpAddress.parse(address) for address in interfaces if address.startswith(f"/{protocol}/")]
+
+
+def homes_of(own: Iterable[TcpAddress]) -> dict[str, Scope]:
+    """Of each IP version, the widest scope of our own addresses."""
+    homes: dict[str, Scope] = {}
+    for address in own:
+        if (scope := address.scope) is not None:
+            homes[address.protocol] = max(scope, homes.get(address.protocol, scope))
+    return homes
+
+
+def believable(addresses: Iterable[TcpAddress], teller: Scope, homes: Mapping[str, Scope]) -> list[TcpAddress]:
+    """Of the addresses that somebody in the scope `teller` told us, those that may be dialled; `homes`: see `homes_of`.
+
+    They reach as far as the teller does, so that he may know them himself, or are of local networks and so are we: who
+    is on the Internet cannot make a node there knock on its neighbours, and nobody far makes one knock on itself.
+    """
+    believed: list[TcpAddress] = []
+    for address in addresses:
+        scope = address.scope
+        is_home = scope is Scope.PRIVATE is homes.get(address.protocol)
+        if scope is not None and (scope >= teller or is_home):
+            believed.append(address)
+    return believed
 
 
 def may_be_near(addresses: Iterable[TcpAddress]) -> bool:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import trio
 
 from aci_p2p.network.api import ConnectionInfo, PeerUnreachable
-from aci_p2p.network.libp2p.addresses import TcpAddress
+from aci_p2p.network.libp2p.addresses import Scope, TcpAddress, scope_of
 from aci_p2p.network.libp2p.kad_table import network_of
 from aci_p2p.network.libp2p.yamux import Yamux
 from aci_p2p.network.limits import MAX_KNOWN_PEERS
@@ -56,12 +56,20 @@ class Connection:
     agent: str = ""
     """What the peer says its program is."""
     used: float = 0.0
-    """When a stream was last opened on it, in trio's time."""
+    """When we last opened a stream on it, in trio's time: what the peer opens costs it nothing."""
 
     @property
     def is_local(self) -> bool:
         """Whether the peer is on this machine."""
         return self.relay is None and self.source == LOOPBACK
+
+    @property
+    def scope(self) -> Scope:
+        """Where the peer is; behind a relay it may be anywhere."""
+        if self.relay is not None:
+            return Scope.PUBLIC
+        scope = Scope.LOOPBACK if self.is_local else scope_of(self.source.partition("/")[0])
+        return Scope.PUBLIC if scope is None else scope
 
 
 LOOPBACK = "loopback"
@@ -192,11 +200,11 @@ class Connections:
         connections = self.all
         if len(connections) < MAX_CONNECTIONS:
             return
-        idle = [one for one in connections if one.outbound and not one.muxer.is_in_use]
-        if not idle:
+        free = [one for one in connections if one.outbound and not one.muxer.is_needed]
+        if not free:
             msg = f"all {MAX_CONNECTIONS} connections are in use"
             raise PeerUnreachable(msg)
-        await idle[0].muxer.close()
+        await min(free, key=lambda one: one.muxer.is_in_use).muxer.close()
 
     @property
     def is_over(self) -> bool:
@@ -206,17 +214,18 @@ class Connections:
     def superfluous(self) -> list[Connection]:
         """The connections to close, above high water: the least useful ones that nobody needs, down to low water.
 
-        Kept are those that are young or in use, and those to peers that a function in `protected` names. Those that
-        peers have dialled go first, since we did not choose them, and of each kind those that were unused longest.
+        Kept are those that are young, those on which we use a stream, and those to peers that a function in `protected`
+        names. Those that the peer alone uses go last, for whatever it says it needs; those that peers have dialled go
+        first, since we did not choose them; and of each kind those that we did not use for longest.
         """
         connections = self.all
         if len(connections) <= self._high_water:
             return []
         old = trio.current_time() - YOUNG_SECONDS
         needed = {peer for protected in self.protected for peer in protected()}
-        idle = [one for one in connections if one.opened <= old and not one.muxer.is_in_use and one.peer not in needed]
-        idle.sort(key=lambda one: (one.outbound, max(one.used, one.opened)))
-        chosen = idle[: len(connections) - self._low_water]
+        free = [one for one in connections if one.opened <= old and not one.muxer.is_needed and one.peer not in needed]
+        free.sort(key=lambda one: (one.muxer.is_in_use, one.outbound, max(one.used, one.opened)))
+        chosen = free[: len(connections) - self._low_water]
         self.trimmed += len(chosen)
         return chosen
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Sequence
@@ -24,8 +25,9 @@ import trio
 from aci_p2p.network.api import AddressInUse, PeerUnreachable, Reachability
 from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.network.config import NetworkConfig
+from aci_p2p.network.inbound import InboundStreams
 from aci_p2p.network.libp2p.address_book import AddressBook
-from aci_p2p.network.libp2p.addresses import TcpAddress, expand_unspecified, most_useful
+from aci_p2p.network.libp2p.addresses import Scope, TcpAddress, believable, expand_unspecified, homes_of, most_useful
 from aci_p2p.network.libp2p.admission import Admission
 from aci_p2p.network.libp2p.connections import Connection, Connections, source_of
 from aci_p2p.network.libp2p.dialling import Dialler, Reached
@@ -34,7 +36,7 @@ from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound,
 from aci_p2p.network.libp2p.secure import ByteStream, Security
 from aci_p2p.network.libp2p.upgrade import HANDSHAKE_SECONDS, multiplex_outbound, secure_outbound, upgrade_inbound
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
-from aci_p2p.network.limits import MAX_KNOWN_PEERS, MAX_STREAMS, MAX_STREAMS_PER_PEER
+from aci_p2p.network.limits import MAX_KNOWN_PEERS
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 
@@ -47,6 +49,8 @@ FAILED_STREAMS_PER_SECOND = 1.0
 agrees on, more streams than it may have. Honest peers of other versions ask in vain now and then."""
 FAILED_STREAMS_BURST = 256.0
 """Inbound streams of one peer that may come to nothing at once: a busy consumer meets the limit of streams."""
+HOMES_SECONDS = 60.0
+"""How long is remembered in which scopes we live, seconds: looking at the interfaces takes a millisecond."""
 BACKLOG = 256
 """TCP connections that the kernel holds for us before we accept them."""
 
@@ -79,10 +83,11 @@ class Host:
         self._protocols: dict[str, _Protocol] = {}
         self.admission = Admission()
         self.holdings = Holdings()
-        self._inbound_streams: dict[NodeId, dict[YamuxStream, trio.CancelScope]] = {}
+        self._inbound_streams = InboundStreams[YamuxStream](lambda stream: stream.is_in_use)
         self._patience: OrderedDict[NodeId, TokenBucket] = OrderedDict()
         self._bound: list[TcpAddress] = []
         self._listeners: list[trio.SocketListener] = []
+        self._homes: tuple[float, dict[str, Scope]] = (-math.inf, {})
         self._announced: dict[str, tuple[TcpAddress, ...]] = {}
         self.claims: dict[tuple[str, int], Callable[[trio.SocketStream], None]] = {}
         self._trimming = False
@@ -107,10 +112,12 @@ class Host:
     def addresses(self) -> list[TcpAddress]:
         """Where we can be dialled, the most useful addresses first."""
         announced = [address for several in self._announced.values() for address in several]
-        bound = [
+        return most_useful(dict.fromkeys([*announced, *self._listening()]))
+
+    def _listening(self) -> list[TcpAddress]:
+        return [
             address for bound in self._bound for address in expand_unspecified(bound.protocol, bound.host, bound.port)
         ]
-        return most_useful(dict.fromkeys([*announced, *bound]))
 
     @property
     def bound_addresses(self) -> tuple[TcpAddress, ...]:
@@ -160,6 +167,21 @@ class Host:
         is_local = connection is not None and connection.is_local
         return [address for address in addresses if is_local or not address.is_loopback]
 
+    def believed(self, addresses: Sequence[TcpAddress], teller: NodeId | None = None) -> list[TcpAddress]:
+        """Those of the addresses that we dial on the word of a peer, see `addresses.believable`.
+
+        Without a `teller`, whoever it was, it came to us over one of our connections.
+        """
+        now = trio.current_time()
+        if now >= self._homes[0] + HOMES_SECONDS:
+            self._homes = now, homes_of(self._listening())
+        homes = self._homes[1]
+        if teller is None:
+            scopes = [*homes.values(), *(connection.scope for connection in self.connections.all)]
+        else:
+            scopes = [connection.scope for connection in self.connections.of(teller)]
+        return believable(addresses, max(scopes, default=Scope.PUBLIC), homes)
+
     async def listen(self, address: TcpAddress) -> None:
         """Accept connections at an address. Raises AddressInUse, LocalError."""
         if not address.is_ip or address.relay is not None:
@@ -175,6 +197,7 @@ class Host:
             raise LocalError(msg) from error
         for listener in listeners:
             host, port = listener.socket.getsockname()[:2]
+            self._homes = -math.inf, {}
             self._bound.append(TcpAddress(address.protocol, host, port, None))
             self._listeners.append(listener)
             self._nursery.start_soon(self._accept, listener)
@@ -285,7 +308,7 @@ class Host:
             await muxer.close()
             msg = f"{place} closes the connection"
             raise PeerUnreachable(msg) from error
-        self.book.worked(peer, reached.place)
+        self.book.prefer(peer, reached.place)
         return connection
 
     def _add(self, connection: Connection) -> None:
@@ -396,28 +419,13 @@ class Host:
         peer = connection.peer
         if self._is_closing:
             return False
-        streams = self._inbound_streams.get(peer, {})
-        if len(streams) >= MAX_STREAMS_PER_PEER:
+        if self._inbound_streams.is_full_for(peer):
             self._note_failed_stream(peer)
             return False
-        if sum(map(len, self._inbound_streams.values())) >= MAX_STREAMS and not self._make_room_beside(len(streams)):
-            return False
-        scope = streams[stream] = trio.CancelScope()
-        self._inbound_streams[peer] = streams
-        connection.used = trio.current_time()
-        self._nursery.start_soon(self._serve_stream, peer, stream, scope)
-        return True
-
-    def _make_room_beside(self, count: int) -> bool:
-        """End a stream of the peer that has most, in favour of one that has `count`; False if that is no fairer."""
-        peer, streams = max(self._inbound_streams.items(), key=lambda item: len(item[1]))
-        if len(streams) <= count + 1:
-            return False
-        # The oldest that nobody needs, if there is one.
-        chosen = min(streams, key=lambda stream: stream.is_in_use)
-        log.debug("a stream of %s makes room for another peer's", peer.short)
-        streams.pop(chosen).cancel()
-        return True
+        scope = self._inbound_streams.add(peer, stream)
+        if scope is not None:
+            self._nursery.start_soon(self._serve_stream, peer, stream, scope)
+        return scope is not None
 
     async def _serve_stream(self, peer: NodeId, stream: YamuxStream, scope: trio.CancelScope) -> None:
         try:
@@ -426,10 +434,7 @@ class Host:
             if scope.cancelled_caught:
                 stream.reset()
         finally:
-            streams = self._inbound_streams.get(peer, {})
-            streams.pop(stream, None)
-            if not streams:
-                self._inbound_streams.pop(peer, None)
+            self._inbound_streams.remove(peer, stream)
 
     async def _negotiate_and_serve(self, peer: NodeId, stream: YamuxStream) -> None:
         try:

@@ -180,7 +180,7 @@ class Identify:
         self._identities[peer] = identity
         for connection in connections:
             connection.agent = identity.agent
-        self._host.learn(peer, self._host.usable_by(peer, identity.addresses))
+        self._host.learn(peer, self._host.believed(identity.addresses, peer))
         for notify in self.on_identified:
             notify(peer, identity)
 

@@ -24,15 +24,24 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 from aci_p2p.network.api import MAX_RECORD_BYTES, MAX_RECORD_KEY_BYTES, RecordSelector, RecordValidator
 from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.network.checks import check_provider_key, check_record
-from aci_p2p.network.libp2p.addresses import parse_all
+from aci_p2p.network.libp2p.addresses import TcpAddress, parse_all
 from aci_p2p.network.libp2p.connections import MAX_CONNECTIONS
 from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.kad_avoided import Avoided
 from aci_p2p.network.libp2p.kad_lookup import Lookup
 from aci_p2p.network.libp2p.kad_stores import ProviderStore, RecordStore
-from aci_p2p.network.libp2p.kad_table import BUCKET_SIZE, RoutingTable, diverse, network_of, position, position_of
+from aci_p2p.network.libp2p.kad_table import (
+    BUCKET_SIZE,
+    RoutingTable,
+    closest,
+    diverse,
+    network_of,
+    position,
+    position_of,
+)
 from aci_p2p.network.libp2p.varint import prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import YamuxStream
-from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, MAX_KNOWN_PEERS
+from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import NodeId
 
@@ -44,10 +53,15 @@ QUERY_SECONDS = 3.0
 """Time for one peer to answer, dialling it included, seconds."""
 PATIENCE_SECONDS = 0.5
 """Once somebody has given what was looked for, how long to wait for others who may know better, seconds."""
-AVOID_SECONDS = 60.0
-"""How long a peer that did not answer is not asked again, unless it connects anew, seconds."""
 LOOKUP_SECONDS = 12.0
-"""Time for a whole lookup, seconds: four rounds of peers that do not answer. Storing takes QUERY_SECONDS more."""
+"""Time for a whole lookup, seconds: four rounds of peers that do not answer."""
+STORE_QUERY_SECONDS = 2.0
+"""Time for one peer to answer when we store something, seconds: others will keep it, too. When for so long nobody has
+answered a lookup before it, those who are still to be asked are most likely made up."""
+STORE_LOOKUP_SECONDS = 6.0
+"""Time for the whole lookup before storing, seconds: three rounds of peers that do not answer."""
+MAX_STORED_KEYS = 512
+"""Keys of ours of which is remembered who keeps them: 128 models, twice, and ourselves, and those of yesterday."""
 ANSWERS_WANTED = 3
 """Answers with something in them after which a lookup ends: one stale or lying holder does not decide."""
 PATHS_WANTED = 2
@@ -115,7 +129,7 @@ class _Findings:
         return sorted(self._named, key=lambda thing: (-len(set(self._named[thing])), -len(self._named[thing])))
 
 
-def _nothing(_answer: Message) -> Sequence[object]:
+def _nothing(_peer: NodeId, _answer: Message) -> Sequence[object]:
     """What a lookup collects that only wants the closest peers."""
     return ()
 
@@ -135,7 +149,8 @@ class Kademlia:
         self._table = RoutingTable(host.node_id)
         self._records = RecordStore(position_of(host.node_id))
         self._providers = ProviderStore(position_of(host.node_id))
-        self._avoided: OrderedDict[NodeId, float] = OrderedDict()
+        self._avoided = Avoided()
+        self._keepers: OrderedDict[bytes, tuple[NodeId, ...]] = OrderedDict()
         self._rates: OrderedDict[NodeId, TokenBucket] = OrderedDict()
         self._found_peer = trio.Event()
         self._doubted: dict[NodeId, None] = {}
@@ -143,7 +158,8 @@ class Kademlia:
 
     def add_peer(self, peer: NodeId) -> None:
         """A newly connected peer serves our protocol."""
-        self._avoided.pop(peer, None)
+        if not self._avoided.forgive(peer, trio.current_time()):
+            return
         if self._table.add(peer, self._network_of(peer)):
             self._found_peer.set()
         elif (oldest := self._table.oldest_beside(peer)) is not None and len(self._doubted) < MAX_CHECKS:
@@ -157,10 +173,7 @@ class Kademlia:
     def avoid(self, peer: NodeId) -> None:
         """Leave a peer out of lookups for a while: it does not answer or does not serve our protocol."""
         self._table.remove(peer)
-        self._avoided[peer] = trio.current_time() + AVOID_SECONDS
-        self._avoided.move_to_end(peer)
-        if len(self._avoided) > MAX_KNOWN_PEERS:
-            self._avoided.popitem(last=False)
+        self._avoided.add(peer, trio.current_time())
 
     def _network_of(self, peer: NodeId) -> str | None:
         connection = self._host.connections.preferred(peer)
@@ -205,7 +218,7 @@ class Kademlia:
         self._records.put(key, value, trio.current_time())
         raw_key = key.encode()
         record = Record(key=raw_key, value=value)
-        await self._send_to_closest(raw_key, Message(type=Message.PUT_VALUE, key=raw_key, record=record))
+        await self._store_at_closest(raw_key, Message(type=Message.PUT_VALUE, key=raw_key, record=record))
 
     async def get_record(self, key: str) -> bytes | None:
         """See `Network.get_record`."""
@@ -215,7 +228,7 @@ class Kademlia:
             findings.add((held,), 0)
         raw_key = key.encode()
 
-        def collect(answer: Message) -> Sequence[object]:
+        def collect(_peer: NodeId, answer: Message) -> Sequence[object]:
             value = answer.record.value
             return (value,) if value and answer.record.key == raw_key and self._is_valid(key, value) else ()
 
@@ -231,7 +244,7 @@ class Kademlia:
         addresses = [address.to_bytes() for address in self._host.addresses]
         ourselves = Message.Peer(id=self._host.node_id.peer_id, addrs=addresses)
         announcement = Message(type=Message.ADD_PROVIDER, key=multihash, providerPeers=[ourselves])
-        await self._send_to_closest(multihash, announcement)
+        await self._store_at_closest(multihash, announcement)
 
     async def find_providers(self, key: bytes, limit: int) -> Sequence[NodeId]:
         """See `Network.find_providers`."""
@@ -240,31 +253,58 @@ class Kademlia:
         findings = _Findings(limit)
         findings.add(self._providers.get(multihash, trio.current_time()), 0)
 
-        def collect(answer: Message) -> Sequence[object]:
-            return self._learn(answer.providerPeers[:MAX_PROVIDERS_PER_ANSWER])
+        def collect(peer: NodeId, answer: Message) -> Sequence[object]:
+            return self._learn(peer, answer.providerPeers[:MAX_PROVIDERS_PER_ANSWER])
 
         await self._lookup(multihash, Message.GET_PROVIDERS, collect, findings)
         # One that makes providers up does not crowd out the others.
         return tuple(cast("list[NodeId]", findings.best_named())[:limit])
 
-    async def _send_to_closest(self, key: bytes, message: Message) -> None:
-        # Both take a limited time of their own: who draws the lookup out does not keep us from storing.
-        peers = await self._lookup(key, Message.FIND_NODE, _nothing, _Findings())
+    async def _store_at_closest(self, key: bytes, message: Message) -> None:
+        """Have the peers closest to a key keep what a message brings.
+
+        Those that keep something of ours under that key are told first: what is taken back is so soon, whoever draws
+        the lookup out.
+        """
+        avoided = self._avoided.peers(trio.current_time())
+        before = [peer for peer in self._keepers.get(key, ()) if peer not in avoided and self._may_ask(peer)]
+        told = await self._send_to(before, message)
+        peers = await self._lookup(key, Message.FIND_NODE, _nothing, _Findings(), is_store=True)
+        told += await self._send_to([peer for peer in peers if peer not in before], message)
+        self._keepers[key] = tuple(closest(told, position(key), BUCKET_SIZE))
+        self._keepers.move_to_end(key)
+        if len(self._keepers) > MAX_STORED_KEYS:
+            self._keepers.popitem(last=False)
+
+    async def _send_to(self, peers: Iterable[NodeId], message: Message) -> list[NodeId]:
+        """Send a message to all of the peers at once; those that confirm it in time."""
+        confirmed: list[NodeId] = []
+
+        async def send(peer: NodeId) -> None:
+            if await self._ask(peer, message, STORE_QUERY_SECONDS) is not None:
+                confirmed.append(peer)
+
         async with trio.open_nursery() as nursery:
             for peer in peers:
-                nursery.start_soon(self._ask, peer, message)
+                nursery.start_soon(send, peer)
+        return confirmed
 
     async def _lookup(
         self,
         key: bytes,
         kind: Message.MessageType,
-        collect: Callable[[Message], Sequence[object]],
+        collect: Callable[[NodeId, Message], Sequence[object]],
         findings: _Findings,
+        *,
+        is_store: bool = False,
     ) -> list[NodeId]:
         """Ask ever closer peers about a key until the closest have all answered or what was found is enough.
 
-        `collect` says what is in an answer. Returns the peers that answered, closest first, at most BUCKET_SIZE.
+        `collect` says what is in an answer; `is_store`: it is for storing, so there is less time. Returns the peers
+        that answered, closest first, at most BUCKET_SIZE.
         """
+        limit = trio.current_time() + (STORE_LOOKUP_SECONDS if is_store else LOOKUP_SECONDS)
+        query_seconds = STORE_QUERY_SECONDS if is_store else QUERY_SECONDS
         lookup = self._begin_lookup(position(key))
         message = Message(type=kind, key=key)
         changed = trio.Event()
@@ -278,47 +318,49 @@ class Kademlia:
                         return
                     await changed.wait()
                     continue
-                answer = await self._ask(peer, message)
+                answer = await self._ask(peer, message, query_seconds)
                 if answer is None:
                     lookup.failed(path, peer)
                 else:
-                    closer = self._learn(answer.closerPeers[:BUCKET_SIZE])
+                    closer = self._learn(peer, answer.closerPeers[:BUCKET_SIZE])
                     lookup.answered(path, peer, [one for one in closer if one != self._host.node_id])
-                    findings.add(collect(answer), path)
+                    findings.add(collect(peer, answer), path)
                     if findings.is_enough(len(lookup.paths)):
                         scope.cancel()
                     elif findings:
                         scope.deadline = min(scope.deadline, trio.current_time() + PATIENCE_SECONDS)
+                    elif is_store:
+                        scope.deadline = min(limit, trio.current_time() + STORE_QUERY_SECONDS)
                 changed.set()
                 changed = trio.Event()
 
-        with trio.move_on_after(LOOKUP_SECONDS) as scope:
+        with trio.move_on_at(limit) as scope:
             async with trio.open_nursery() as nursery:
                 for worker in range(CONCURRENCY if lookup.paths else 0):
                     nursery.start_soon(work, worker % len(lookup.paths))
         return lookup.closest_answered()
 
     def _begin_lookup(self, target: int) -> Lookup:
-        now = trio.current_time()
-        avoided = {peer for peer, until in self._avoided.items() if until > now}
+        avoided = self._avoided.peers(trio.current_time())
         known = self._table.closest(target, BUCKET_SIZE)
         # A peer that has connected just now may not have told yet that it belongs in the table.
         others = [
             (peer, self._network_of(peer)) for peer in self._host.peers if peer not in known and peer not in avoided
         ]
         known += diverse(others, BUCKET_SIZE - len(known))
-        if not self._may_dial:
-            known = [peer for peer in known if peer in self._host.peers]
-        return Lookup(target, known, avoided)
+        return Lookup(target, filter(self._may_ask, known), avoided)
 
-    async def _ask(self, peer: NodeId, message: Message) -> Message | None:
+    def _may_ask(self, peer: NodeId) -> bool:
+        return self._may_dial or peer in self._host.peers
+
+    async def _ask(self, peer: NodeId, message: Message, seconds: float = QUERY_SECONDS) -> Message | None:
         """One request and its answer; None when the peer does not answer well in time."""
         requests = [message]
         if message.type == Message.ADD_PROVIDER:
             # It has no answer of its own; that to a ping behind it says that it was read.
             requests.append(Message(type=Message.PING))
         try:
-            with trio.fail_after(QUERY_SECONDS):
+            with trio.fail_after(seconds):
                 stream = await self._host.open_stream(peer, PROTOCOL)
                 try:
                     await stream.write(b"".join(prefixed(request.SerializeToString()) for request in requests))
@@ -327,12 +369,16 @@ class Kademlia:
                     stream.close()
         except Exception:  # whatever is wrong with one peer, the lookup goes on with the others
             log.debug("%s did not answer a DHT query", peer.short, exc_info=True)
-            self.avoid(peer)
+            self._table.remove(peer)
+            if peer in self._host.peers:
+                self._avoided.failed(peer, trio.current_time())
+            else:
+                self._avoided.add(peer, trio.current_time())
             return None
         self._table.heard_from(peer)
         return answer if answer.type == requests[-1].type else None
 
-    def _learn(self, peers: Iterable[Message.Peer]) -> list[NodeId]:
+    def _learn(self, teller: NodeId, peers: Iterable[Message.Peer]) -> list[NodeId]:
         """Remember where the peers in an answer can be dialled; those that make no sense are skipped."""
         learnt: list[NodeId] = []
         for peer in peers:
@@ -341,10 +387,13 @@ class Kademlia:
             except LocalError:
                 continue
             if node_id != self._host.node_id and self._may_dial:
-                self._host.learn(node_id, parse_all(peer.addrs, MAX_ADDRESSES_PER_PEER), hearsay=True)
-            if self._may_dial or node_id in {self._host.node_id, *self._host.peers}:
+                self._host.learn(node_id, self._dialable(teller, peer), hearsay=True)
+            if node_id == self._host.node_id or self._may_ask(node_id):
                 learnt.append(node_id)
         return learnt
+
+    def _dialable(self, teller: NodeId, peer: Message.Peer) -> list[TcpAddress]:
+        return self._host.believed(parse_all(peer.addrs, MAX_ADDRESSES_PER_PEER), teller)
 
     def _is_valid(self, key: str, value: bytes) -> bool:
         if len(value) > MAX_RECORD_BYTES:
@@ -441,5 +490,5 @@ class Kademlia:
         check_provider_key(request.key.removeprefix(_SHA2_256))
         for provider in request.providerPeers:
             if provider.id == peer.peer_id:
-                self._host.learn(peer, parse_all(provider.addrs, MAX_ADDRESSES_PER_PEER))
+                self._host.learn(peer, self._dialable(peer, provider))
                 self._providers.add(request.key, peer, self._network_of(peer), now)

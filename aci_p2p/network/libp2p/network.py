@@ -101,7 +101,7 @@ class Libp2pNetwork(Network):
         else:
             connection = await self._host.dial(target.peer, (target,))
         # Named by our user: remembered whatever the configuration says.
-        self._host.book.learn(connection.peer, (target,))
+        self._host.book.prefer(connection.peer, target)
         return connection.peer
 
     def learn_addresses(self, peer: NodeId, addresses: Sequence[str]) -> None:
@@ -111,7 +111,7 @@ class Libp2pNetwork(Network):
                 parsed.append(TcpAddress.parse(address))
             except LocalError:
                 continue
-        self._host.learn(peer, parsed)
+        self._host.learn(peer, self._host.believed(parsed))
 
     @asynccontextmanager
     async def open_stream(self, peer: NodeId, protocol: str) -> AsyncGenerator[Stream]:

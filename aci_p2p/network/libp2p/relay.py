@@ -60,6 +60,8 @@ MAX_RETRY_SECONDS = 1800.0
 """Longest time that a relay is left alone, seconds."""
 MAX_REFUSALS = 256
 """Relays remembered as not to be asked for a while."""
+RENEWALS_AT_ONCE = 16
+"""Circuits that are renewed at the same time: one whose relay is silent takes CIRCUIT_DIAL_SECONDS."""
 CHECK_SECONDS = 10.0
 """Time between two looks at the circuits that we have dialled, seconds."""
 
@@ -288,12 +290,18 @@ class RelayClient:
         while True:
             await trio.sleep(CHECK_SECONDS)
             self._dialled = [one for one in self._dialled if not one.connection.muxer.is_closed]
-            for one in tuple(self._dialled):
-                if one.stream.is_worn and self._host.connection(one.connection.peer) is one.connection:
-                    try:
-                        await self.dial(one.connection.peer, one.connection.place)
-                    except PeerUnreachable as error:
-                        log.debug("the circuit to %s is not renewed: %s", one.connection.peer.short, error)
+            limit = trio.CapacityLimiter(RENEWALS_AT_ONCE)
+            async with trio.open_nursery() as nursery:
+                for one in self._dialled:
+                    if one.stream.is_worn and self._host.connection(one.connection.peer) is one.connection:
+                        nursery.start_soon(self._renew, one.connection, limit)
+
+    async def _renew(self, circuit: Connection, limit: trio.CapacityLimiter) -> None:
+        async with limit:
+            try:
+                await self.dial(circuit.peer, circuit.place)
+            except PeerUnreachable as error:
+                log.debug("the circuit to %s is not renewed: %s", circuit.peer.short, error)
 
 
 def _check(answer: HopMessage) -> None:

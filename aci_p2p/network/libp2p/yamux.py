@@ -232,6 +232,11 @@ class Yamux:
         return any(state.in_use for state in self._streams.values())
 
     @property
+    def is_needed(self) -> bool:
+        """Whether a stream is open that we opened because somebody needs it."""
+        return any(state.in_use and self._is_ours(state.stream_id) for state in self._streams.values())
+
+    @property
     def congested(self) -> bool:
         """Whether data should wait because the peer reads more slowly than we write."""
         return self._queued > HIGH_WATER_BYTES

@@ -2,11 +2,11 @@
 
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, UNBUILT, Attacker, UnbuiltAttack
 from aci_p2p.testing.simulator.invariants import Invariant, InvariantBroken
-from aci_p2p.testing.simulator.measuring import Measurement, measure
+from aci_p2p.testing.simulator.measuring import Measurement, measure, trial
 from aci_p2p.testing.simulator.report import Summary, page, summarise
 from aci_p2p.testing.simulator.roles import Outcome
 from aci_p2p.testing.simulator.sampling import random_scenario
-from aci_p2p.testing.simulator.scenario import Fault, PlannedJob, Scenario
+from aci_p2p.testing.simulator.scenario import Fault, PlannedJob, PlannedOutcome, Scenario
 from aci_p2p.testing.simulator.scenario_file import BadScenario, dump_scenario, load_scenario
 from aci_p2p.testing.simulator.simulation import Gain, Result, Simulation
 
@@ -22,6 +22,7 @@ __all__ = [
     "Measurement",
     "Outcome",
     "PlannedJob",
+    "PlannedOutcome",
     "Result",
     "Scenario",
     "Simulation",
@@ -33,4 +34,5 @@ __all__ = [
     "page",
     "random_scenario",
     "summarise",
+    "trial",
 ]

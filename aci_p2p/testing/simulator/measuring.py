@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from aci_p2p.testing.simulator.adversaries import STRATEGIES, Part
 from aci_p2p.testing.simulator.roles import Outcome
 from aci_p2p.testing.simulator.scenario import Scenario
 from aci_p2p.testing.simulator.simulation import Simulation
@@ -36,6 +37,22 @@ class Measurement:
     def harm(self) -> float:
         """Share of the honest jobs that were spoiled."""
         return self.spoiled / max(self.jobs, 1)
+
+
+def trial(name: str) -> Scenario:
+    """A small market, a fifth of which follows one strategy: the world in which attacks are compared."""
+    providers = 0.5 if STRATEGIES[name].part is Part.PROVIDER else 0.3
+    return Scenario(
+        seed=5,
+        nodes=24,
+        hours=0.15,
+        providers=providers,
+        adversaries=0.2,
+        strategies=(name,),
+        models=1,
+        job_interval_s=45,
+        bid_window_ms=2_000,
+    )
 
 
 def measure(scenario: Scenario) -> Measurement:

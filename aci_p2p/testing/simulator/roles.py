@@ -31,6 +31,7 @@ from aci_p2p.protocol.round import BidArrived
 from aci_p2p.protocol.selection import ExpectedCost, Knowledge, StakeTable
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.store import StoreError
+from aci_p2p.testing.simulator.casting import INPUT_SHARE
 from aci_p2p.testing.simulator.directory import Announcing, Directory
 from aci_p2p.testing.simulator.driver import Driver
 from aci_p2p.testing.simulator.gossip import Gossip
@@ -44,8 +45,6 @@ ENGINE: Final = Engine("aci-toy/1", "toy", "simulated", "none")
 """What simulated providers say runs their models."""
 CHUNK_TOKENS: Final = 8
 """Tokens that a simulated provider sends at once."""
-INPUT_SHARE: Final = 4
-"""A prompt token costs this part of an output token."""
 AWARD_WAIT_MS: Final = 5_000
 """How long a provider waits for the award on a stream, milliseconds, as real ones do (`provider.AWARD_WAIT_S`)."""
 _FINISH: Final = {FinishReason.STOP: Finish.STOP, FinishReason.LENGTH: Finish.LENGTH}
@@ -89,6 +88,10 @@ class Outcome:
     """The answer that the true model gives."""
     text: str
     """The answer that came."""
+    tokens: int
+    """Output tokens of it."""
+    planned: int | None
+    """Which of the scenario's planned jobs it was; None: none of them."""
 
 
 class Consumer:
@@ -105,15 +108,18 @@ class Consumer:
         self._reputation = Reputation(node.node_id, node.sealer.network)
         self._knowledge = Knowledge(StakeTable({}), self._reputation)
 
-    def offer(self, request: JobRequest, model: ToyModel) -> None:
-        """Look the providers of a model up as `ACI.inference` does, then offer the job to all."""
+    def offer(self, request: JobRequest, model: ToyModel, planned: int | None = None) -> None:
+        """Look the providers of a model up as `ACI.inference` does, then offer the job to all.
+
+        `planned`: which of the scenario's planned jobs it is.
+        """
         node, around = self.node, self.around
 
         def found(records: Sequence[Envelope[CapabilityRecord]]) -> None:
             for record in records:
                 around.judge.heard(node, record)
             there = [record.sender for record in records if self._is_reachable(record.sender)]
-            self.start(replace(request, expected_bidders=frozenset(there)), model)
+            self.start(replace(request, expected_bidders=frozenset(there)), model, planned)
 
         around.directory.find(node, request.model_root, found)
 
@@ -121,12 +127,13 @@ class Consumer:
         node = self.around.find(provider)
         return node is not None and node.up and not self.node.transport.is_cut(self.node, node)
 
-    def start(self, request: JobRequest, model: ToyModel) -> None:
+    def start(self, request: JobRequest, model: ToyModel, planned: int | None = None) -> None:
         """Offer a job; `model` is the true one, for judging the answer and nothing else."""
         node = self.node
         secrets = JobSecrets(node.entropy(), node.entropy())
         machine = ConsumerJob(node.sealer, request, secrets, ExpectedCost(), self._knowledge)
         driver = self.drive(machine, request, model)
+        driver.planned = planned
         self.around.gossip.consumers[machine.job_id] = (node, driver.hear)
         self.around.judge.wanted(machine.job_id, request.terms)
         driver.tell(Start())
@@ -154,10 +161,13 @@ class ConsumerDriver(Driver):
         super().__init__(consumer.node, machine, consumer.around.judge)
         self.job = machine
         """The machine."""
+        self.planned: int | None = None
+        """Which of the scenario's planned jobs it is."""
         self._consumer = consumer
         self._started = consumer.node.world.now
         self._first: int | None = None
         self._text: list[str] = []
+        self._tokens = 0
         self._failure = ""
         self._request = request
         self._model = model
@@ -180,10 +190,11 @@ class ConsumerDriver(Driver):
                 target = around.find(provider)
                 if target is not None:
                     self.attach(self.node.transport.dial(self.node, target))
-            case Deliver(_, text):
+            case Deliver(tokens, text):
                 if self._first is None:
                     self._first = self.node.world.now - self._started
                 self._text.append(text)
+                self._tokens += len(tokens)
             case Failed(error):
                 self._failure = error.code
             case _:
@@ -215,6 +226,8 @@ class ConsumerDriver(Driver):
                 duration_ms=self.node.world.now - self._started,
                 expected=self._expected(),
                 text="".join(self._text),
+                tokens=self._tokens,
+                planned=self.planned,
             )
         )
 

@@ -34,12 +34,14 @@ def random_scenario(seed: int) -> Scenario:
     """The world of a seed."""
     random = Random(f"scenario/{seed}")  # noqa: S311 - worlds, not secrets
     strategies = list(STRATEGIES)
+    # Each has its turn, however few worlds there are.
+    turn = strategies.pop(seed % len(strategies))
     return Scenario(
         seed=seed,
         nodes=random.randint(*NODES),
         hours=round(random.uniform(*HOURS), 3),
         adversaries=ADVERSARIES,
-        strategies=tuple(sorted(random.sample(strategies, random.randint(1, MOST_STRATEGIES)))),
+        strategies=tuple(sorted((turn, *random.sample(strategies, random.randrange(MOST_STRATEGIES))))),
         providers=random.choice((0.3, 0.5)),
         models=random.choice((1, 1, 2)),
         slots=random.randint(1, MAX_SLOTS),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, Self
 
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.errors import LocalError
@@ -19,8 +19,14 @@ NODES_PER_MODEL: Final = 25
 """Nodes for each model of a world that does not say: some seven providers each, as of a common model."""
 MAX_HOURS: Final = 24 * 366
 """Longest simulated time: a year."""
+HOUR_S: Final = 3_600
+"""Seconds."""
 MAX_PROMPT: Final = 1_024
 """Characters of a planned prompt: toy models read one token a byte, and have 4,096."""
+MAX_PRICE: Final = 10**12
+"""What consumers pay at most where nothing else is said, base units: more than any honest provider asks."""
+MAX_LATENCY_MS: Final = 600_000
+"""Longest promise that consumers take: more than any provider of these worlds makes, however slow it has become."""
 
 
 class Fault(StrEnum):
@@ -66,15 +72,43 @@ class PlannedJob:
     """What it asks."""
     max_tokens: int = 64
     """Most output tokens."""
+    max_price: int = MAX_PRICE
+    """Most to pay for the whole job, base units."""
+    model: int = 0
+    """Which model it asks; the first is 0, and nobody serves those behind the scenario's last."""
 
     def __post_init__(self) -> None:
         """Raises LocalError for a job that cannot be."""
         if self.consumer < 0 or self.at_s < 0 or not 1 <= self.max_tokens <= MAX_TOKENS:
             msg = "a planned job has a consumer, a time and a number of tokens, none below zero"
             raise LocalError(msg)
-        if not 0 < len(self.prompt) <= MAX_PROMPT:
-            msg = f"a planned prompt has 1 to {MAX_PROMPT} characters"
+        if self.max_price < 0 or self.model < 0:
+            msg = "a planned job has a price and a model, none below zero"
             raise LocalError(msg)
+        if not (self.prompt.strip() and len(self.prompt) <= MAX_PROMPT):
+            msg = f"a planned prompt has 1 to {MAX_PROMPT} characters, and not only blanks"
+            raise LocalError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedOutcome:
+    """What came of a planned job: the same in the simulator and among real nodes. Times are no part of it."""
+
+    provider: int | None
+    """Which of the providers answered; the first is 0. None: nobody did."""
+    text: str
+    """Its answer; empty without one."""
+    tokens: int
+    """Output tokens that it has."""
+    price: int
+    """What it cost, base units."""
+    error: str
+    """Code of the error that ended the job; empty: it was answered."""
+
+    @classmethod
+    def failed(cls, error: str) -> Self:
+        """A job that ended with the code of an error."""
+        return cls(provider=None, text="", tokens=0, price=0, error=error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +163,9 @@ class Scenario:
             raise LocalError(msg)
         if any(job.consumer >= self.nodes - self.provider_count for job in self.jobs):
             msg = f"planned jobs are of the {self.nodes - self.provider_count} consumers, the first of which is 0"
+            raise LocalError(msg)
+        if any(job.at_s > self.hours * HOUR_S for job in self.jobs):
+            msg = f"planned jobs are asked within the {self.hours:g} hours of the scenario"
             raise LocalError(msg)
 
     @property

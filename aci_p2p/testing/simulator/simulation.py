@@ -16,13 +16,14 @@ from aci_p2p.protocol.messages import CapabilityRecord, Conversation, Turn
 from aci_p2p.protocol.request import JobRequest
 from aci_p2p.protocol.terms import ANY_PROVIDER
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part
+from aci_p2p.testing.simulator.casting import cast, toy_model
 from aci_p2p.testing.simulator.directory import Announcing, Directory
 from aci_p2p.testing.simulator.faults import Faults
 from aci_p2p.testing.simulator.gossip import Gossip
 from aci_p2p.testing.simulator.invariants import Invariant, Judge, fail
 from aci_p2p.testing.simulator.node import Reader, SimNode, WriteFate
 from aci_p2p.testing.simulator.roles import Consumer, Outcome, Provider, Surroundings
-from aci_p2p.testing.simulator.scenario import Fault, PlannedJob, Scenario
+from aci_p2p.testing.simulator.scenario import MAX_LATENCY_MS, MAX_PRICE, Fault, PlannedJob, PlannedOutcome, Scenario
 from aci_p2p.testing.simulator.transport import Transport
 from aci_p2p.testing.simulator.world import START_MS, World
 from aci_p2p.testing.toy_model import ToyModel
@@ -48,6 +49,8 @@ PACE_MS: Final = (5, 40)
 """Milliseconds for each token, fastest and slowest provider."""
 PRICE: Final = (1_000, 4_000)
 """Base units for each token, cheapest and dearest provider; only differences matter."""
+NEVER_ENDED: Final = "never_ended"
+"""Code of a planned job whose consumer cheated, or died before its end."""
 LOOK_MS: Final = 60_000
 """How often the bounds of all queues are checked, milliseconds."""
 RETRY_MS: Final = 10_000
@@ -68,6 +71,8 @@ class Result:
     """Invariants checked."""
     outcomes: tuple[Outcome, ...]
     """The jobs of honest consumers, in the order of their ends."""
+    planned: tuple[PlannedOutcome, ...]
+    """What came of the planned jobs, in their order."""
     fired: dict[str, int]
     """Faults, and how often each struck."""
     died_at: dict[str, int]
@@ -129,7 +134,7 @@ class Simulation:
         """Offers and bids."""
         self.directory = Directory(self.transport, self.nodes)
         """The DHT."""
-        self.models = [ToyModel(f"toy-{number}" if number else "toy") for number in range(scenario.model_count)]
+        self.models = [toy_model(number) for number in range(scenario.model_count)]
         """What is served."""
         self.consumers: dict[int, Consumer] = {}
         """Honest consumers, by the numbers of their nodes."""
@@ -184,16 +189,15 @@ class Simulation:
 
     def _cast(self) -> None:
         """Give the nodes their roles."""
-        random, scenario = self.world.dice["roles"], self.scenario
-        for node in self.nodes[: scenario.provider_count]:
-            drawn = random.randint(*PRICE)
+        scenario = self.scenario
+        for node, serving in zip(self.nodes, cast(scenario), strict=False):
             provider = Provider(
                 node,
                 self.around,
-                self.models[node.index % len(self.models)],
-                price=scenario.prices[node.index] if node.index < len(scenario.prices) else drawn,
+                self.models[serving.model],
+                price=serving.price,
                 slots=scenario.slots,
-                pace_ms=random.randint(*PACE_MS),
+                pace_ms=serving.pace_ms,
             )
             self.providers[node.index] = provider
             self._announcing[node.index] = provider.announcing
@@ -208,13 +212,16 @@ class Simulation:
         random = self.world.dice["attackers"]
         count = round(self.scenario.adversaries * len(self.nodes))
         names = self.scenario.strategies or tuple(STRATEGIES)
-        strategies = [STRATEGIES[name] for name in names]
+        # Dealt like cards, so that few cheats still do as many different things as there are.
+        deck = random.sample([STRATEGIES[name] for name in names], len(names))
         suspects: list[tuple[SimNode, type[Attacker]]] = []
         for node in random.sample(self.nodes, count):
             part = Part.PROVIDER if node.index in self.providers else Part.CONSUMER
-            fitting = [strategy for strategy in strategies if strategy.part in {part, Part.ANY}]
-            if fitting:
-                suspects.append((node, random.choice(fitting)))
+            strategy = next((one for one in deck if one.part in {part, Part.ANY}), None)
+            if strategy is not None:
+                deck.remove(strategy)
+                deck.append(strategy)
+                suspects.append((node, strategy))
         return suspects
 
     def replace_announcing(self, node: SimNode, announcing: Announcing) -> None:
@@ -227,8 +234,8 @@ class Simulation:
     def run(self, progress: Callable[[float], None] = lambda _share: None) -> Result:
         """Run the world to its end. Raises InvariantBroken."""
         world = self.world
-        for job in self.scenario.jobs:
-            world.after(round(job.at_s * MS_PER_S), self._ask, job)
+        for number, job in enumerate(self.scenario.jobs):
+            world.after(round(job.at_s * MS_PER_S), self._ask, number, job)
         if not self.scenario.jobs:
             for consumer in self.consumers.values():
                 self._next_job(consumer)
@@ -278,10 +285,11 @@ class Simulation:
         prompt = f"question {random.randrange(1 << 32)}"
         return self._request(prompt, random.randint(1, MAX_TOKENS), random.choice(self.models))
 
-    def _ask(self, job: PlannedJob) -> None:
+    def _ask(self, number: int, job: PlannedJob) -> None:
         consumer = self.consumers.get(self.scenario.provider_count + job.consumer)
         if consumer is not None and consumer.node.up:
-            consumer.offer(*self._request(job.prompt, job.max_tokens, self.models[0]))
+            request, model = self._request(job.prompt, job.max_tokens, toy_model(job.model))
+            consumer.offer(replace(request, max_price=job.max_price), model, number)
 
     def _request(self, prompt: str, max_tokens: int, model: ToyModel) -> tuple[JobRequest, ToyModel]:
         request = JobRequest(
@@ -379,6 +387,19 @@ class Simulation:
         ended = [one for consumer in self.consumers.values() if consumer.node.honest for one in consumer.outcomes]
         return sorted(ended, key=lambda one: (one.started + one.duration_ms, one.consumer))
 
+    def _planned(self) -> tuple[PlannedOutcome, ...]:
+        """What came of the planned jobs so far."""
+        planned = [PlannedOutcome.failed(NEVER_ENDED)] * len(self.scenario.jobs)
+        for one in self.outcomes():
+            if one.planned is None:
+                continue
+            if one.provider is None:
+                planned[one.planned] = PlannedOutcome.failed(one.failure)
+            else:
+                provider = self.by_id[one.provider].index
+                planned[one.planned] = PlannedOutcome(provider, one.text, one.tokens, one.price, "")
+        return tuple(planned)
+
     def gains(self) -> list[Gain]:
         """What cheating has brought, by strategy."""
         unearned: Counter[NodeId] = Counter()
@@ -407,6 +428,7 @@ class Simulation:
             events=self.world.events,
             checks=self.judge.checks,
             outcomes=tuple(self.outcomes()),
+            planned=self._planned(),
             fired={fault.value: self.faults.fired[fault] for fault in Fault if self.faults.fired[fault]},
             died_at=dict(sorted(self.faults.died_at.items())),
             refused=dict(sorted(self.gossip.refused.items())),

@@ -1,0 +1,58 @@
+"""A command beside a running node asks the network through it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aci_p2p.cli import asking
+from aci_p2p.cli.asking import client_beside
+from aci_p2p.cli.options import Given
+from aci_p2p.control import NoNode
+from aci_p2p.control.wire import BadRequest
+from tests.cli.views import status
+
+NAMED = "/dnsaddr/boot.example"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home in which a node of the network aci-test is configured."""
+    monkeypatch.setenv("ACI_HOME", str(tmp_path))
+    monkeypatch.setenv("ACI_NETWORK", "aci-test")
+    monkeypatch.setenv("ACI_BOOTSTRAP", NAMED)
+    return tmp_path
+
+
+def test_it_joins_through_the_running_node_first(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    asked: list[tuple[Path, str]] = []
+
+    def ask(path: Path, command: str, *, timeout_s: float) -> object:
+        assert timeout_s < 5
+        asked.append((path, command))
+        return status()
+
+    monkeypatch.setattr(asking, "ask", ask)
+    assert client_beside(Given().load()).bootstrap == (*status()["addresses"], NAMED)
+    assert asked == [(home / "run" / "node.sock", "status")]
+    # What the command line says goes before everything.
+    assert client_beside(Given({"bootstrap": ["/dnsaddr/other"]}).load()).bootstrap == ("/dnsaddr/other",)
+    assert len(asked) == 1
+
+
+def test_a_node_of_another_network_is_no_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object, **__: object) -> object:
+        return status()
+
+    monkeypatch.setattr(asking, "ask", ask)
+    assert client_beside(Given({"network": "aci-other"}).load()).bootstrap == (NAMED,)
+
+
+@pytest.mark.parametrize("error", [NoNode(Path("x"), "it hung up"), BadRequest("another version")])
+def test_without_a_node_that_answers_it_goes_on(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def ask(*_: object, **__: object) -> object:
+        raise error
+
+    monkeypatch.setattr(asking, "ask", ask)
+    assert client_beside(Given().load()).bootstrap == (NAMED,)
