@@ -79,8 +79,9 @@ class MarketView:
         body = offer.body
         check_terms(offer)
         known = self._known.get(body.job_id)
-        # One offer for a job at a time: another, when a provider has failed, comes when the bids for the first are in.
-        require(known is None or now > known.offer.body.bid_deadline, Decision.IGNORE, Reason.REPLAYED)
+        # Newer than what is known of this job: its consumer asks again when a provider has failed.
+        newer = known is None or offer.header.sequence > known.offer.header.sequence
+        require(newer, Decision.IGNORE, Reason.REPLAYED)
         self._replay.remember(offer.header)
         self._forget_expired(now)
         self._known.pop(body.job_id, None)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from typing import Final, Literal
 
 import trio
 
-from aci_p2p.client import Requirements
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.testing.simulator.casting import cast, toy_model
 from aci_p2p.testing.simulator.scenario import MAX_LATENCY_MS, PlannedJob, PlannedOutcome, Scenario
 from aci_p2p.testing.swarm import Swarm, open_swarm
+from aci_p2p.testing.swarm_node import CHEAPEST
 from aci_p2p.testing.toy_model import ToyExecutor
 
 MAX_NODES: Final = 64
@@ -75,7 +76,9 @@ async def _outcome(swarm: Swarm, scenario: Scenario, job: PlannedJob) -> Planned
             job.prompt,
             max_tokens=job.max_tokens,
             model=toy_model(job.model).root.hex(),
-            requirements=Requirements(job.max_price, MAX_LATENCY_MS, scenario.bid_window_ms),
+            requirements=replace(
+                CHEAPEST, max_price=job.max_price, max_latency_ms=MAX_LATENCY_MS, bid_window_ms=scenario.bid_window_ms
+            ),
         )
     except AciError as error:
         return PlannedOutcome.failed(error.code)

@@ -88,8 +88,14 @@ class Trace:
 class Swarm:
     """Nodes that have found each other. Made by `open_swarm`."""
 
-    def __init__(self, around: Surroundings, nursery: trio.Nursery, hub: MemoryHub | None, trace: Trace | None) -> None:
-        """`nursery` runs the nodes; `hub` is None over libp2p; `trace` hashes what happens on the hub."""
+    def __init__(
+        self, around: Surroundings, nursery: trio.Nursery, hub: MemoryHub | None, trace: Trace | None, *, asks: bool
+    ) -> None:
+        """`nursery` runs the nodes; `hub` is None over libp2p; `trace` hashes what happens on the hub.
+
+        `asks`: whether providers publish standing asks.
+        """
+        self._asks = asks
         self.seed = around.seed
         """What fixes keys, nonces and choices."""
         self.clock = around.clock
@@ -192,10 +198,7 @@ class Swarm:
             node = consumer.node
             found = {record.sender for record in await node.find_providers(self.model_root)}
             asking = {ask.sender for ask in node.asks.book.view(self.model_root, node.clock())}
-            asks = any(
-                one.is_up and one.node.config.provider and one.node.config.provider.asks for one in self.providers
-            )
-            if wanted <= found & set(node.network.peers) and (wanted <= asking or not asks):
+            if wanted <= found & set(node.network.peers) and (wanted <= asking or not self._asks):
                 return
             await trio.sleep(LOOK_S)
 
@@ -318,7 +321,7 @@ async def open_swarm(
             model_root=model_root or model.root,
         )
         async with open_background() as nursery:
-            swarm = Swarm(around, nursery, hub, trace if hub else None)
+            swarm = Swarm(around, nursery, hub, trace if hub else None, asks=asks)
             for number in range(providers):
                 price = prices[number] if number < len(prices) else FIRST_PRICE + number * PRICE_STEP
                 config = _config(folder, f"provider-{number}", _serving(price, slots, asks=asks))

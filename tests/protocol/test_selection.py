@@ -331,7 +331,7 @@ def test_any_receipt_of_a_job_replays_to_its_winner(data: st.DataObject) -> None
         for rival in (one for one in receipt.bids if one.provider != receipt.provider):
             if rival.provider in {passed.provider for passed in receipt.passed}:
                 continue
-            bids = tuple(replace(one, **changed) if one is rival else one for one in receipt.bids)
+            bids = tuple(alter(one, **changed) if one is rival else one for one in receipt.bids)
             with pytest.raises(NotReplayed, match="should have won"):
                 replay(offer, replace(receipt, bids=bids, terms=terms))
 

@@ -21,7 +21,7 @@ from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import State
 from aci_p2p.protocol.messages import CapabilityRecord
-from aci_p2p.testing import ROUGH, InvariantBroken, NodeDown, Swarm, ToyExecutor, ToyModel, open_swarm, run
+from aci_p2p.testing import ROUGH, InvariantBroken, NodeDown, Swarm, SwarmNode, ToyExecutor, ToyModel, open_swarm, run
 from aci_p2p.testing.ledger import Ledger
 from aci_p2p.testing.swarm import MODEL, NETWORK
 from tests.executor.tiny import write_tiny_model
@@ -274,6 +274,11 @@ async def answered(swarm: Swarm) -> JobRecord:
     return job
 
 
+def stored(ledger: Ledger, node: SwarmNode, *records: JobRecord) -> None:
+    """A node has stored these."""
+    ledger.stored(node.name, node.node_id, records, ())
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -285,7 +290,7 @@ async def answered(swarm: Swarm) -> JobRecord:
 async def test_wrong_record_is_noticed(open_swarm: OpenSwarm, name: str, change: dict[str, Any]) -> None:
     async with open_swarm() as swarm:
         job = await answered(swarm)
-        swarm.ledger.stored("provider-0", [replace(job, **{"state": State.FINAL, **change})])
+        stored(swarm.ledger, swarm.providers[0], replace(job, **{"state": State.FINAL, **change}))
         with pytest.raises(InvariantBroken, match=name):
             swarm.assert_invariants()
 
@@ -294,16 +299,16 @@ async def test_two_paid_providers_are_noticed(open_swarm: OpenSwarm) -> None:
     with pytest.raises(InvariantBroken, match="one result for a job"):
         async with open_swarm() as swarm:
             job = await answered(swarm)
-            swarm.ledger.stored("provider-1", [replace(job, state=state) for state in PAID])
+            stored(swarm.ledger, swarm.providers[1], *(replace(job, state=state) for state in PAID))
             swarm.assert_invariants()
 
 
 async def test_money_out_of_nowhere_is_noticed(open_swarm: OpenSwarm) -> None:
     async with open_swarm() as swarm:
         job = await answered(swarm)
-        swarm.ledger.stored("consumer-0", [replace(swarm.consumers[0].jobs[0], state=State.FINAL)])
+        stored(swarm.ledger, swarm.consumers[0], replace(swarm.consumers[0].jobs[0], state=State.FINAL))
         ledger = Ledger(NETWORK)
-        ledger.stored("provider-0", [replace(job, state=state) for state in PAID])
+        stored(ledger, swarm.providers[0], *(replace(job, state=state) for state in PAID))
         with pytest.raises(InvariantBroken, match="paid by nobody"):
             ledger.check()
 

@@ -41,10 +41,6 @@ MAX_TOKENS: Final = 64
 """Longest answer asked for at random."""
 TERMS: Final = replace(ANY_PROVIDER, latency_value=20_000, retry_cost=50_000)
 """A second, and a failure, cost as much as some tokens: who is slow or fails loses jobs to who is dearer."""
-MAX_PRICE: Final = 10**12
-"""What consumers pay at most: more than any honest provider of these worlds asks."""
-MAX_LATENCY_MS: Final = 600_000
-"""Longest promise that consumers take: more than any provider of these worlds makes, however slow it has become."""
 PACE_MS: Final = (5, 40)
 """Milliseconds for each token, fastest and slowest provider."""
 PRICE: Final = (1_000, 4_000)
