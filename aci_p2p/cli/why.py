@@ -12,7 +12,7 @@ from rich.text import Text
 from aci_p2p.cli.common import json_option, print_json
 from aci_p2p.cli.filed import find, receipt_of
 from aci_p2p.cli.options import Given, configured
-from aci_p2p.cli.texts import print_table
+from aci_p2p.cli.texts import plural, print_table
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.lifecycle import Party
@@ -141,6 +141,8 @@ def _print(choice: _Choice) -> None:
     click.echo(f"job {receipt.job_id.hex()[:16]}: {receipt.provider.short} was chosen by the rule {receipt.rule}")
     if choice.why:
         click.echo(f"  {choice.why}")
+    if receipt.passed:
+        click.echo(f"  passed over: {plural(len(receipt.passed), 'provider')} that ranked higher")
     click.echo(
         f"  expected cost = at most + first token x {format_amount(terms.latency_value)} per s "
         f"+ failing x {format_amount(terms.retry_cost)}"

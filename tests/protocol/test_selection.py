@@ -325,14 +325,14 @@ def test_any_receipt_of_a_job_replays_to_its_winner(data: st.DataObject) -> None
     )  # fmt: skip
     with pytest.raises(NotReplayed):
         replay(offer, replace(receipt, bids=dear))
-    for changed in ({"stake": 9, "worst_price": 0, "latency_ms": 0, "success_milli": 1_000, "experience": 0},):
-        terms = replace(receipt.terms, quantisations=(), regions=())
-        for rival in (one for one in receipt.bids if one.provider != receipt.provider):
-            if rival.provider in {passed.provider for passed in receipt.passed}:
-                continue
-            bids = tuple(replace(one, **changed) if one is rival else one for one in receipt.bids)
-            with pytest.raises(NotReplayed, match="should have won"):
-                replay(offer, replace(receipt, bids=bids, terms=terms))
+    # So is a rival whose bid is made to look better than it was.
+    terms = replace(receipt.terms, quantisations=(), regions=())
+    out = {one.provider for one in receipt.passed} | {receipt.provider}
+    for rival in (one for one in receipt.bids if one.provider not in out):
+        better = replace(rival, stake=9, worst_price=0, latency_ms=0, success_milli=1_000, experience=0)
+        bids = tuple(better if one is rival else one for one in receipt.bids)
+        with pytest.raises(NotReplayed, match="should have won"):
+            replay(offer, replace(receipt, bids=bids, terms=terms))
 
 
 def test_what_cannot_be_replayed() -> None:

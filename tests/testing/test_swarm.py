@@ -175,7 +175,7 @@ async def test_crash_and_restart_over_sockets() -> None:
         await swarm.restart(first)
         await swarm.rendezvous()
         assert [job.state for job in first.jobs] == [State.CANCELLED]
-        assert (await consumer.ask("Who is back?", max_tokens=4)).provider == first.node_id
+        assert (await consumer.ask("Who is back?", max_tokens=4, requirements=CHEAPEST)).provider == first.node_id
         with pytest.raises(LocalError, match="partitioned"):
             swarm.partition([first])
         swarm.assert_invariants()
