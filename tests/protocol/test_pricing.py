@@ -47,7 +47,7 @@ def test_priority_fee_is_paid_whatever_comes() -> None:
 
 
 def test_licence_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pricing, "licence_bps", lambda root: 500 if root == OFFER.model_root else 0)
+    monkeypatch.setattr(pricing, "licence_bps", {OFFER.model_root: 500, bytes(32): 0}.__getitem__)
     assert price(OFFER, BID, input_tokens=0, output_tokens=40).licence == 22
     stranger = replace(OFFER, model_root=bytes(32))
     assert price(stranger, BID, input_tokens=0, output_tokens=40).licence == 0

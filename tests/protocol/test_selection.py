@@ -15,7 +15,7 @@ from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import StreamEnded
 from aci_p2p.protocol.lifecycle import State
-from aci_p2p.protocol.messages import Abort, AbortCode, BidSummary, Offer, Receipt
+from aci_p2p.protocol.messages import Abort, AbortCode, Bid, BidSummary, Offer, Receipt
 from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.selection import (
     RULES,
@@ -274,7 +274,7 @@ def receipted(data: st.DataObject) -> tuple[Envelope[Offer], Receipt] | None:
     request = replace(REQUEST, terms=data.draw(ASKED), max_tokens=data.draw(st.integers(8, 40)))
     bench = ConsumerBench(request, knowledge=Knowledge(StakeTable(stakes), Known(standings)))
     bench.start()
-    made = {}
+    made = dict[NodeId, tuple[KeyPair, Envelope[Bid]]]()
     for key, row in zip(KEYS, rows, strict=False):
         lifetime = data.draw(st.sampled_from([60_000, 60_000, 1_000]))
         terms = {"output_token_price": row[0] * 10**12, "latency_ms": row[1], "quantisation": row[5], "region": row[6]}
