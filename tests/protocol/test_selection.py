@@ -266,12 +266,21 @@ ASKED = st.builds(
 )
 
 
+FEES = [
+    next(
+        fee for fee in range(1_000) if explores(make_offer(request=replace(REQUEST, priority_fee=fee)).digest) is wanted
+    )
+    for wanted in (False, True)
+]
+"""Of an offer that tries no newcomer, and of one that does."""
+
+
 def receipted(data: st.DataObject) -> tuple[Envelope[Offer], Receipt] | None:
     """The receipt of a consumer's job among any providers, some of whom are passed over; None: nobody is left."""
     rows = data.draw(ROWS)
     standings = {key.node_id: Standing(row[3], row[4]) for key, row in zip(KEYS, rows, strict=False)}
     stakes = {key.node_id: row[2] for key, row in zip(KEYS, rows, strict=False)}
-    request = replace(REQUEST, terms=data.draw(ASKED), max_tokens=data.draw(st.integers(8, 40)))
+    request = replace(REQUEST, terms=data.draw(ASKED), priority_fee=data.draw(st.sampled_from(FEES)))
     bench = ConsumerBench(request, knowledge=Knowledge(StakeTable(stakes), Known(standings)))
     bench.start()
     made = dict[NodeId, tuple[KeyPair, Envelope[Bid]]]()
@@ -284,7 +293,7 @@ def receipted(data: st.DataObject) -> tuple[Envelope[Offer], Receipt] | None:
     while bench.job.state is State.AWARDED:
         key, bench.chosen = made[bench.job._provider.provider]
         bench.peer = Sealer(key, NETWORK)
-        match data.draw(st.sampled_from(["accepts", "accepts", "is busy", "is silent", "is gone"])):
+        match data.draw(st.sampled_from(["accepts"] * 4 + ["is busy", "is silent", "is gone"])):
             case "is busy":
                 bench.receive(Abort(bench.job.job_id, AbortCode.BUSY, ""))
             case "is silent":
