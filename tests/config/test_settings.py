@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -233,5 +234,6 @@ def test_labels_that_no_bid_can_carry(label: str) -> None:
 
 @pytest.mark.parametrize("name", ["min_provider_stake", "priority_fee", "latency_value", "retry_cost"])
 def test_nothing_asked_for_is_negative(name: str) -> None:
+    changes: dict[str, Any] = {name: -1}
     with pytest.raises(LocalError, match="not negative"):
-        replace(ClientConfig(), **{name: -1})
+        replace(ClientConfig(), **changes)
