@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
@@ -77,6 +77,8 @@ CREATE INDEX payments_by_state ON payments (node, state);
 """Since version 2."""
 _TOTALS_INDEX: Final = "CREATE INDEX IF NOT EXISTS jobs_totals ON jobs (node, role, state, price)"
 """Holds all that `totals` reads: the jobs themselves, with their proofs, are a hundred times as large."""
+_BY_TIME_INDEX: Final = "CREATE INDEX IF NOT EXISTS jobs_by_time ON jobs (updated_at)"
+"""For the latest jobs."""
 _OPEN_STATES: Final = tuple(state.value for state in LIMITS)
 """States that something still leaves."""
 _COLUMNS: Final = "node, job_id, role, state, updated_at, model_root, peer, price, blame, detail, proof, receipt"
@@ -88,6 +90,9 @@ _SUM_PRICE: Final = tuple(f"SUM(CAST(substr(price, {start}, 9) AS INTEGER))" for
 """The sum in parts of nine digits, the lowest first: each sum fits 64 bits for 10^9 jobs."""
 _UNFIT: Final = (sqlite3.Error, ValueError, OverflowError, LocalError)
 """What SQLite raises, and what a value does that it cannot hold, or that a damaged file held."""
+_UNFIT_TO_READ: Final = (sqlite3.Error, ValueError, OverflowError)
+MAX_FOUND: Final = 16
+"""Jobs that a prefix of an id may name: more are no help to anybody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,14 +303,12 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Make the tables that are missing; refuse a database of a later version."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    version = _check_version(connection, path)
     if version < SCHEMA_VERSION:
         for statement in (_PAYMENTS if version else _SCHEMA + _PAYMENTS).split(";"):
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    elif version != SCHEMA_VERSION:
-        msg = f"{path} is of version {version}, this program knows {SCHEMA_VERSION}"
-        raise StoreError(msg, hint="use the program that wrote it, or another --home")
+    connection.execute(_BY_TIME_INDEX)
     connection.execute(_TOTALS_INDEX)
 
 
@@ -321,6 +324,74 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
             time.sleep(BUSY_POLL_S)
         else:
             return
+
+
+@dataclass(frozen=True, slots=True)
+class FiledJob:
+    """A job in a database, with whose it is."""
+
+    node: NodeId
+    """The node of ours that had it."""
+    job: JobRecord
+    """The job as it stands."""
+
+
+class Archive:
+    """The jobs of all nodes that share a database, for reading. Made by `open_archive`."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def jobs(self, limit: int, role: Party | None = None) -> list[FiledJob]:
+        """The latest jobs, of one role if that is given, `limit` at most, latest first; without their proofs."""
+        where = "role = ? OR ? IS NULL ORDER BY updated_at DESC LIMIT ?"
+        value = role.value if role else None
+        return self._select(where, (value, value, limit), _NO_PROOF)
+
+    def find(self, prefix: str) -> list[FiledJob]:
+        """The jobs whose id in hex begins with `prefix`, in either role; MAX_FOUND at most."""
+        # The index on transitions holds all ids; the jobs themselves are a hundred times as large.
+        query = "SELECT DISTINCT node, job_id, role FROM transitions WHERE substr(hex(job_id), 1, ?) = ? LIMIT ?"
+        keys = self._connection.execute(query, (len(prefix), prefix.upper(), MAX_FOUND)).fetchall()
+        return [filed for key in keys for filed in self._select(_THIS_JOB, key)]
+
+    def history(self, filed: FiledJob) -> list[tuple[State, int]]:
+        """The transitions of a job in order: state and Unix milliseconds."""
+        query = f"SELECT state, at FROM transitions WHERE {_THIS_JOB} ORDER BY rowid"  # noqa: S608 - ours, values are bound
+        key = (filed.node.public_key, filed.job.job_id, filed.job.role.value)
+        return [(State(state), at) for state, at in self._connection.execute(query, key)]
+
+    def _select(self, where: str, arguments: tuple[Any, ...], columns: str = _COLUMNS) -> list[FiledJob]:
+        query = f"SELECT {columns} FROM jobs WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
+        return [FiledJob(NodeId(row[0]), _record(row)) for row in self._connection.execute(query, arguments)]
+
+
+@contextmanager
+def open_archive(path: Path) -> Generator[Archive]:
+    """The database at `path` for reading within the block; a running node may write to it meanwhile.
+
+    Raises StoreError, also when there is none, or when it fails within the block.
+    """
+    if not path.exists():
+        msg = f"there are no jobs yet: {path} does not exist"
+        raise StoreError(msg, hint="another folder is named with --home")
+    try:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)) as opened:
+            _check_version(opened, path)
+            yield Archive(opened)
+    except _UNFIT_TO_READ as error:
+        msg = f"cannot read {path}: {error}"
+        raise StoreError(msg, hint="check the disk and the permissions of the folder") from error
+
+
+def _check_version(connection: sqlite3.Connection, path: Path) -> int:
+    """The version of a database's tables. Raises StoreError when it is another one than ours."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version not in (0, SCHEMA_VERSION):
+        msg = f"{path} is of version {version}, this program knows {SCHEMA_VERSION}"
+        raise StoreError(msg, hint="use the program that wrote it, or another --home")
+    return int(version)
 
 
 class MakeStore(Protocol):

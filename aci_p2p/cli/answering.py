@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from aci_p2p.cli.filed import items
 from aci_p2p.cli.output import write_text
 from aci_p2p.cli.verify import describe, model_name
 from aci_p2p.consumer import Offered
@@ -128,6 +129,7 @@ def summary(answer: Answer, show: Show) -> dict[str, object]:
         "tokens": list(answer.tokens),
         "price": format_amount(receipt.price),
         "price_base_units": str(receipt.price),
+        "charges": items(receipt.charges),
         "bids": [
             {
                 "provider": str(bid.provider),

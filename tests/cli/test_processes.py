@@ -125,9 +125,9 @@ def test_a_paid_answer_is_shown_though_its_proof_cannot_be_saved(
 def test_what_a_consumer_is_told(cli: Cli, start: Start, tiny_home: Path) -> None:
     provider = start("join", *LOOPBACK)
     ask = ("infer", "--bootstrap", wait_for(provider, "listening on "), "--model", "tiny", "--max-tokens", "5")
-    assert "dearer than the maximum price by" in one_line(cli(*ask, "--max-price", "0.0000001", "Hello!"), 4)
+    assert "ACI under the cheapest of 1 providers" in one_line(cli(*ask, "--max-price", "0.0000001", "Hello!"), 4)
     assert "slower than the maximum latency by" in one_line(cli(*ask, "--max-latency", "1", "Hello!"), 4)
-    assert "nobody bid within 0.2 s" in one_line(
+    assert "no provider has the model" in one_line(
         cli("infer", "--bootstrap", ask[2], "--model", "ab" * 32, "--bid-window", "200", "Hello!"), 4
     )
     long = cli(*ask, "-", stdin="word " * 3_000)

@@ -344,7 +344,7 @@ async def test_a_model_that_nobody_has_is_not_offered(autojump_clock: MockClock,
 @pytest.mark.parametrize(
     ("requirements", "why"),
     [
-        (Requirements(max_price=10), " ACI under the cheapest of 1 providers, which may cost 0.000000000000032187 ACI"),
+        (Requirements(max_price=10), " ACI under the cheapest of 1 providers, which may cost 0.000000000000032192 ACI"),
         (Requirements(min_provider_stake=8), "the largest of 1 is 0 ACI, 0.000000000000000008 ACI below"),
         (Requirements(quantisations=("q4_0",)), "no provider computes in q4_0: there is none"),
     ],

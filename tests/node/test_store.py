@@ -242,6 +242,17 @@ def test_every_field_comes_back(shared_path: Path, jobs: list[JobRecord]) -> Non
     trio.run(main)
 
 
+async def test_the_latest_of_one_role_come_without_their_proofs(path: Path) -> None:
+    async with open_store(path, NODE) as store:
+        await store.put_jobs([record(number, updated_at=NOW + number) for number in range(5)])
+        await store.put_jobs([record(9, role=Party.PROVIDER, updated_at=NOW + 9)])
+        assert await store.recent(Party.CONSUMER, 2) == [
+            record(number, updated_at=NOW + number, proof=b"") for number in (4, 3)
+        ]
+    async with open_store(path, OTHER) as store:
+        assert not await store.recent(Party.CONSUMER, 2)
+
+
 async def test_jobs_come_latest_first(path: Path) -> None:
     async with open_store(path, NODE) as store:
         await store.put_jobs([record(number, updated_at=NOW + at) for number, at in enumerate((5, 9, 1))])

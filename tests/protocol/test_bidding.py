@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from aci_p2p.protocol import bidding
@@ -36,6 +38,13 @@ def award(bid: Envelope[Bid], *, by: Sealer = CONSUMER, now: int = NOW) -> bytes
 @pytest.fixture
 def book() -> BidBook:
     return BidBook(PROVIDER, (OFFERING,), slots=2)
+
+
+def test_a_bid_says_what_it_is_computed_with_and_where() -> None:
+    book = BidBook(PROVIDER, (replace(OFFERING, quantisation="q4_0", region="eu-west"),), slots=2)
+    made = book.bid(offer(), NOW, running=0, addresses=())
+    assert made is not None
+    assert (made.body.quantisation, made.body.region) == ("q4_0", "eu-west")
 
 
 def bid(book: BidBook, number: int = 1, *, running: int = 0) -> Envelope[Bid]:

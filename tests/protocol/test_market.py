@@ -92,10 +92,16 @@ def test_an_offer_seen_before(view: MarketView) -> None:
 
 def test_a_second_offer_for_a_job(view: MarketView) -> None:
     maker = Maker()
-    first = maker.offer()
-    view.check_offer(first.data, NOW)
-    refuse_offer(view, maker.offer(max_price=11).data, Decision.IGNORE, Reason.REPLAYED)
-    assert view.offer(first.body.job_id) == first
+    first, second = maker.offer(), maker.offer(max_price=11)
+    view.check_offer(second.data, NOW)
+    # The older one comes behind it, or again.
+    refuse_offer(view, first.data, Decision.IGNORE, Reason.REPLAYED)
+    assert view.offer(first.body.job_id) == second
+    third = maker.offer(max_price=12)
+    view.check_offer(third.data, NOW)
+    # Bids are for the terms that they name.
+    assert view.offer(first.body.job_id) == third
+    assert len(view) == 1
 
 
 @pytest.mark.parametrize("change", ["job_id", "input_commitment", "nonce_commitment"])

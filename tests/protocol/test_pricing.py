@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -46,7 +47,7 @@ def test_priority_fee_is_paid_whatever_comes() -> None:
 
 
 def test_licence_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pricing, "licence_bps", lambda root: 500 if root == OFFER.model_root else 0)
+    monkeypatch.setattr(pricing, "licence_bps", {OFFER.model_root: 500, bytes(32): 0}.__getitem__)
     assert price(OFFER, BID, input_tokens=0, output_tokens=40).licence == 22
     stranger = replace(OFFER, model_root=bytes(32))
     assert price(stranger, BID, input_tokens=0, output_tokens=40).licence == 0
@@ -83,6 +84,10 @@ def test_worked_example_of_the_design() -> None:
     )  # fmt: skip
     assert (format_amount(due.compute), format_amount(due.verification)) == ("0.002 ACI", "0.0005 ACI")
     assert due.total == 2_500_000_000_000_000 == parse_amount("0.0025") < parse_amount("0.0040")
+    # As the specification prints it.
+    text = (Path(__file__).parents[2] / "spec" / "selection.md").read_text(encoding="utf-8")
+    for name, amount in (*((item.name, getattr(due, item.name)) for item in fields(due)), ("together", due.total)):
+        assert f"| {name} | {format_amount(amount).removesuffix(' ACI')} | {amount} |" in text
     # The quote before the job, which the answer fills to the last token.
     assert worst_price(OFFER, bid) == due
 

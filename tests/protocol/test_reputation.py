@@ -13,8 +13,9 @@ from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.job import JobRecord, StreamEnded
 from aci_p2p.protocol.lifecycle import Party, State
-from aci_p2p.protocol.messages import Receipt
+from aci_p2p.protocol.messages import AbortCode, Receipt
 from aci_p2p.protocol.pricing import ONE_ACI
+from aci_p2p.protocol.provider import GenerationFailed
 from aci_p2p.protocol.reputation import (
     FULL_WEIGHT_PAID,
     HALF_LIFE_MS,
@@ -238,3 +239,8 @@ def test_jobs_that_we_served_count_for_nothing() -> None:
     assert served.role is Party.PROVIDER
     assert not list(outcomes(served, CONSUMER.node_id, NETWORK))
     assert not list(outcomes(served, PROVIDER.node_id, NETWORK))
+    # Our own failure says nothing of the consumer whom we served.
+    broken = ProviderBench().reach(State.STREAMING)
+    broken.feed(GenerationFailed(AbortCode.EXECUTOR_FAILED, "dead"))
+    assert broken.last.blame is Party.PROVIDER
+    assert not list(outcomes(broken.last, PROVIDER.node_id, NETWORK))

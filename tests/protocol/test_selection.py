@@ -14,7 +14,7 @@ from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import StreamEnded
 from aci_p2p.protocol.lifecycle import State
-from aci_p2p.protocol.messages import Abort, AbortCode, BidSummary, Offer, Receipt
+from aci_p2p.protocol.messages import Abort, AbortCode, Bid, BidSummary, Offer, Receipt
 from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.round import BidArrived
 from aci_p2p.protocol.selection import (
@@ -266,15 +266,24 @@ ASKED = st.builds(
 )
 
 
+FEES = [
+    next(
+        fee for fee in range(1_000) if explores(make_offer(request=replace(REQUEST, priority_fee=fee)).digest) is wanted
+    )
+    for wanted in (False, True)
+]
+"""Of an offer that tries no newcomer, and of one that does."""
+
+
 def receipted(data: st.DataObject) -> tuple[Envelope[Offer], Receipt] | None:
     """The receipt of a consumer's job among any providers, some of whom are passed over; None: nobody is left."""
     rows = data.draw(ROWS)
     standings = {key.node_id: Standing(row[3], row[4]) for key, row in zip(KEYS, rows, strict=False)}
     stakes = {key.node_id: row[2] for key, row in zip(KEYS, rows, strict=False)}
-    request = replace(REQUEST, terms=data.draw(ASKED), max_tokens=data.draw(st.integers(8, 40)))
+    request = replace(REQUEST, terms=data.draw(ASKED), priority_fee=data.draw(st.sampled_from(FEES)))
     bench = ConsumerBench(request, knowledge=Knowledge(StakeTable(stakes), Known(standings)))
     bench.start()
-    made = {}
+    made = dict[NodeId, tuple[KeyPair, Envelope[Bid]]]()
     for key, row in zip(KEYS, rows, strict=False):
         lifetime = data.draw(st.sampled_from([60_000, 60_000, 1_000]))
         terms = {"output_token_price": row[0] * 10**12, "latency_ms": row[1], "quantisation": row[5], "region": row[6]}
@@ -284,7 +293,7 @@ def receipted(data: st.DataObject) -> tuple[Envelope[Offer], Receipt] | None:
     while bench.job.state is State.AWARDED:
         key, bench.chosen = made[bench.job._working.provider]
         bench.peer = Sealer(key, NETWORK)
-        match data.draw(st.sampled_from(["accepts", "accepts", "is busy", "is silent", "is gone"])):
+        match data.draw(st.sampled_from(["accepts"] * 4 + ["is busy", "is silent", "is gone"])):
             case "is busy":
                 bench.receive(Abort(bench.job.job_id, AbortCode.BUSY, ""))
             case "is silent":
@@ -325,15 +334,14 @@ def test_any_receipt_of_a_job_replays_to_its_winner(data: st.DataObject) -> None
     )  # fmt: skip
     with pytest.raises(NotReplayed):
         replay(offer, replace(receipt, bids=dear))
-    changed: dict[str, Any]
-    for changed in ({"stake": 9, "worst_price": 0, "latency_ms": 0, "success_milli": 1_000, "experience": 0},):
-        terms = replace(receipt.terms, quantisations=(), regions=())
-        for rival in (one for one in receipt.bids if one.provider != receipt.provider):
-            if rival.provider in {passed.provider for passed in receipt.passed}:
-                continue
-            bids = tuple(alter(one, **changed) if one is rival else one for one in receipt.bids)
-            with pytest.raises(NotReplayed, match="should have won"):
-                replay(offer, replace(receipt, bids=bids, terms=terms))
+    # So is a rival whose bid is made to look better than it was.
+    terms = replace(receipt.terms, quantisations=(), regions=())
+    out = {one.provider for one in receipt.passed} | {receipt.provider}
+    for rival in (one for one in receipt.bids if one.provider not in out):
+        better = replace(rival, stake=9, worst_price=0, latency_ms=0, success_milli=1_000, experience=0)
+        bids = tuple(better if one is rival else one for one in receipt.bids)
+        with pytest.raises(NotReplayed, match="should have won"):
+            replay(offer, replace(receipt, bids=bids, terms=terms))
 
 
 def test_what_cannot_be_replayed() -> None:

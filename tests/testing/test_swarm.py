@@ -28,6 +28,8 @@ from tests.executor.tiny import write_tiny_model
 
 PAID = (State.AWARDED, State.ACCEPTED, State.STREAMING, State.COMMITTED, State.REVEALED, State.RECEIPTED)
 """States of a provider's job until it is paid."""
+CHEAPEST = Requirements(latency_value=0, retry_cost=0)
+"""Whoever is cheapest, whatever has come of asking the others."""
 OpenSwarm = Callable[..., AbstractAsyncContextManager[Swarm]]
 
 
@@ -60,11 +62,11 @@ async def test_stopped_node_is_missed_and_comes_back(swarm: Swarm) -> None:
     assert first not in swarm.running
     with pytest.raises(NodeDown):
         await first.ask("Are you there?")
-    assert (await swarm.consumers[0].ask("Who is left?")).provider == second.node_id
+    assert (await swarm.consumers[0].ask("Who is left?", requirements=CHEAPEST)).provider == second.node_id
     await swarm.start(first)
     await swarm.rendezvous()
     assert first.node_id == identity
-    assert (await swarm.consumers[0].ask("Who is back?")).provider == identity
+    assert (await swarm.consumers[0].ask("Who is back?", requirements=CHEAPEST)).provider == identity
     await swarm.restart(first)
     assert first.is_up
 
@@ -75,10 +77,10 @@ async def test_partition_hides_the_others_and_heals(swarm: Swarm) -> None:
     await swarm.advance(seconds=KEEP_ALIVE_S + 1)
     assert first.node_id not in consumer.node.network.peers
     assert not first.node.network.peers
-    assert (await consumer.ask("Who hears me?")).provider == others[0].node_id
+    assert (await consumer.ask("Who hears me?", requirements=CHEAPEST)).provider == others[0].node_id
     swarm.heal()
     await swarm.rendezvous()
-    assert (await consumer.ask("Who hears me now?")).provider == first.node_id
+    assert (await consumer.ask("Who hears me now?", requirements=CHEAPEST)).provider == first.node_id
     await swarm.settle()
 
 
@@ -238,7 +240,7 @@ async def test_crash_and_restart_over_sockets() -> None:
         await swarm.restart(first)
         await swarm.rendezvous()
         assert [job.state for job in first.jobs] == [State.CANCELLED]
-        assert (await consumer.ask("Who is back?", max_tokens=4)).provider == first.node_id
+        assert (await consumer.ask("Who is back?", max_tokens=4, requirements=CHEAPEST)).provider == first.node_id
         with pytest.raises(LocalError, match="partitioned"):
             swarm.partition([first])
         swarm.assert_invariants()
