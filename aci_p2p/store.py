@@ -386,9 +386,9 @@ def open_archive(path: Path) -> Generator[Archive]:
 
 
 def _check_version(connection: sqlite3.Connection, path: Path) -> int:
-    """The version of a database's tables. Raises StoreError when it is another one than ours."""
+    """The version of a database's tables. Raises StoreError when it is a later one than ours."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version not in (0, SCHEMA_VERSION):
+    if not 0 <= version <= SCHEMA_VERSION:
         msg = f"{path} is of version {version}, this program knows {SCHEMA_VERSION}"
         raise StoreError(msg, hint="use the program that wrote it, or another --home")
     return int(version)

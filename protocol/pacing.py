@@ -54,7 +54,7 @@ class AskPacer:
         """Begins to listen at `now`."""
         self._random = random
         self._interval = float(CHANGE_GAP_MS)
-        self._window_began = now
+        self._began = self._window_began = now
         self._heard = 0
         self._due = now + round(LISTEN_MS * (0.5 + 0.5 * random.random()))
         self._has_begun = False
@@ -78,6 +78,9 @@ class AskPacer:
                 # There is enough to choose from; were all to come at once, they would come evenly.
                 self._due = now + round(self.interval_ms * self._random.random())
                 self._has_begun = True
+        if now - self._began < LIFETIME_MS:
+            # Those who come with us, or were not heard of yet, count too.
+            self._change(max(self._interval, fair), now)
         elapsed = max(now - self._window_began, 1)
         if elapsed >= WINDOW_MS or self._heard >= BURST:
             self._adapt(fair, elapsed, now)
@@ -119,12 +122,15 @@ class AskPacer:
         excess = self._heard * SECOND / elapsed / ASKS_PER_SECOND
         factor = min(max(excess**GAIN, MAX_FASTER), MAX_SLOWER)
         pull = (fair / self._interval) ** (PULL * min(elapsed / WINDOW_MS, 1.0))
+        self._change(_within_bounds(self._interval * factor * pull), now)
+        self._window_began, self._heard = now, 0
+
+    def _change(self, interval: float, now: int) -> None:
+        """Another interval from now on; what is left to wait changes with it."""
         self._credits, self._credited_at = self._credit(now), now
         before = self.interval_ms
-        self._interval = _within_bounds(self._interval * factor * pull)
-        # What is left to wait changes with it.
+        self._interval = interval
         self._due = now + round(max(self._due - now, 0) * self.interval_ms / before)
-        self._window_began, self._heard = now, 0
 
 
 def is_urgent(old: Ask, new: Ask) -> bool:

@@ -10,7 +10,7 @@ from aci_p2p.protocol import bidding
 from aci_p2p.protocol.bidding import BID_LIFETIME_MS, FIRST_LATENCY_MS, BidBook, Declined, Offering, Won
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair
-from aci_p2p.protocol.messages import MAX_LATENCY_MS, AbortCode, Award, Bid, Offer
+from aci_p2p.protocol.messages import MAX_LATENCY_MS, AbortCode, Award, Bid, Offer, PriceStep
 from aci_p2p.protocol.terms import Verification
 from aci_p2p.protocol.validation import MessageRefused, Reason
 
@@ -120,6 +120,14 @@ def test_other_prices_leave_bids_firm(book: BidBook) -> None:
     assert won.bid.body.output_token_price == 4
     assert bid(book, 2).body.output_token_price == 8
     assert book.slots == 1
+
+
+def test_a_bid_s_price_follows_the_load(book: BidBook) -> None:
+    """One of two slots is taken; rounded up."""
+    book.offer((replace(OFFERING, input_token_price=3, price_curve=(PriceStep(500, 1_500),)),), slots=2)
+    idle, loaded = bid(book, 1), bid(book, 2, running=1)
+    assert (idle.body.input_token_price, idle.body.output_token_price) == (3, 4)
+    assert (loaded.body.input_token_price, loaded.body.output_token_price) == (5, 6)
 
 
 def test_expired_bids_are_forgotten(book: BidBook) -> None:

@@ -11,16 +11,21 @@ from hypothesis import strategies as st
 
 from aci_p2p.protocol import pricing
 from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.messages import Bid
+from aci_p2p.protocol.messages import Bid, PriceStep
 from aci_p2p.protocol.pricing import (
     BPS,
+    MAX_TOKEN_PRICE,
     ONE_ACI,
     PREMIUMS,
+    ascends,
+    factor_milli,
     format_amount,
     itemise,
+    load_milli,
     max_input_tokens,
     parse_amount,
     price,
+    scaled_price,
     worst_price,
 )
 from aci_p2p.protocol.terms import Price, Verification
@@ -157,3 +162,32 @@ def test_what_is_no_amount(text: str) -> None:
 def test_more_than_an_amount_can_be(text: str) -> None:
     with pytest.raises(LocalError, match="more than an amount can be"):
         parse_amount(text)
+
+
+CURVE = (PriceStep(500, 1_500), PriceStep(750, 3_000))
+
+
+def test_the_load_of_slots() -> None:
+    assert [load_milli(4, free) for free in range(5)] == [1_000, 750, 500, 250, 0]
+    assert load_milli(3, 2) == 333
+    assert load_milli(0, 0) == 1_000
+    assert load_milli(4, 9) == 0
+
+
+def test_the_last_step_that_the_load_has_reached_holds() -> None:
+    assert [factor_milli(CURVE, load) for load in (0, 499, 500, 749, 750, 1_000)] == [
+        1_000, 1_000, 1_500, 1_500, 3_000, 3_000,
+    ]  # fmt: skip
+    assert factor_milli((), 1_000) == 1_000
+
+
+def test_scaled_prices_are_rounded_up_and_fit() -> None:
+    assert [scaled_price(7, factor) for factor in (0, 1, 1_000, 1_001, 1_500)] == [0, 1, 7, 8, 11]
+    assert scaled_price(MAX_TOKEN_PRICE, 100_000) == MAX_TOKEN_PRICE
+
+
+def test_curves_ascend() -> None:
+    assert ascends(())
+    assert ascends(CURVE)
+    assert not ascends(CURVE[::-1])
+    assert not ascends((PriceStep(0, 1_000),))
