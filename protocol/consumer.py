@@ -54,6 +54,7 @@ from aci_p2p.protocol.messages import (
     Input,
     Kind,
     Offer,
+    Opening,
     Proof,
     Receipt,
     Reveal,
@@ -61,6 +62,7 @@ from aci_p2p.protocol.messages import (
 )
 from aci_p2p.protocol.pricing import price, worst_price
 from aci_p2p.protocol.proof import MAGIC, MAX_ANSWER_BYTES, ProofFile, ProofInvalid, check_offer_match, encode_proof
+from aci_p2p.protocol.sealing import Binding, seal_opening
 from aci_p2p.protocol.selection import Ranking, SelectionRule
 from aci_p2p.protocol.text import printable
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
@@ -177,6 +179,7 @@ class ConsumerJob(Job):
         self._rule = rule
         self._commitments = (input_commitment(request.conversation, secrets.salt), nonce_commitment(secrets.nonce))
         self._job_id = derive_job_id(sealer.node_id, *self._commitments)
+        self._opening = Opening(request.conversation, secrets.salt, secrets.nonce)
         self._offer: Envelope[Offer] | None = None
         self._bids: dict[bytes, Envelope[Bid]] = {}
         self._summaries: list[BidSummary] = []
@@ -276,13 +279,11 @@ class ConsumerJob(Job):
             ),
             now,
         )
-        effects = self._advance(Trigger.OFFER, now)
-        return [*effects, Broadcast(self._offer), SetTimer(now + request.bid_window_ms)]
+        return [*self._advance(Trigger.OFFER, now), Broadcast(self._offer), SetTimer(now + request.bid_window_ms)]
 
     def _on_bid(self, bid: Envelope[Bid], now: int) -> list[Effect]:
-        known = any(summary.provider == bid.sender for summary in self._summaries)
         if (
-            known
+            any(summary.provider == bid.sender for summary in self._summaries)
             or len(self._bids) >= MAX_BIDS
             or bid.body.job_id != self._job_id
             or bid.body.offer_digest != self.offer.digest
@@ -404,9 +405,10 @@ class ConsumerJob(Job):
         # Accepts our award, not one of an earlier attempt.
         require(accept.award_digest == self._award_digest, Decision.REJECT, Reason.WRONG_JOB)
         self._provider_nonce = accept.provider_nonce
-        opening = Input(self._job_id, self._request.conversation, self._secrets.salt, self._secrets.nonce)
-        effects = self._advance(Trigger.ACCEPT, now)
-        return [*effects, *self._advance(Trigger.INPUT, now), self._send(opening, now)]
+        ours = self._sealer
+        binding = Binding(ours.network, self._job_id, ours.node_id, self._provider.provider, self._award_digest)
+        sealed = Input(self._job_id, seal_opening(self._opening, accept.kem_key, binding))
+        return [*self._advance(Trigger.ACCEPT, now), *self._advance(Trigger.INPUT, now), self._send(sealed, now)]
 
     def _on_tokens(self, part: Tokens, now: int) -> list[Effect]:
         # Continues where the last part ended.

@@ -44,12 +44,14 @@ from aci_p2p.protocol.messages import (
     Input,
     Kind,
     Offer,
+    Opening,
     Proof,
     Receipt,
     Reveal,
     Tokens,
 )
 from aci_p2p.protocol.pricing import max_input_tokens, price
+from aci_p2p.protocol.sealing import Binding, OpeningKey
 from aci_p2p.protocol.text import printable
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
@@ -78,6 +80,8 @@ class ProviderSecrets:
     """Our part of the sampling seed."""
     salt: bytes = field(repr=False)
     """Hides the output in our commitment until we reveal."""
+    kem_seed: bytes = field(repr=False)
+    """Makes the key to which the prompt is sealed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,8 @@ class ProviderJob(Job):
         self._offer = offer
         self._bid = bid
         self._secrets = secrets
+        self._opening_key: tuple[OpeningKey, Binding] | None = None
+        self._opening: Opening | None = None
         self._seed = b""
         self._tokens: list[int] = []
         self._text: list[str] = []
@@ -138,6 +144,12 @@ class ProviderJob(Job):
     def job_id(self) -> bytes:
         """32 bytes, from the offer."""
         return self._offer.body.job_id
+
+    @property
+    def opening(self) -> Opening:
+        """The prompt as it was sealed to us; only once it has come."""
+        assert self._opening is not None  # callers come after it
+        return self._opening
 
     def handle(self, event: ProviderEvent, now: int) -> list[Effect]:  # noqa: PLR0911 - one for each event
         """React to an event at `now` (Unix milliseconds). Events after the end, or out of place, have no effect."""
@@ -192,10 +204,18 @@ class ProviderJob(Job):
         # While the bid is firm.
         require(now < self._bid.header.expires_at, Decision.IGNORE, Reason.EXPIRED)
         awarded = self._advance(Trigger.AWARD, now)
-        accept = Accept(self.job_id, award.digest, self._secrets.nonce)
+        ours, key = self._sealer, OpeningKey(self._secrets.kem_seed)
+        binding = Binding(ours.network, self.job_id, self._offer.sender, ours.node_id, award.digest)
+        self._opening_key = key, binding
+        accept = Accept(self.job_id, award.digest, self._secrets.nonce, key.public)
         return [*awarded, *self._advance(Trigger.ACCEPT, now), self._send(accept, now)]
 
-    def _on_input(self, opening: Input, now: int) -> list[Effect]:
+    def _on_input(self, frame: Input, now: int) -> list[Effect]:
+        assert self._opening_key is not None  # made when we accepted
+        key, binding = self._opening_key
+        # Sealed to us, for this job.
+        opening = self._opening = key.open(frame.sealed, binding)
+        self._opening_key = None
         offer = self._offer.body
         # The prompt and the nonce that the offer committed to, of the size it declared.
         holds = (

@@ -49,9 +49,11 @@ from aci_p2p.protocol.job import (
 )
 from aci_p2p.protocol.lifecycle import LIMITS, Party, State
 from aci_p2p.protocol.messages import (
+    KEM_KEY_BYTES,
     MAX_BIDS,
     MAX_CHUNK_TEXT_BYTES,
     MAX_DETAIL_BYTES,
+    SEAL_BYTES,
     Abort,
     AbortCode,
     Accept,
@@ -72,6 +74,7 @@ from aci_p2p.protocol.messages import (
 )
 from aci_p2p.protocol.pricing import worst_price
 from aci_p2p.protocol.proof import MAX_ANSWER_BYTES, verify_proof
+from aci_p2p.protocol.sealing import Binding
 from aci_p2p.protocol.selection import PriceThenLatency
 from tests.protocol.driver import (
     CONSUMER,
@@ -80,6 +83,8 @@ from tests.protocol.driver import (
     MODEL_ROOT,
     NETWORK,
     NOW,
+    OPENING,
+    OPENING_KEY,
     PARTS,
     PRICE,
     PROVIDER,
@@ -261,9 +266,16 @@ def test_accept_is_answered_with_the_prompt(bench: ConsumerBench) -> None:
     assert kinds(effects) == [Persist, SetTimer, Persist, SetTimer, Send]
     assert [record.state for record in bench.records[-2:]] == [State.ACCEPTED, State.STREAMING]
     assert effects[-2] == SetTimer(bench.now + LIMITS[State.STREAMING].timeout_ms)
-    assert opened(one(effects, Send).data, Input, bench.now) == Input(
-        bench.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce
-    )
+    sealed = opened(one(effects, Send).data, Input, bench.now).sealed
+    award = bench.job._award_digest
+    binding = Binding(NETWORK, bench.job.job_id, CONSUMER.node_id, PROVIDER.node_id, award)
+    assert OPENING_KEY.open(sealed, binding) == OPENING
+
+
+@pytest.mark.parametrize("key", [bytes(KEM_KEY_BYTES), b"\xff" * KEM_KEY_BYTES, OPENING_KEY.public[:-32] + bytes(32)])
+def test_an_accept_without_a_key(bench: ConsumerBench, key: bytes) -> None:
+    bench.reach(State.AWARDED)
+    assert_declined(bench, bench.accept(kem_key=key), "bad seal (no key to seal to)")
 
 
 def test_tokens_are_delivered_and_renew_the_timer(bench: ConsumerBench) -> None:
@@ -674,8 +686,8 @@ def test_bad_frames(bench: ConsumerBench, state: State, make: Callable[[Consumer
 
 
 BODIES: dict[Kind, Callable[[bytes], object]] = {
-    Kind.ACCEPT: lambda job_id: Accept(job_id, bytes(32), bytes(32)),
-    Kind.INPUT: lambda job_id: Input(job_id, CONVERSATION, bytes(32), bytes(32)),
+    Kind.ACCEPT: lambda job_id: Accept(job_id, bytes(32), bytes(32), OPENING_KEY.public),
+    Kind.INPUT: lambda job_id: Input(job_id, bytes(SEAL_BYTES)),
     Kind.TOKENS: lambda job_id: Tokens(job_id, 0, (1,), ""),
     Kind.COMMIT: lambda job_id: Commit(job_id, bytes(32)),
     Kind.REVEAL: lambda job_id: Reveal(job_id, bytes(32), b"\x00"),
@@ -706,7 +718,7 @@ def test_an_accept_of_another_award(bench: ConsumerBench) -> None:
 
 def test_an_accept_that_was_seen_before(bench: ConsumerBench) -> None:
     bench.reach(State.AWARDED)
-    accept = Accept(bench.job.job_id, bench.job._award_digest, PROVIDER_SECRETS.nonce)
+    accept = Accept(bench.job.job_id, bench.job._award_digest, PROVIDER_SECRETS.nonce, OPENING_KEY.public)
     frame = FrameArrived(bench.peer.seal(accept, bench.now).data)
     bench.feed(frame)
     bench.feed(frame)
