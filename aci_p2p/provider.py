@@ -315,7 +315,8 @@ class ProviderRole:
         self._finished += is_receipted
 
     def _take(self, won: Won) -> _ServedJob:
-        secrets = ProviderSecrets(self._entropy(NONCE_BYTES), self._entropy(NONCE_BYTES))
+        nonce, salt, kem_seed = (self._entropy(NONCE_BYTES) for _ in range(3))
+        secrets = ProviderSecrets(nonce, salt, kem_seed)
         job = ProviderJob(self._sealer, won.offer, won.bid, secrets)
         return _ServedJob(job, won.offer, self._store, self._clock, self._executor, won.model)
 

@@ -48,6 +48,7 @@ from aci_p2p.protocol.messages import (
     Input,
     Kind,
     Offer,
+    Opening,
     Proof,
     Receipt,
     Reveal,
@@ -59,6 +60,7 @@ from aci_p2p.protocol.proof import MAGIC, ProofFile, ProofInvalid, encode_proof
 from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobCancelled, JobRequest, JobSecrets, PromptRefused, ProviderFault
 from aci_p2p.protocol.round import QUOTE_PATIENCE_MS, QUOTE_WAIT_MS, BidArrived, QuoteRefused, QuotesAsked, Round
+from aci_p2p.protocol.sealing import seal_opening
 from aci_p2p.protocol.selection import Knowledge, SelectionRule, StakeTable
 from aci_p2p.protocol.terms import Passing
 from aci_p2p.protocol.text import printable
@@ -429,11 +431,14 @@ class ConsumerJob(Job):
                 return self._on_abort(body, now)
 
     def _on_accept(self, accept: Accept, now: int) -> list[Effect]:
-        self._working.accept(accept)
-        secrets = self._secrets
-        opening = Input(self._job_id, self._request.conversation, secrets.salt, secrets.nonce, self.tokens)
+        leg = self._working
+        leg.accept(accept)
+        sealed = Input(self._job_id, seal_opening(self._opening(), accept.kem_key, leg.binding(self._sealer)))
         effects = [*self._advance(Trigger.ACCEPT, now), *self._advance(Trigger.INPUT, now)]
-        return [*effects, self._send(opening, now), ReleaseQuotes()]
+        return [*effects, self._send(sealed, now), ReleaseQuotes()]
+
+    def _opening(self) -> Opening:
+        return Opening(self._request.conversation, self._secrets.salt, self._secrets.nonce, self.tokens)
 
     def _on_tokens(self, part: Tokens, now: int) -> list[Effect]:
         leg = self._working

@@ -12,6 +12,7 @@ from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.messages import Accept, Award, Bid, Commit, Finish, Offer, Proof, Share, Tokens, Voucher
 from aci_p2p.protocol.pricing import max_input_tokens, share_of
 from aci_p2p.protocol.proof import MAX_ANSWER_BYTES, check_offer_match
+from aci_p2p.protocol.sealing import Binding
 from aci_p2p.protocol.validation import Decision, Reason, require
 
 VOUCHER_TOKENS: Final = 32
@@ -75,6 +76,10 @@ class Leg:
     def is_due(self) -> bool:
         """Whether a voucher should be sent."""
         return self.own_tokens - self._vouched >= VOUCHER_STEP
+
+    def binding(self, sealer: Sealer) -> Binding:
+        """What the prompt is sealed for."""
+        return Binding(sealer.network, self._offer.body.job_id, sealer.node_id, self.provider, self._award.digest)
 
     def accept(self, accept: Accept) -> None:
         """The provider binds itself. Raises MessageRefused."""

@@ -38,6 +38,12 @@ MAX_INPUT_BYTES: Final = 512 << 10
 """UTF-8 bytes of all turns of a prompt; 128 Ki tokens at four bytes each."""
 MAX_INPUT_TURNS: Final = 1_024
 """Turns of a conversation."""
+KEM_KEY_BYTES: Final = 1_216
+"""A public key of MLKEM768-X25519: 1,184 bytes of ML-KEM-768, then 32 of X25519."""
+SEAL_BYTES: Final = 1_136
+"""What a sealed message has beyond its text: the encapsulated key, 1,120 bytes, and a tag of 16."""
+MAX_OPENING_BYTES: Final = MAX_INPUT_BYTES + 5 * MAX_TOKENS + 32_768
+"""Bytes of an opening: the largest prompt and output so far, and 16 for each turn, which take half of the rest."""
 MAX_ADDRESSES: Final = 8
 """Multiaddrs that a node may claim."""
 MAX_ADDRESS_BYTES: Final = 256
@@ -200,6 +206,8 @@ class Accept:
     """Digest of the award's envelope."""
     provider_nonce: Annotated[bytes, Wire(3, NONCE)]
     """The provider's part of the sampling seed."""
+    kem_key: Annotated[bytes, Wire(4, Bytes(KEM_KEY_BYTES))]
+    """To which the prompt is sealed; made for this job alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,19 +229,27 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
+class Opening:
     """The prompt and the openings of the offer's commitments, to the winner alone."""
+
+    conversation: Annotated[Conversation, Wire(1, Struct(Conversation))]
+    """What the model is asked."""
+    salt: Annotated[bytes, Wire(2, NONCE)]
+    """Opens `input_commitment`."""
+    consumer_nonce: Annotated[bytes, Wire(3, NONCE)]
+    """Opens `nonce_commitment`; the consumer's part of the sampling seed."""
+    accepted: Annotated[tuple[int, ...], Wire(4, ListOf(Uint(MAX_TOKEN_ID), MAX_TOKENS))]
+    """Output tokens so far, of providers that failed; as many as the award says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """The prompt, sealed to the winner."""
 
     job_id: Annotated[bytes, Wire(1, DIGEST)]
     """The job."""
-    conversation: Annotated[Conversation, Wire(2, Struct(Conversation))]
-    """What the model is asked."""
-    salt: Annotated[bytes, Wire(3, NONCE)]
-    """Opens `input_commitment`."""
-    consumer_nonce: Annotated[bytes, Wire(4, NONCE)]
-    """Opens `nonce_commitment`; the consumer's part of the sampling seed."""
-    accepted: Annotated[tuple[int, ...], Wire(5, ListOf(Uint(MAX_TOKEN_ID), MAX_TOKENS))]
-    """Output tokens so far, of providers that failed; as many as the award says."""
+    sealed: Annotated[bytes, Wire(2, Bytes(MAX_OPENING_BYTES + SEAL_BYTES, minimum=SEAL_BYTES))]
+    """An `Opening` in CBOR, sealed to the key of the ACCEPT (`sealing.seal_opening`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,8 +575,8 @@ KINDS: Final[dict[Kind, KindRules]] = {
     Kind.OFFER: KindRules(Offer, 1_024, 60 * SECOND),
     Kind.BID: KindRules(Bid, 4_096, 60 * SECOND),
     Kind.AWARD: KindRules(Award, 1_024, 60 * SECOND),
-    Kind.ACCEPT: KindRules(Accept, 1_024, 60 * SECOND),
-    Kind.INPUT: KindRules(Input, MAX_INPUT_BYTES + 5 * MAX_TOKENS + 65_536, 60 * SECOND),
+    Kind.ACCEPT: KindRules(Accept, 2_048, 60 * SECOND),
+    Kind.INPUT: KindRules(Input, MAX_OPENING_BYTES + 65_536, 60 * SECOND),
     Kind.TOKENS: KindRules(Tokens, MAX_CHUNK_TEXT_BYTES + 8_192, 60 * SECOND),
     Kind.COMMIT: KindRules(Commit, 1_024, 60 * SECOND),
     Kind.REVEAL: KindRules(Reveal, MAX_ENVELOPE_BYTES + 1_024, 60 * SECOND),

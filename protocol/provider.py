@@ -50,6 +50,7 @@ from aci_p2p.protocol.messages import (
     Input,
     Kind,
     Offer,
+    Opening,
     Proof,
     Reveal,
     Share,
@@ -57,6 +58,7 @@ from aci_p2p.protocol.messages import (
     Voucher,
 )
 from aci_p2p.protocol.pricing import max_input_tokens, share_of
+from aci_p2p.protocol.sealing import Binding, OpeningKey
 from aci_p2p.protocol.text import printable
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
@@ -85,6 +87,8 @@ class ProviderSecrets:
     """Our part of the sampling seed."""
     salt: bytes = field(repr=False)
     """Hides the output in our commitment until we reveal."""
+    kem_seed: bytes = field(repr=False)
+    """Makes the key to which the prompt is sealed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +142,8 @@ class ProviderJob(Job):
         self._offer = offer
         self._bid = bid
         self._secrets = secrets
+        self._opening_key: tuple[OpeningKey, Binding] | None = None
+        self._opening: Opening | None = None
         self._seed = b""
         self._accepted: tuple[int, ...] = ()
         self._accepted_tokens = 0
@@ -162,6 +168,12 @@ class ProviderJob(Job):
     def over(self) -> bool:
         """Whether nothing more will happen on the stream: what is owed is settled elsewhere."""
         return super().over or self._state is State.REVEALED
+
+    @property
+    def opening(self) -> Opening:
+        """The prompt as it was sealed to us; only once it has come."""
+        assert self._opening is not None  # callers come after it
+        return self._opening
 
     def handle(self, event: ProviderEvent, now: int) -> list[Effect]:  # noqa: PLR0911 - one for each event
         """React to an event at `now` (Unix milliseconds). Events after the end, or out of place, have no effect."""
@@ -221,10 +233,18 @@ class ProviderJob(Job):
         require(award.body.accepted_tokens <= self._offer.body.max_tokens, Decision.REJECT, Reason.TOO_MANY_TOKENS)
         self._accepted_tokens = award.body.accepted_tokens
         awarded = self._advance(Trigger.AWARD, now)
-        accept = Accept(self.job_id, award.digest, self._secrets.nonce)
+        ours, key = self._sealer, OpeningKey(self._secrets.kem_seed)
+        binding = Binding(ours.network, self.job_id, self._offer.sender, ours.node_id, award.digest)
+        self._opening_key = key, binding
+        accept = Accept(self.job_id, award.digest, self._secrets.nonce, key.public)
         return [*awarded, *self._advance(Trigger.ACCEPT, now), self._send(accept, now)]
 
-    def _on_input(self, opening: Input, now: int) -> list[Effect]:
+    def _on_input(self, frame: Input, now: int) -> list[Effect]:
+        assert self._opening_key is not None  # made when we accepted
+        key, binding = self._opening_key
+        # Sealed to us, for this job.
+        opening = self._opening = key.open(frame.sealed, binding)
+        self._opening_key = None
         offer = self._offer.body
         # The prompt and the nonce that the offer committed to, of the size it declared.
         holds = (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
@@ -53,6 +54,7 @@ from aci_p2p.protocol.messages import (
     Kind,
     NodeRecord,
     Offer,
+    Opening,
     PriceStep,
     Proof,
     Receipt,
@@ -65,6 +67,7 @@ from aci_p2p.protocol.messages import (
 )
 from aci_p2p.protocol.pricing import share_of
 from aci_p2p.protocol.proof import MAGIC, ProofFile, ProofInvalid, encode_proof, verify_proof
+from aci_p2p.protocol.sealing import Binding, OpeningKey, seal_opening
 from aci_p2p.protocol.terms import PassedOver, Passing, Price, SelectionTerms, Verification
 from aci_p2p.protocol.validation import MessageRefused
 
@@ -78,7 +81,7 @@ KEYS: Final = {
     name: KeyPair(bytes([number]) * 32) for number, name in enumerate(("consumer", "provider", "stranger"), 1)
 }
 CONSUMER, PROVIDER, STRANGER = KEYS.values()
-SALT, CONSUMER_NONCE, PROVIDER_NONCE, OUTPUT_SALT, MODEL_ROOT = (bytes([n]) * 32 for n in range(0x11, 0x16))
+SALT, CONSUMER_NONCE, PROVIDER_NONCE, OUTPUT_SALT, MODEL_ROOT, KEM_SEED = (bytes([n]) * 32 for n in range(0x11, 0x17))
 CONVERSATION: Final = Conversation((Turn("system", "Be brief."), Turn("user", "Où est la gare ?")))
 ENGINE: Final = Engine("aci-numpy/0.1.0", "fp32-ref", "cpu x86_64", "none")
 TOKENS: Final = (11, 300, 4_000_000_000)
@@ -95,6 +98,7 @@ def generated() -> dict[str, str]:
         "vectors/commitments.json": _json(commitment_vectors()),
         "vectors/envelope.json": _json(envelope_vectors()),
         "vectors/proof.json": _json(proof_vectors()),
+        "vectors/sealing.json": _json(sealing_vectors()),
     }
 
 
@@ -121,7 +125,7 @@ def messages_cddl() -> str:
             "; Parts of messages.",
             *map(
                 wire.cddl_of,
-                (Turn, Conversation, Engine, BidSummary, PriceStep, Price, Share, SelectionTerms, PassedOver),
+                (Turn, Conversation, Opening, Engine, BidSummary, PriceStep, Price, Share, SelectionTerms, PassedOver),
             ),
             *(
                 f"; Kind {kind.value}: an envelope of at most {rules.max_bytes} bytes that lives at most "
@@ -307,6 +311,10 @@ def _bid() -> Envelope[Bid]:
     return Sealer(PROVIDER, NETWORK).seal(bid, NOW)
 
 
+def _award() -> Envelope[Award]:
+    return Sealer(CONSUMER, NETWORK).seal(Award(_offer().body.job_id, _bid().digest), NOW)
+
+
 def _proof(offer: Envelope[Offer]) -> Proof:
     job_id = offer.body.job_id
     return Proof(
@@ -334,14 +342,14 @@ def _messages() -> Iterator[Envelope[Any]]:
     consumer, provider = Sealer(CONSUMER, NETWORK), Sealer(PROVIDER, NETWORK)
     offer, bid = _offer(), _bid()
     job_id = offer.body.job_id
-    award = consumer.seal(Award(job_id, bid.digest, 0), NOW)
+    award = _award()
     proof = provider.seal(_proof(offer), NOW)
     root = output_root(proof.body.tokens_hash, proof.body.text_hash)
     summary = BidSummary(PROVIDER.node_id, bid.digest, 10**15, 300, 10**20, 980, 12_000, "q4_0", "eu-west")
     terms = SelectionTerms(10**20, 10**14, 5 * 10**14, ("q4_0", "none"), ("eu-west",))
     share = share_of(offer.body, bid, input_tokens=INPUT_TOKENS, first_token=0, output_tokens=len(TOKENS))
     theirs: list[Body] = [
-        Accept(job_id, award.digest, PROVIDER_NONCE),
+        Accept(job_id, award.digest, PROVIDER_NONCE, OpeningKey(KEM_SEED).public),
         Tokens(job_id, 0, TOKENS, TEXT, INPUT_TOKENS),
         Commit(job_id, output_commitment(job_id, PROVIDER.node_id, root, OUTPUT_SALT)),
         Reveal(job_id, OUTPUT_SALT, proof.data),
@@ -366,7 +374,7 @@ def _messages() -> Iterator[Envelope[Any]]:
         ),
     ]
     ours: list[Body] = [
-        Input(job_id, CONVERSATION, SALT, CONSUMER_NONCE, ()),
+        Input(job_id, SEALED),
         Voucher(job_id, share),
         Receipt(
             job_id, offer.digest, proof.digest, (share,), share.price, "expected-cost/1", (summary,), terms,
@@ -377,6 +385,41 @@ def _messages() -> Iterator[Envelope[Any]]:
     yield from (offer, bid, award, proof)
     yield from (provider.seal(body, NOW) for body in theirs)
     yield from (consumer.seal(body, NOW) for body in ours)
+
+
+def _binding(award: Envelope[Award]) -> Binding:
+    return Binding(NETWORK, award.body.job_id, CONSUMER.node_id, PROVIDER.node_id, award.digest)
+
+
+def _sealed(award: Envelope[Award]) -> bytes:
+    """The prompt, sealed: as in the present vectors if that opens, for no two sealings are alike."""
+    opening, key, binding = Opening(CONVERSATION, SALT, CONSUMER_NONCE, ()), OpeningKey(KEM_SEED), _binding(award)
+    with suppress(OSError, ValueError, KeyError, MessageRefused):
+        sealed = bytes.fromhex(json.loads((SPEC / "vectors" / "sealing.json").read_text(encoding="utf-8"))["sealed"])
+        if key.open(sealed, binding) == opening:
+            return sealed
+    return seal_opening(opening, key.public, binding)
+
+
+SEALED: Final = _sealed(_award())
+"""Of one sealing, for all vectors."""
+
+
+def sealing_vectors() -> dict[str, Any]:
+    """A prompt sealed to the provider's key, with all that it takes to open it."""
+    award = _award()
+    return {
+        "kem_seed": KEM_SEED.hex(),
+        "kem_key": OpeningKey(KEM_SEED).public.hex(),
+        "network": NETWORK,
+        "job_id": award.body.job_id.hex(),
+        "consumer": CONSUMER.node_id.public_key.hex(),
+        "provider": PROVIDER.node_id.public_key.hex(),
+        "award_digest": award.digest.hex(),
+        "info": _binding(award).info().hex(),
+        "opening": cbor.encode(wire.to_value(Opening(CONVERSATION, SALT, CONSUMER_NONCE, ()))).hex(),
+        "sealed": SEALED.hex(),
+    }
 
 
 def _resigned(value: dict[int, Value], kind: str = "ABORT", network: str = NETWORK) -> bytes:

@@ -14,7 +14,7 @@ from aci_p2p.cli.filed import find, items, moment, receipt_of, short_model
 from aci_p2p.cli.options import Given, configured
 from aci_p2p.cli.texts import print_table, short_job
 from aci_p2p.protocol.lifecycle import Party, State
-from aci_p2p.protocol.pricing import format_amount
+from aci_p2p.protocol.pricing import format_amount, total_of
 from aci_p2p.protocol.text import printable
 from aci_p2p.store import FiledJob, open_archive
 
@@ -91,9 +91,17 @@ def _detail(filed: FiledJob) -> dict[str, object]:
         "receipt": {
             "signed_at_ms": receipt.header.issued_at,
             "provider": str(body.provider),
-            "input_tokens": body.input_tokens,
-            "output_tokens": body.output_tokens,
-            "price": items(body.charges),
+            "price": items(total_of(body.shares)),
+            "shares": [
+                {
+                    "provider": str(share.provider),
+                    "input_tokens": share.input_tokens,
+                    "first_token": share.first_token,
+                    "output_tokens": share.output_tokens,
+                    "price": items(share.charges),
+                }
+                for share in body.shares
+            ],
             "passed_over": [{"provider": str(one.provider), "why": one.why.name.lower()} for one in body.passed],
         }
     }
@@ -140,8 +148,10 @@ def _print(filed: FiledJob, steps: list[tuple[State, int]]) -> None:
     if receipt is None:
         return
     body = receipt.body
-    click.echo(f"price for {body.input_tokens} prompt and {body.output_tokens} output tokens")
-    charges = body.charges
+    for share in body.shares:
+        read = f"{share.input_tokens} prompt" + (f" and {share.first_token} earlier" if share.first_token else "")
+        click.echo(f"{share.provider.short} read {read} tokens and wrote {share.output_tokens}")
+    charges = total_of(body.shares)
     for name, amount in (
         ("compute", charges.compute), ("licence", charges.licence), ("verification", charges.verification),
         ("priority", charges.priority), ("together", charges.total),

@@ -52,7 +52,7 @@ def contested() -> ConsumerBench:
     bench.bid(STRANGER, region="mars\x1b[31m")
     bench.chosen = bench.bid(PROVIDER)
     bench.time_out()
-    assert bench.job._provider.provider == RIVAL.node_id
+    assert bench.job._working.provider == RIVAL.node_id
     bench.peer = Sealer(RIVAL, NETWORK)
     bench.receive(abort(bench.job, AbortCode.BUSY))
     bench.peer = Sealer(PROVIDER, NETWORK)

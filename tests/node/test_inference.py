@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -476,7 +475,7 @@ async def test_an_executor_error_does_not_harm_the_next_job(
 async def test_a_stranger_cannot_use_up_a_bid(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
     def award(bid: Envelope[Bid]) -> bytes:
         stranger = Sealer(KeyPair(bytes(range(32))), "aci-test")
-        return stranger.seal(Award(bid.body.job_id, bid.digest), virtual_clock()).data
+        return stranger.seal(Award(bid.body.job_id, bid.digest, 0), virtual_clock()).data
 
     async with (
         open_test_node("provider", executor=ScriptedExecutor()) as provider,
@@ -487,8 +486,8 @@ async def test_a_stranger_cannot_use_up_a_bid(autojump_clock: MockClock, open_te
         assert provider.provider is not None
         real = provider.provider._book.bid
 
-        def robbed(offer: Envelope[Offer], now: int, *, running: int, addresses: Sequence[str]) -> Envelope[Bid] | None:
-            bid = real(offer, now, running=running, addresses=addresses)
+        def robbed(offer: Envelope[Offer], now: int, **options: Any) -> Envelope[Bid] | None:  # noqa: ANN401
+            bid = real(offer, now, **options)
             if bid is not None:
                 nursery.start_soon(rob, award(bid))
             return bid

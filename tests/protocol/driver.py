@@ -57,6 +57,7 @@ from aci_p2p.protocol.messages import (
     Input,
     Kind,
     Offer,
+    Opening,
     Proof,
     Receipt,
     Reveal,
@@ -68,6 +69,7 @@ from aci_p2p.protocol.messages import (
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
 from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.round import BidArrived, QuotesAsked
+from aci_p2p.protocol.sealing import Binding, OpeningKey, seal_opening
 from aci_p2p.protocol.selection import ExpectedCost, Knowledge, SelectionRule
 from aci_p2p.protocol.settlement import read_statement, settle
 from aci_p2p.protocol.terms import ANY_PROVIDER, Price
@@ -83,8 +85,10 @@ RIVAL: Final = KeyPair(bytes([3]) * 32)
 STRANGER: Final = KeyPair(bytes([4]) * 32)
 MODEL_ROOT: Final = bytes([5]) * 32
 SECRETS: Final = JobSecrets(salt=bytes([6]) * 32, nonce=bytes([7]) * 32)
-PROVIDER_SECRETS: Final = ProviderSecrets(nonce=bytes([8]) * 32, salt=bytes([9]) * 32)
+PROVIDER_SECRETS: Final = ProviderSecrets(nonce=bytes([8]) * 32, salt=bytes([9]) * 32, kem_seed=bytes([10]) * 32)
+OPENING_KEY: Final = OpeningKey(PROVIDER_SECRETS.kem_seed)
 CONVERSATION: Final = Conversation((Turn("system", "Be brief."), Turn("user", "Où est la gare ?")))
+OPENING: Final = Opening(CONVERSATION, SECRETS.salt, SECRETS.nonce, ())
 ENGINE: Final = Engine("fake/1", "fp32-ref", "cpu", "none")
 REQUEST: Final = JobRequest(
     model_root=MODEL_ROOT,
@@ -331,7 +335,7 @@ class ConsumerBench(Bench):
         """The provider accepts."""
         award = next(effect.data for effect in reversed(self.effects) if isinstance(effect, Send))
         digest = open_envelope(award, Award, network=NETWORK, now=None).digest
-        accept = Accept(self.job.job_id, digest, PROVIDER_SECRETS.nonce)
+        accept = Accept(self.job.job_id, digest, PROVIDER_SECRETS.nonce, OPENING_KEY.public)
         return self.receive(alter(accept, **changes))
 
     def part(self, index: int, tokens: tuple[int, ...], text: str) -> list[Effect]:
@@ -390,10 +394,15 @@ class ProviderBench(Bench):
         """The consumer's award comes."""
         return self.receive(alter(Award(self.job.job_id, self.bid.digest, 0), **changes))
 
-    def input(self, **changes: object) -> list[Effect]:
-        """The prompt comes."""
-        opening = Input(self.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce, ())
-        return self.receive(alter(opening, **changes))
+    def input(
+        self, *, key: bytes = OPENING_KEY.public, binding: dict[str, Any] | None = None, **changes: object
+    ) -> list[Effect]:
+        """The prompt comes, with changes of the opening and of what it is bound to."""
+        frames = [effect.data for effect in of(self.effects, Send) if kind_of(effect.data) is Kind.ACCEPT]
+        award = open_envelope(frames[0], Accept, network=NETWORK, now=None).body.award_digest if frames else bytes(32)
+        bound = Binding(NETWORK, self.job.job_id, CONSUMER.node_id, PROVIDER.node_id, award)
+        sealed = seal_opening(alter(OPENING, **changes), key, alter(bound, **(binding or {})))
+        return self.receive(Input(self.job.job_id, sealed))
 
     def generate(self) -> list[Effect]:
         """The model runs to its end."""

@@ -43,9 +43,11 @@ from aci_p2p.protocol.job import (
 )
 from aci_p2p.protocol.lifecycle import LIMITS, Party, State
 from aci_p2p.protocol.messages import (
+    KEM_KEY_BYTES,
     MAX_BIDS,
     MAX_CHUNK_TEXT_BYTES,
     MAX_DETAIL_BYTES,
+    SEAL_BYTES,
     Abort,
     AbortCode,
     Accept,
@@ -79,6 +81,8 @@ from tests.protocol.driver import (
     MODEL_ROOT,
     NETWORK,
     NOW,
+    OPENING,
+    OPENING_KEY,
     PARTS,
     PRICE,
     PROVIDER,
@@ -268,9 +272,14 @@ def test_accept_is_answered_with_the_prompt(bench: ConsumerBench) -> None:
     assert kinds(effects) == [Persist, SetTimer, Persist, SetTimer, Send, ReleaseQuotes]
     assert [record.state for record in bench.records[-2:]] == [State.ACCEPTED, State.STREAMING]
     assert effects[-3] == SetTimer(bench.now + LIMITS[State.STREAMING].timeout_ms)
-    assert opened(one(effects, Send).data, Input, bench.now) == Input(
-        bench.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce, ()
-    )
+    sealed = opened(one(effects, Send).data, Input, bench.now).sealed
+    assert OPENING_KEY.open(sealed, bench.job._working.binding(Sealer(CONSUMER, NETWORK))) == OPENING
+
+
+@pytest.mark.parametrize("key", [bytes(KEM_KEY_BYTES), b"\xff" * KEM_KEY_BYTES, OPENING_KEY.public[:-32] + bytes(32)])
+def test_an_accept_without_a_key(bench: ConsumerBench, key: bytes) -> None:
+    bench.reach(State.AWARDED)
+    assert_declined(bench, bench.accept(kem_key=key), "bad seal (no key to seal to)")
 
 
 def test_tokens_are_delivered_and_renew_the_timer(bench: ConsumerBench) -> None:
@@ -712,8 +721,8 @@ def test_bad_frames(bench: ConsumerBench, state: State, make: Callable[[Consumer
 
 
 BODIES: dict[Kind, Callable[[bytes], object]] = {
-    Kind.ACCEPT: lambda job_id: Accept(job_id, bytes(32), bytes(32)),
-    Kind.INPUT: lambda job_id: Input(job_id, CONVERSATION, bytes(32), bytes(32), ()),
+    Kind.ACCEPT: lambda job_id: Accept(job_id, bytes(32), bytes(32), OPENING_KEY.public),
+    Kind.INPUT: lambda job_id: Input(job_id, bytes(SEAL_BYTES)),
     Kind.TOKENS: lambda job_id: Tokens(job_id, 0, (1,), "", 1),
     Kind.COMMIT: lambda job_id: Commit(job_id, bytes(32)),
     Kind.REVEAL: lambda job_id: Reveal(job_id, bytes(32), b"\x00"),
@@ -746,7 +755,7 @@ def test_an_accept_that_was_seen_before(bench: ConsumerBench) -> None:
     bench.reach(State.AWARDED)
     sent_award = of(bench.effects, Send)[-1].data
     digest = open_envelope(sent_award, Award, network=NETWORK, now=None).digest
-    accept = Accept(bench.job.job_id, digest, PROVIDER_SECRETS.nonce)
+    accept = Accept(bench.job.job_id, digest, PROVIDER_SECRETS.nonce, OPENING_KEY.public)
     frame = FrameArrived(bench.peer.seal(accept, bench.now).data)
     bench.feed(frame)
     bench.feed(frame)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,18 +17,13 @@ from aci_p2p.protocol.envelope import MAX_SKEW_MS, VERSION, Envelope, Sealer, ki
 from aci_p2p.protocol.errors import LocalError, RemoteError
 from aci_p2p.protocol.messages import (
     KINDS,
-    MAX_INPUT_BYTES,
-    MAX_TOKEN_ID,
-    MAX_TOKENS,
     Abort,
     AbortCode,
     Award,
     Commit,
-    Conversation,
-    Input,
     Kind,
     Proof,
-    Turn,
+    Tokens,
 )
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import CONSUMER, NETWORK, NOW, PROVIDER
@@ -304,16 +300,18 @@ def test_a_network_id_out_of_bounds() -> None:
         Sealer(CONSUMER, "é" * 16 + "x").seal(BODY, NOW)
 
 
-def test_what_would_be_too_large_is_not_sealed() -> None:
-    def opening(size: int) -> Input:
-        turns = (Turn("user", "x" * MAX_INPUT_BYTES), Turn("user", "x" * (size - MAX_INPUT_BYTES)))
-        return Input(bytes(32), Conversation(turns), bytes(32), bytes(32), (MAX_TOKEN_ID,) * MAX_TOKENS)
+def test_what_would_be_too_large_is_not_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kind has fields so large, so one gets a smaller envelope here."""
+    largest = 2_000
+    monkeypatch.setitem(KINDS, Kind.TOKENS, replace(KINDS[Kind.TOKENS], max_bytes=largest))
 
-    largest = KINDS[Kind.INPUT].max_bytes
-    over = largest - len(seal(opening(MAX_INPUT_BYTES + 60_000)).data)
-    assert len(seal(opening(MAX_INPUT_BYTES + 60_000 + over)).data) == largest
+    def part(size: int) -> Tokens:
+        return Tokens(bytes(32), 0, (), "x" * size, 1)
+
+    size = 1_000 + largest - len(seal(part(1_000)).data)
+    assert len(seal(part(size)).data) == largest
     with pytest.raises(LocalError, match=f"takes {largest + 1} bytes, {largest} at most"):
-        seal(opening(MAX_INPUT_BYTES + 60_000 + over + 1))
+        seal(part(size + 1))
 
 
 def test_statements_outlive_messages() -> None:

@@ -33,6 +33,7 @@ from tests.protocol.driver import (
     INPUT_TOKENS,
     NETWORK,
     NOW,
+    OPENING_KEY,
     PROVIDER,
     REQUEST,
     RIVAL,
@@ -203,7 +204,8 @@ def test_the_next_reads_the_tokens_behind_the_prompt() -> None:
     bench.peer = Sealer(RIVAL, NETWORK)
     effects = bench.accept()
     assert isinstance(effects[-1], ReleaseQuotes)
-    assert opened(one(effects, Send).data, Input, bench.now).accepted == (1, 2)
+    sealed = opened(one(effects, Send).data, Input, bench.now).sealed
+    assert OPENING_KEY.open(sealed, bench.job._working.binding(Sealer(CONSUMER, NETWORK))).accepted == (1, 2)
 
 
 # Vouchers.

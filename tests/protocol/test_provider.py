@@ -40,6 +40,7 @@ from aci_p2p.protocol.job import (
 from aci_p2p.protocol.leg import VOUCHER_TOKENS
 from aci_p2p.protocol.lifecycle import LIMITS, Party, State
 from aci_p2p.protocol.messages import (
+    SEAL_BYTES,
     Abort,
     AbortCode,
     Accept,
@@ -64,6 +65,7 @@ from aci_p2p.protocol.provider import (
     Produced,
     ProviderJob,
 )
+from aci_p2p.protocol.sealing import OpeningKey
 from aci_p2p.protocol.selection import ExpectedCost
 from aci_p2p.protocol.terms import Price
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
@@ -73,11 +75,14 @@ from tests.protocol.driver import (
     ENGINE,
     INPUT_TOKENS,
     NETWORK,
+    OPENING,
+    OPENING_KEY,
     PARTS,
     PRICE,
     PROVIDER,
     PROVIDER_SECRETS,
     REQUEST,
+    RIVAL,
     SECRETS,
     STRANGER,
     TEXT,
@@ -391,6 +396,28 @@ def test_a_prompt_that_does_not_open_the_offer(bench: ProviderBench, changes: di
     assert_consumer_fault(bench, "bad commitment")
 
 
+@pytest.mark.parametrize(
+    ("key", "binding"),
+    [
+        (OpeningKey(bytes(32)).public, {}),
+        (OPENING_KEY.public, {"network": "aci-main"}),
+        (OPENING_KEY.public, {"job_id": bytes(32)}),
+        (OPENING_KEY.public, {"consumer": RIVAL.node_id}),
+        (OPENING_KEY.public, {"provider": RIVAL.node_id}),
+        (OPENING_KEY.public, {"award_digest": bytes(32)}),
+    ],
+)
+def test_a_prompt_sealed_for_another(bench: ProviderBench, key: bytes, binding: dict[str, Any]) -> None:
+    bench.reach(State.ACCEPTED)
+    effects = bench.input(key=key, binding=binding)
+    assert kinds(effects) == [Persist, StopGeneration, Send, CloseStream, Failed]
+    assert_consumer_fault(bench, "bad seal")
+
+
+def test_the_prompt_as_it_came(bench: ProviderBench) -> None:
+    assert bench.reach(State.STREAMING).job.opening == OPENING
+
+
 @pytest.mark.parametrize("field", ["input_bytes", "input_turns"])
 def test_a_prompt_of_another_size_than_offered(field: str) -> None:
     """An offer that commits to its prompt, but declares a smaller one for the price."""
@@ -608,8 +635,8 @@ def test_bad_frames(bench: ProviderBench, state: State, make: Callable[[Provider
 
 BODIES: dict[Kind, Callable[[ProviderBench], object]] = {
     Kind.AWARD: lambda bench: Award(bench.job.job_id, bench.bid.digest, 0),
-    Kind.INPUT: lambda bench: Input(bench.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce, ()),
-    Kind.ACCEPT: lambda bench: Accept(bench.job.job_id, bytes(32), bytes(32)),
+    Kind.INPUT: lambda bench: Input(bench.job.job_id, bytes(SEAL_BYTES)),
+    Kind.ACCEPT: lambda bench: Accept(bench.job.job_id, bytes(32), bytes(32), OPENING_KEY.public),
     Kind.TOKENS: lambda bench: Tokens(bench.job.job_id, 0, (1,), "", 1),
     Kind.VOUCHER: lambda bench: Voucher(bench.job.job_id, bench.share(1)),
 }

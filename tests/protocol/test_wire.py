@@ -290,7 +290,9 @@ def test_the_largest_prompt_fits_its_envelope() -> None:
     turn = Turn("r" * 16, "x" * (messages.MAX_INPUT_BYTES // count - 16))
     conversation = messages.Conversation((turn,) * count)
     accepted = (messages.MAX_TOKEN_ID,) * messages.MAX_TOKENS
-    body = cbor.encode(to_value(messages.Input(bytes(32), conversation, bytes(32), bytes(32), accepted)))
+    opening = cbor.encode(to_value(messages.Opening(conversation, bytes(32), bytes(32), accepted)))
+    assert len(opening) <= messages.MAX_OPENING_BYTES
+    body = cbor.encode(to_value(messages.Input(bytes(32), bytes(messages.MAX_OPENING_BYTES + messages.SEAL_BYTES))))
     assert len(body) + 300 < KINDS[Kind.INPUT].max_bytes
 
 

@@ -34,12 +34,14 @@ from aci_p2p.protocol.messages import (
     Commit,
     Input,
     Offer,
+    Opening,
     Proof,
     Receipt,
     Reveal,
     Tokens,
 )
 from aci_p2p.protocol.pricing import max_input_tokens, price, worst_price
+from aci_p2p.protocol.provider import ProviderJob
 from aci_p2p.protocol.terms import ANY_PROVIDER, SelectionTerms
 from aci_p2p.testing.simulator.choosing import best_first
 from aci_p2p.testing.simulator.driver import Driver
@@ -231,7 +233,8 @@ class Judge:
             case Reveal():
                 self._opened(driver, envelope.body, peer)
             case Input():
-                self._as_offered(driver, envelope.body)
+                assert isinstance(machine, ProviderJob)  # a consumer takes none
+                self._as_offered(driver, machine.opening)
             case _:
                 pass
 
@@ -258,7 +261,7 @@ class Judge:
         )
         require(holds, Invariant.COMMITTED, f"{driver} of node {driver.node.index}")
 
-    def _as_offered(self, driver: Driver, opening: Input) -> None:
+    def _as_offered(self, driver: Driver, opening: Opening) -> None:
         offer = self._statements.offer(driver.machine.job_id)
         holds = offer is not None and (
             input_commitment(opening.conversation, opening.salt) == offer.body.input_commitment

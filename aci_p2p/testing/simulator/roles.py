@@ -97,6 +97,9 @@ class Outcome:
 class Consumer:
     """Offers jobs and sees them through."""
 
+    job_type: type[ConsumerJob] = ConsumerJob
+    """The machine of a job; attackers use their own."""
+
     def __init__(self, node: SimNode, around: Surroundings) -> None:
         """Does nothing until `offer`."""
         self.node = node
@@ -131,7 +134,7 @@ class Consumer:
         """Offer a job; `model` is the true one, for judging the answer and nothing else."""
         node = self.node
         secrets = JobSecrets(node.entropy(), node.entropy())
-        machine = ConsumerJob(node.sealer, request, secrets, ExpectedCost(), self._knowledge)
+        machine = self.job_type(node.sealer, request, secrets, ExpectedCost(), self._knowledge)
         driver = self.drive(machine, request, model)
         driver.planned = planned
         self.around.gossip.consumers[machine.job_id] = (node, driver.hear)
@@ -337,9 +340,8 @@ class Provider:
             end.send(node.sealer.seal(taken.answer, node.clock).data)
             end.close()
             return
-        machine = ProviderJob(
-            node.sealer, taken.offer, taken.bid, ProviderSecrets(nonce=node.entropy(), salt=node.entropy())
-        )
+        secrets = ProviderSecrets(nonce=node.entropy(), salt=node.entropy(), kem_seed=node.entropy())
+        machine = ProviderJob(node.sealer, taken.offer, taken.bid, secrets)
         driver = self.drive(machine)
         driver.attach(end)
         self.around.judge.bounded(node, outstanding=len(self.book), running=len(self.running), slots=self.slots)

@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 from aci_p2p.protocol.consumer import ConsumerJob
 from aci_p2p.protocol.envelope import Envelope, kind_of, open_envelope
 from aci_p2p.protocol.job import Effect, Send
-from aci_p2p.protocol.messages import Conversation, Input, Kind, Offer, Receipt, Turn
+from aci_p2p.protocol.messages import Conversation, Kind, Offer, Opening, Receipt, Turn
 from aci_p2p.protocol.request import JobRequest
 from aci_p2p.testing.simulator.adversaries.base import Attacker, Part
 from aci_p2p.testing.simulator.node import NETWORK
@@ -31,6 +31,8 @@ class _CheatingConsumer(Attacker):
     part = Part.CONSUMER
     interval_ms: ClassVar[int] = ASK_MS
     """Milliseconds between two of its jobs."""
+    job_type: ClassVar[type[ConsumerJob]] = ConsumerJob
+    """The machine of its jobs."""
 
     def begin(self) -> None:
         """Take the honest consumer's place."""
@@ -51,6 +53,7 @@ class _Cheat(Consumer):
     def __init__(self, attacker: _CheatingConsumer, honest: Consumer) -> None:
         super().__init__(honest.node, honest.around)
         self.attacker = attacker
+        self.job_type = attacker.job_type
 
     def broadcast(self, offer: Envelope[Offer]) -> None:
         self.around.gossip.offers.publish(self.node, offer.data)
@@ -123,22 +126,19 @@ class SilentWinner(_CheatingConsumer):
         return not (isinstance(effect, Send) and kind_of(effect.data) is Kind.INPUT)
 
 
+class _OtherPromptJob(ConsumerJob):
+    def _opening(self) -> Opening:
+        opening = super()._opening()
+        longer = Conversation((*opening.conversation.turns, Turn("user", "and another, much longer question")))
+        return replace(opening, conversation=longer)
+
+
 class OtherPrompt(_CheatingConsumer):
     """Sends a longer prompt than the one that it offered and the bid was made for."""
 
     name = "other prompt"
     goal = "have a long prompt read for the price of a short one"
-
-    def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
-        """All but the prompt, in whose place another goes out."""
-        if isinstance(effect, Send) and kind_of(effect.data) is Kind.INPUT:
-            true = open_envelope(effect.data, Input, network=NETWORK, now=None).body
-            longer = Conversation((*true.conversation.turns, Turn("user", "and another, much longer question")))
-            other = self.node.sealer.seal(replace(true, conversation=longer), self.node.clock)
-            if driver.end:
-                driver.end.send(other.data)
-            return False
-        return True
+    job_type = _OtherPromptJob
 
 
 class AwardTwice(_CheatingConsumer):
