@@ -312,7 +312,7 @@ def _bid() -> Envelope[Bid]:
 
 
 def _award() -> Envelope[Award]:
-    return Sealer(CONSUMER, NETWORK).seal(Award(_offer().body.job_id, _bid().digest), NOW)
+    return Sealer(CONSUMER, NETWORK).seal(Award(_offer().body.job_id, _bid().digest, 0), NOW)
 
 
 def _proof(offer: Envelope[Offer]) -> Proof:
