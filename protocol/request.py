@@ -9,6 +9,7 @@ from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import Conversation
 from aci_p2p.protocol.terms import ANY_PROVIDER, SelectionTerms, Verification
+from aci_p2p.protocol.wire import to_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class JobRequest:
         if not self.conversation.turns or self.max_tokens < 1:
             msg = "a job needs a prompt and at least one token to answer it"
             raise LocalError(msg)
+        # They go out with the receipt, when it is too late to refuse them.
+        to_value(self.terms)
         if not 0 < self.bid_window_ms <= MAX_BID_WINDOW_MS:
             msg = f"bids are awaited for 1 to {MAX_BID_WINDOW_MS} ms, not {self.bid_window_ms}"
             raise LocalError(msg)
