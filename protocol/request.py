@@ -9,6 +9,7 @@ from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import MAX_SHARES, Conversation
 from aci_p2p.protocol.terms import ANY_PROVIDER, SelectionTerms, Verification
+from aci_p2p.protocol.wire import to_value
 
 
 class NoBids(ResourceError):
@@ -96,6 +97,8 @@ class JobRequest:
         if not 0 < self.max_providers <= MAX_SHARES:
             msg = f"a job has 1 to {MAX_SHARES} providers, not {self.max_providers}"
             raise LocalError(msg)
+        # They go out with the receipt, when it is too late to refuse them.
+        to_value(self.terms)
         if not 0 < self.bid_window_ms <= MAX_BID_WINDOW_MS:
             msg = f"bids are awaited for 1 to {MAX_BID_WINDOW_MS} ms, not {self.bid_window_ms}"
             raise LocalError(msg)

@@ -354,6 +354,10 @@ def test_an_empty_answer_is_no_answer(bench: ConsumerBench) -> None:
         {"max_tokens": -1},
         {"bid_window_ms": 0},
         {"bid_window_ms": 10_001},
+        {"terms": replace(ANY_PROVIDER, quantisations=("q",) * 9)},
+        {"terms": replace(ANY_PROVIDER, regions=("x" * 33,))},
+        {"terms": replace(ANY_PROVIDER, min_stake=-1)},
+        {"terms": replace(ANY_PROVIDER, retry_cost=1 << 112)},
     ],
 )
 def test_a_request_that_no_node_would_forward_is_refused(changes: dict[str, Any]) -> None:
