@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -76,7 +77,7 @@ def test_an_ask_is_about_the_model_of_its_topic(book: OrderBook) -> None:
     ],
     ids=["more free slots than slots", "two prices for a load", "a price at no load"],
 )
-def test_what_makes_no_sense_is_refused(book: OrderBook, changes: dict[str, object]) -> None:
+def test_what_makes_no_sense_is_refused(book: OrderBook, changes: dict[str, Any]) -> None:
     refused(book, ask_of(1, **changes), Decision.REJECT, Reason.MALFORMED)
     assert not len(book)
 
