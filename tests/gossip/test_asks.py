@@ -20,7 +20,7 @@ from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.messages import Ask
-from aci_p2p.protocol.validation import ACCEPTED, Reason
+from aci_p2p.protocol.validation import ACCEPTED, Reason, Validation
 from tests.protocol.asking import ASK, chance
 from tests.protocol.driver import MODEL_ROOT, NETWORK, NOW, alter
 
@@ -31,6 +31,11 @@ LATENCY: Final = 0.01
 def clock() -> int:
     """Virtual time, from NOW."""
     return NOW + virtual_clock()
+
+
+def take(forwarder: NodeId, data: bytes) -> Validation:
+    """Whatever comes."""
+    return ACCEPTED
 
 
 @dataclass
@@ -185,7 +190,7 @@ async def test_what_is_refused_is_counted(autojump_clock: MockClock, hub: Memory
             await liar.connect(node.network.addresses[0])
             node.asks.follow(MODEL_ROOT)
             sealer = Sealer(key, NETWORK)
-            async with liar.subscribe(TOPIC, lambda *_: ACCEPTED, capacity=1):
+            async with liar.subscribe(TOPIC, take, capacity=1):
                 await trio.sleep(1)
                 for body in (alter(ASK, model_root=bytes(32)), ASK, alter(ASK, free_slots=9)):
                     await liar.publish(TOPIC, sealer.seal(body, clock()).data)
