@@ -314,7 +314,7 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
             try:
                 yield
             finally:
-                node.asks.offer(tuple)
+                await node.asks.take_back()
                 await role.hand_back()
 
 

@@ -52,17 +52,20 @@ class Repricing:
         while True:
             if self._prices is None:
                 await self._configured.wait()
-                continue
-            await trio.sleep(SAMPLE_S)
-            work = self._role.statistics()
-            load = load_milli(work.slots, max(work.slots - work.running, 0))
-            if self._prices is not None and self._prices.note(load, self._clock()):
-                # A model that turned out to be damaged was withdrawn.
-                served = {record.model_root for record in self._role.capabilities()}
-                self._offerings = [offering for offering in self._offerings if offering.root in served]
-                self._apply(work.slots)
-                self._on_change()
-                log.info("price", extra={"fields": {"output_token": format_amount(self._prices.price)}})
+            else:
+                self._follow(self._prices)
+                await trio.sleep(SAMPLE_S)
+
+    def _follow(self, prices: AutoPrice) -> None:
+        work = self._role.statistics()
+        if not prices.note(load_milli(work.slots, max(work.slots - work.running, 0)), self._clock()):
+            return
+        # A model that turned out to be damaged was withdrawn.
+        served = {record.model_root for record in self._role.capabilities()}
+        self._offerings = [offering for offering in self._offerings if offering.root in served]
+        self._apply(work.slots)
+        self._on_change()
+        log.info("price", extra={"fields": {"output_token": format_amount(prices.price)}})
 
     def _apply(self, slots: int) -> None:
         served = self._offerings

@@ -35,6 +35,8 @@ MAX_OFFERED: Final = 32
 """Models whose asks we publish: with those followed, below what neighbours take (`limits.MAX_TOPICS_PER_PEER`)."""
 LEAVE_S: Final = 1.0
 """Seconds to take back our asks when we leave."""
+LINGER_S: Final = 0.2
+"""Seconds for what was said last to arrive, before connections close: one way between continents."""
 
 log = logging.getLogger("aci_p2p.gossip")
 
@@ -146,11 +148,14 @@ class Asks:
             log.warning("no ask", extra={"fields": {"model": ask.model_name, "error": error}})
 
     async def take_back(self) -> None:
-        """Say that what we asked holds no more, before we leave."""
+        """Say that what we asked holds no more, and ask nothing from now on."""
         self._describe = tuple
+        before = self._published
         with trio.CancelScope(shield=True, deadline=trio.current_time() + LEAVE_S):
             for model in tuple(self._models.values()):
                 await model.take_back()
+            if self._published > before and self._network.peers:
+                await trio.sleep(LINGER_S)
 
     def _join(self, model_root: bytes) -> _Model:
         model = _Model(self, model_root, self._clock, self._random)

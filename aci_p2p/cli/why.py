@@ -138,9 +138,8 @@ def _describe(choice: _Choice) -> dict[str, object]:
 
 def _print(choice: _Choice) -> None:
     receipt, terms = choice.receipt, choice.receipt.terms
-    click.echo(
-        f"job {receipt.job_id.hex()[:16]}: {receipt.provider.short if receipt.provider else 'nobody'} was chosen by the rule {receipt.rule}"
-    )
+    chosen = receipt.provider.short if receipt.provider else "nobody"
+    click.echo(f"job {receipt.job_id.hex()[:16]}: {chosen} was chosen by the rule {receipt.rule}")
     if choice.why:
         click.echo(f"  {choice.why}")
     if receipt.passed:
