@@ -15,7 +15,8 @@ from aci_p2p.protocol.job import JobRecord, Payment, PaymentState
 from aci_p2p.protocol.lifecycle import FINAL_STATES, TRANSITIONS, Party, State
 from aci_p2p.protocol.messages import Receipt
 from aci_p2p.store import Store
-from aci_p2p.testing.simulator.invariants import RECEIPTED, Invariant, InvariantBroken
+from aci_p2p.testing.simulator.accounts import RECEIPTED
+from aci_p2p.testing.simulator.invariant import Invariant, InvariantBroken
 
 _STEPS: Final = frozenset((state, target) for (state, _), target in TRANSITIONS.items())
 _AT_REST: Final = (*FINAL_STATES, State.PENDING)

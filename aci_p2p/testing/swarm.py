@@ -41,7 +41,7 @@ from aci_p2p.testing.ledger import Ledger
 from aci_p2p.testing.running import repeatable_scheduling
 from aci_p2p.testing.severable import Cables
 from aci_p2p.testing.simulator.casting import INPUT_SHARE
-from aci_p2p.testing.simulator.invariants import Invariant, InvariantBroken
+from aci_p2p.testing.simulator.invariant import Invariant, InvariantBroken
 from aci_p2p.testing.swarm_node import Surroundings, SwarmNode
 from aci_p2p.testing.toy_model import ToyExecutor, ToyModel
 

@@ -9,25 +9,28 @@ from typing import Final
 from aci_p2p.executor import FinishReason, Message, Sampling
 from aci_p2p.protocol.bidding import BidBook, Declined, Offering
 from aci_p2p.protocol.consumer import ConsumerJob, Start
-from aci_p2p.protocol.envelope import Envelope
+from aci_p2p.protocol.envelope import Envelope, kind_of
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import (
+    AskForQuotes,
     BidSeen,
     Broadcast,
     Deliver,
     Effect,
     Failed,
     FrameArrived,
+    HoldGeneration,
     OpenStream,
+    ResumeGeneration,
     StartGeneration,
     StopGeneration,
 )
 from aci_p2p.protocol.lifecycle import Party
-from aci_p2p.protocol.messages import AbortCode, Bid, CapabilityRecord, Engine, Finish, Offer
+from aci_p2p.protocol.messages import AbortCode, Bid, CapabilityRecord, Engine, Finish, Kind, Offer
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
 from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobRequest, JobSecrets
-from aci_p2p.protocol.round import BidArrived
+from aci_p2p.protocol.round import BidArrived, QuotesAsked
 from aci_p2p.protocol.selection import ExpectedCost, Knowledge, StakeTable
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.store import StoreError
@@ -37,9 +40,10 @@ from aci_p2p.testing.simulator.driver import Driver
 from aci_p2p.testing.simulator.gossip import Gossip
 from aci_p2p.testing.simulator.invariants import Judge
 from aci_p2p.testing.simulator.node import SimNode
+from aci_p2p.testing.simulator.settling import Settler, Till
 from aci_p2p.testing.simulator.transport import End
 from aci_p2p.testing.simulator.world import Timer
-from aci_p2p.testing.toy_model import CONTEXT, Step, ToyModel
+from aci_p2p.testing.toy_model import CONTEXT, END, Step, ToyModel
 
 ENGINE: Final = Engine("aci-toy/1", "toy", "simulated", "none")
 """What simulated providers say runs their models."""
@@ -108,6 +112,8 @@ class Consumer:
         """What it does it in."""
         self.outcomes: list[Outcome] = []
         """Jobs that have ended."""
+        self.settler = Settler(node, around.find)
+        """Tells providers what it owes them."""
         self._reputation = Reputation(node.node_id, node.sealer.network)
         self._knowledge = Knowledge(StakeTable({}), self._reputation)
 
@@ -141,8 +147,9 @@ class Consumer:
         self.around.judge.wanted(machine.job_id, request.terms)
         driver.tell(Start())
 
-    def remember(self, job_id: bytes) -> None:
-        """Learn from a job that has ended."""
+    def ended(self, job_id: bytes) -> None:
+        """Learn from a job that has ended, and pay for it."""
+        self.settler.wake()
         record = self.node.disk.jobs.get((job_id, Party.CONSUMER))
         if record is not None:
             self._reputation.note(record)
@@ -184,6 +191,10 @@ class ConsumerDriver(Driver):
         """Perform what a consumer's job asks for."""
         around = self._consumer.around
         match effect:
+            case AskForQuotes(offer, _):
+                around.judge.published(self.node, offer)
+                # Nobody is known whom one could ask.
+                self.tell(QuotesAsked(frozenset()))
             case Broadcast(offer):
                 around.judge.published(self.node, offer)
                 self._consumer.broadcast(offer)
@@ -216,7 +227,10 @@ class ConsumerDriver(Driver):
 
     def over(self) -> None:
         """The job has ended: note how."""
-        self._consumer.remember(self.job.job_id)
+        self._consumer.ended(self.job.job_id)
+        text, expected = "".join(self._text), self._expected()
+        if not self._failure:
+            self._consumer.around.judge.answered(self.job.job_id, text, expected)
         self._consumer.outcomes.append(
             Outcome(
                 job_id=self.job.job_id,
@@ -227,8 +241,8 @@ class ConsumerDriver(Driver):
                 started=self._started,
                 first_token_ms=self._first,
                 duration_ms=self.node.world.now - self._started,
-                expected=self._expected(),
-                text="".join(self._text),
+                expected=expected,
+                text=text,
                 tokens=self._tokens,
                 planned=self.planned,
             )
@@ -271,6 +285,7 @@ class Provider:
         """Tokens after which the executor dies; None: never."""
         self.announcing = Announcing(node, around.directory, self.capabilities)
         """What it publishes in the DHT."""
+        self._till = Till(node)
         self.start()
 
     def reprice(self, price: int) -> None:
@@ -320,14 +335,22 @@ class Provider:
             self.around.gossip.bids.say(self.node, bid)
 
     def accept(self, end: End) -> None:
-        """A consumer has opened a job's stream: its first frame awards a bid, or it is closed."""
+        """A consumer has opened a stream: its first frame awards a bid, or tells what is owed, or it is closed."""
         patience = self.node.world.after(AWARD_WAIT_MS, end.close)
 
-        def award(frame: bytes) -> None:
+        def begin(frame: bytes) -> None:
             patience.cancel()
-            self._on_award(end, frame)
+            try:
+                kind = kind_of(frame)
+            except MessageRefused:
+                end.close()
+                return
+            if kind in {Kind.VOUCHER, Kind.RECEIPT}:
+                self._till.serve(end, frame)
+            else:
+                self._on_award(end, frame)
 
-        end.on_frame = award
+        end.on_frame = begin
 
     def _on_award(self, end: End, frame: bytes) -> None:
         node = self.node
@@ -353,8 +376,7 @@ class Provider:
 
     def answer(self, run: StartGeneration) -> Sequence[Step]:
         """The answer to a job; attackers give another."""
-        sampling = Sampling(run.temperature_milli, run.seed if run.temperature_milli else b"")
-        return list(self.model.answer(prompt_of(self.model, run), run.max_tokens, sampling))
+        return run_model(self.model, run)
 
 
 class ProviderDriver(Driver):
@@ -367,6 +389,9 @@ class ProviderDriver(Driver):
         """Whose job it is."""
         self._started = provider.node.world.now
         self._next: Timer | None = None
+        self._is_held = False
+        self._resume: Callable[[], None] = _nothing
+        self._last_finish = FinishReason.STOP
         provider.running[self] = None
 
     def perform(self, effect: Effect) -> None:
@@ -375,7 +400,15 @@ class ProviderDriver(Driver):
             case StartGeneration():
                 steps = self.provider.answer(effect)
                 self._started = self.node.world.now
+                if len(effect.accepted) == effect.max_tokens:
+                    self._last_finish = FinishReason.LENGTH
                 self._produce(iter(steps), 0, len(prompt_of(self.provider.model, effect)))
+            case HoldGeneration():
+                self._is_held = True
+            case ResumeGeneration():
+                self._is_held = False
+                resume, self._resume = self._resume, _nothing
+                resume()
             case StopGeneration():
                 self.stop()
             case _:
@@ -405,9 +438,12 @@ class ProviderDriver(Driver):
         if made == len(chunk):
             self.provider.book.measured(self.node.world.now - self._started)
         if chunk:
-            self.tell(Produced(tuple(step.token for step in chunk), "".join(step.text for step in chunk)))
-        finish = chunk[-1].finish if chunk else FinishReason.STOP
-        if finish is None:
+            text = "".join(step.text for step in chunk)
+            self.tell(Produced(tuple(step.token for step in chunk), text, input_tokens))
+        finish = chunk[-1].finish if chunk else self._last_finish
+        if finish is None and self._is_held:
+            self._resume = lambda: self._produce(steps, made, input_tokens)
+        elif finish is None:
             self._produce(steps, made, input_tokens)
         else:
             self.tell(GenerationEnded(_FINISH[finish], input_tokens, ENGINE))
@@ -420,12 +456,25 @@ class ProviderDriver(Driver):
 
     def stop(self) -> None:
         """Compute no more."""
+        self._resume = _nothing
         if self._next:
             self._next.cancel()
 
 
 def _offering(model: ToyModel, price: int) -> Offering:
     return Offering(model.name, model.root, CONTEXT, price // INPUT_SHARE, price)
+
+
+def _nothing() -> None:
+    """Nothing waits."""
+
+
+def run_model(model: ToyModel, run: StartGeneration) -> list[Step]:
+    """What a model gives for a job: nothing where all of the answer was there."""
+    if END in run.accepted:
+        return []
+    sampling = Sampling(run.temperature_milli, run.seed if run.temperature_milli else b"")
+    return list(model.answer(prompt_of(model, run), run.max_tokens, sampling, run.accepted))
 
 
 def prompt_of(model: ToyModel, run: StartGeneration) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from aci_p2p.protocol.job import CloseStream, Effect, Send, StartGeneration
 from aci_p2p.protocol.messages import KINDS, Commit, Kind
 from aci_p2p.testing.simulator.adversaries.base import FAILOVER, VERIFICATION, CheatingProvider
 from aci_p2p.testing.simulator.node import NETWORK, TellingSealer
-from aci_p2p.testing.simulator.roles import ProviderDriver
+from aci_p2p.testing.simulator.roles import ProviderDriver, run_model
 from aci_p2p.testing.simulator.transport import End
 from aci_p2p.testing.toy_model import Step, ToyModel
 
@@ -73,7 +73,9 @@ class TooLong(CheatingProvider):
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """More than the most."""
-        padding = run.max_tokens + SURPLUS - len(honest)
+        if not honest:
+            return honest
+        padding = run.max_tokens + SURPLUS - len(run.accepted) - len(honest)
         steps = [replace(step, finish=None) for step in (*honest, *([honest[-1]] * padding))]
         return [*steps[:-1], replace(steps[-1], finish=FinishReason.STOP)]
 
@@ -87,7 +89,7 @@ class WrongModel(CheatingProvider):
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """Another model's."""
-        return _run(ToyModel("small"), run)
+        return run_model(ToyModel("small"), run)
 
 
 class QuantisedModel(CheatingProvider):
@@ -99,7 +101,7 @@ class QuantisedModel(CheatingProvider):
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """The rounded model's."""
-        return _run(ToyModel(model.name, rounding=ROUNDING), run)
+        return run_model(ToyModel(model.name, rounding=ROUNDING), run)
 
 
 class WrongPrompt(CheatingProvider):
@@ -112,7 +114,7 @@ class WrongPrompt(CheatingProvider):
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """The other question's."""
         prompt = model.encode([Message("user", "the usual question")])
-        return list(model.answer(prompt, run.max_tokens, Sampling()))
+        return list(model.answer(prompt, run.max_tokens, Sampling(), run.accepted))
 
 
 class LooseCommitment(CheatingProvider):
@@ -210,12 +212,8 @@ class FailsAfterWinning(CheatingProvider):
         return True
 
 
-def _cut(honest: Sequence[Step], finish: FinishReason) -> list[Step]:
+def _cut(honest: Sequence[Step], finish: FinishReason) -> Sequence[Step]:
+    if not honest:
+        return honest
     half = honest[: max(1, len(honest) // 2)]
     return [*half[:-1], replace(half[-1], finish=finish)]
-
-
-def _run(model: ToyModel, run: StartGeneration) -> list[Step]:
-    prompt = model.encode([Message(turn.role, turn.content) for turn in run.conversation.turns])
-    sampling = Sampling(run.temperature_milli, run.seed if run.temperature_milli else b"")
-    return list(model.answer(prompt, run.max_tokens, sampling))
