@@ -57,13 +57,15 @@ from aci_p2p.protocol.provider import (
     ProviderSecrets,
 )
 from aci_p2p.protocol.validation import MessageRefused
-from aci_p2p.store import Store
+from aci_p2p.store import Store, StoreError
 from aci_p2p.tasks import open_background
 
 AWARD_WAIT_S: Final = 5.0
 """Seconds for the award on a stream that a consumer opened."""
 _FINISH: Final = {FinishReason.STOP: Finish.STOP, FinishReason.LENGTH: Finish.LENGTH}
 
+PROBE_S: Final = 1.0
+"""Seconds between attempts to write to a disk that was full."""
 LINGER_S: Final = 0.2
 """Seconds for the last frames to arrive: one way between continents, before connections close."""
 
@@ -140,6 +142,7 @@ class ProviderRole:
         self._jobs: dict[trio.CancelScope, _ServedJob] = {}
         self._idle = trio.Event()
         self._idle.set()
+        self._probe_at = 0.0
         self._bids = 0
         self._finished = 0
         self._failed = 0
@@ -157,7 +160,7 @@ class ProviderRole:
                 output_token_price=offering.output_token_price,
                 slots=self._book.slots,
                 addresses=tuple(self._network.addresses),
-                free_slots=0 if self._book.draining else max(self._book.slots - len(self._jobs), 0),
+                free_slots=max(self._book.slots - len(self._jobs), 0) if self._book.takes_jobs else 0,
                 price_curve=(),
             )
             for offering in self._book.offerings
@@ -189,12 +192,25 @@ class ProviderRole:
         while True:
             offer = await self._market.next_offer()
             try:
-                bid = self._book.bid(offer, self._clock(), running=len(self._jobs), addresses=self._network.addresses)
+                await self._try_to_store()
+                bid = self._book.bid(offer, self._clock(), addresses=self._network.addresses)
                 if bid is not None:
                     self._bids += 1
                     await self._market.publish_bid(bid)
             except AciError as error:
                 log.warning("no bid", extra={"fields": {"job": offer.body.job_id.hex()[:8], "error": error}})
+
+    async def _try_to_store(self) -> None:
+        """After a job could not be stored: bid again as soon as the disk takes what we write."""
+        if not self._book.is_suspended or trio.current_time() < self._probe_at:
+            return
+        self._probe_at = trio.current_time() + PROBE_S
+        try:
+            await self._store.note_key(self._clock())
+        except StoreError:
+            return
+        self._book.is_suspended = False
+        log.info("bids again", extra={"fields": {"reason": "the database can be written"}})
 
     async def drain(self, grace_s: float) -> None:
         """Take no more jobs, and wait until those that run have ended, `grace_s` seconds at most."""
@@ -220,7 +236,7 @@ class ProviderRole:
         with trio.move_on_after(AWARD_WAIT_S):
             frame = await stream.receive()
         try:
-            taken = self._book.take(frame, self._clock(), running=len(self._jobs))
+            taken = self._book.take(frame, self._clock())
         except MessageRefused as error:
             log.info("no award", extra={"fields": {"peer": stream.peer.short, "error": error}})
             return
@@ -236,6 +252,7 @@ class ProviderRole:
                 await self._run(stream, frame, job)
             finally:
                 del self._jobs[scope]
+                self._book.release(taken)
                 self._on_change()
                 if not self._jobs:
                     self._idle.set()
@@ -264,6 +281,8 @@ class ProviderRole:
             else:
                 self._failed += 1
                 log.info("job failed", extra={"fields": {**fields, "error": job.error}})
+        if isinstance(job.error, StoreError):
+            self._book.is_suspended = True
         if job.unavailable:
             self._withdraw(job.model_root)
         if job.latency_s is not None:

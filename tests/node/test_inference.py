@@ -409,8 +409,8 @@ async def test_a_stranger_cannot_use_up_a_bid(autojump_clock: MockClock, open_te
         assert provider.provider is not None
         real = provider.provider._book.bid
 
-        def robbed(offer: Envelope[Offer], now: int, *, running: int, addresses: Sequence[str]) -> Envelope[Bid] | None:
-            bid = real(offer, now, running=running, addresses=addresses)
+        def robbed(offer: Envelope[Offer], now: int, *, addresses: Sequence[str]) -> Envelope[Bid] | None:
+            bid = real(offer, now, addresses=addresses)
             if bid is not None:
                 nursery.start_soon(rob, award(bid))
             return bid

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aci_p2p.protocol import bidding
+from aci_p2p.protocol.admission import LEASE_MS, RETRY_MS, Busy
 from aci_p2p.protocol.bidding import BID_LIFETIME_MS, FIRST_LATENCY_MS, BidBook, Declined, Offering, Won
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair
@@ -37,8 +38,8 @@ def book() -> BidBook:
     return BidBook(PROVIDER, (OFFERING,), slots=2)
 
 
-def bid(book: BidBook, number: int = 1, *, running: int = 0) -> Envelope[Bid]:
-    made = book.bid(offer(number), NOW, running=running, addresses=("/memory/1",))
+def bid(book: BidBook, number: int = 1) -> Envelope[Bid]:
+    made = book.bid(offer(number), NOW, addresses=("/memory/1",))
     assert made is not None
     return made
 
@@ -52,21 +53,37 @@ def test_a_bid_names_the_price_of_its_model(book: BidBook) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offered", "running"),
-    [(offer(root=bytes(32)), 0), (offer(max_tokens=100), 0), (offer(), 2)],
-    ids=["other model", "longer than the context", "no slot"],
+    "offered", [offer(root=bytes(32)), offer(max_tokens=100)], ids=["other model", "longer than the context"]
 )
-def test_no_bid(book: BidBook, offered: Envelope[Offer], running: int) -> None:
-    assert book.bid(offered, NOW, running=running, addresses=()) is None
+def test_no_bid(book: BidBook, offered: Envelope[Offer]) -> None:
+    assert book.bid(offered, NOW, addresses=()) is None
+    assert book.quote(offered, NOW, addresses=()) is None
     assert not len(book)
+
+
+def won(book: BidBook, number: int) -> Won:
+    """A job that runs."""
+    taken = book.take(award(bid(book, number)), NOW)
+    assert isinstance(taken, Won)
+    return taken
+
+
+def test_no_bid_without_a_slot(book: BidBook) -> None:
+    first, _ = won(book, 1), won(book, 2)
+    assert book.admission.running == 2
+    assert book.bid(offer(3), NOW, addresses=()) is None
+    book.release(first)
+    book.release(first)
+    assert book.admission.running == 1
+    bid(book, 3)
 
 
 def test_an_award_is_good_once(book: BidBook) -> None:
     frame = award(bid(book))
-    won = book.take(frame, NOW, running=0)
-    assert isinstance(won, Won)
-    assert (won.bid.body.job_id, won.model) == (won.offer.body.job_id, "model")
-    again = book.take(frame, NOW, running=0)
+    taken = book.take(frame, NOW)
+    assert isinstance(taken, Won)
+    assert (taken.bid.body.job_id, taken.model) == (taken.offer.body.job_id, "model")
+    again = book.take(frame, NOW)
     assert isinstance(again, Declined)
     assert again.answer.abort is AbortCode.TIMEOUT
 
@@ -74,22 +91,63 @@ def test_an_award_is_good_once(book: BidBook) -> None:
 def test_a_stranger_cannot_use_up_a_bid(book: BidBook) -> None:
     made = bid(book)
     with pytest.raises(MessageRefused) as caught:
-        book.take(award(made, by=STRANGER), NOW, running=0)
+        book.take(award(made, by=STRANGER), NOW)
     assert caught.value.validation.reason is Reason.WRONG_SENDER
-    assert isinstance(book.take(award(made), NOW, running=0), Won)
+    assert isinstance(book.take(award(made), NOW), Won)
 
 
 def test_an_award_without_a_slot_is_declined(book: BidBook) -> None:
-    taken = book.take(award(bid(book)), NOW, running=2)
+    """A bid that was broadcast keeps none; the answer says when there may be one."""
+    frame = award(bid(book))
+    won(book, 2)
+    won(book, 3)
+    taken = book.take(frame, NOW)
+    assert isinstance(taken, Declined)
+    assert (taken.answer.abort, taken.answer.retry_at) == (AbortCode.BUSY, NOW + RETRY_MS)
+
+
+def test_a_quote_keeps_a_slot(book: BidBook) -> None:
+    quotes = [book.quote(offer(number), NOW, addresses=()) for number in (1, 2)]
+    assert book.admission.reserved == 2
+    assert book.quote(offer(3), NOW + 1, addresses=()) == Busy(NOW + LEASE_MS, "all slots are taken")
+    for quote in quotes:
+        assert isinstance(quote, Envelope)
+        taken = book.take(award(quote), NOW + LEASE_MS - 1)
+        assert isinstance(taken, Won)
+    assert (book.admission.running, book.admission.reserved) == (2, 0)
+
+
+def test_a_quote_is_firm_for_longer_than_its_slot(book: BidBook) -> None:
+    quote = book.quote(offer(1), NOW, addresses=())
+    assert isinstance(quote, Envelope)
+    assert isinstance(book.take(award(quote), NOW + LEASE_MS), Won)
+    assert (book.admission.running, book.admission.reserved) == (1, 0)
+    late = book.quote(offer(2), NOW + LEASE_MS, addresses=())
+    assert isinstance(late, Envelope)
+    book.offer((OFFERING,), slots=1)
+    taken = book.take(award(late), NOW + 2 * LEASE_MS)
     assert isinstance(taken, Declined)
     assert taken.answer.abort is AbortCode.BUSY
+
+
+def test_who_cannot_store_neither_bids_nor_takes(book: BidBook) -> None:
+    quote = book.quote(offer(1), NOW, addresses=())
+    assert isinstance(quote, Envelope)
+    book.is_suspended = True
+    assert book.bid(offer(2), NOW, addresses=()) is None
+    taken = book.take(award(quote), NOW)
+    assert isinstance(taken, Declined)
+    assert taken.answer.abort is AbortCode.BUSY
+    assert book.admission.reserved == 0
+    book.is_suspended = False
+    bid(book, 2)
 
 
 def test_who_stops_neither_bids_nor_takes(book: BidBook) -> None:
     frame = award(bid(book))
     book.draining = True
-    assert book.bid(offer(2), NOW, running=0, addresses=()) is None
-    taken = book.take(frame, NOW, running=0)
+    assert book.bid(offer(2), NOW, addresses=()) is None
+    taken = book.take(frame, NOW)
     assert isinstance(taken, Declined)
     assert taken.answer.abort is AbortCode.BUSY
 
@@ -98,16 +156,17 @@ def test_a_withdrawn_model_takes_its_bids_along(book: BidBook) -> None:
     frame = award(bid(book))
     assert book.withdraw(ROOT) == OFFERING
     assert book.withdraw(ROOT) is None
-    assert isinstance(book.take(frame, NOW, running=0), Declined)
-    assert book.bid(offer(2), NOW, running=0, addresses=()) is None
+    assert isinstance(book.take(frame, NOW), Declined)
+    assert book.bid(offer(2), NOW, addresses=()) is None
 
 
 def test_other_prices_leave_bids_firm(book: BidBook) -> None:
     made = bid(book)
     book.offer((Offering("model", ROOT, 100, 2, 8),), slots=1)
-    won = book.take(award(made), NOW, running=0)
-    assert isinstance(won, Won)
-    assert won.bid.body.output_token_price == 4
+    taken = book.take(award(made), NOW)
+    assert isinstance(taken, Won)
+    assert taken.bid.body.output_token_price == 4
+    book.release(taken)
     assert bid(book, 2).body.output_token_price == 8
     assert book.slots == 1
 
@@ -116,7 +175,7 @@ def test_expired_bids_are_forgotten(book: BidBook) -> None:
     bid(book)
     later = NOW + BID_LIFETIME_MS
     fresh = CONSUMER.seal(offer(2).body, later)
-    assert book.bid(fresh, later, running=0, addresses=()) is not None
+    assert book.bid(fresh, later, addresses=()) is not None
     assert len(book) == 1
 
 
@@ -140,11 +199,11 @@ def test_one_consumer_cannot_use_up_our_bids(book: BidBook, monkeypatch: pytest.
     monkeypatch.setattr(bidding, "MAX_PER_CONSUMER", 2)
     first = bid(book, 1)
     bid(book, 2)
-    assert book.bid(offer(3), NOW, running=0, addresses=()) is None
+    assert book.bid(offer(3), NOW, addresses=()) is None
     other = STRANGER.seal(offer(3).body, NOW)
-    assert book.bid(other, NOW, running=0, addresses=()) is not None
+    assert book.bid(other, NOW, addresses=()) is not None
     # One is awarded, or expires: there is room again.
-    book.take(award(first), NOW, running=0)
+    book.take(award(first), NOW)
     bid(book, 4)
-    assert book.bid(offer(5), NOW, running=0, addresses=()) is None
-    assert book.bid(offer(5), NOW + BID_LIFETIME_MS, running=0, addresses=()) is not None
+    assert book.bid(offer(5), NOW, addresses=()) is None
+    assert book.bid(offer(5), NOW + BID_LIFETIME_MS, addresses=()) is not None

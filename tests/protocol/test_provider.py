@@ -372,7 +372,7 @@ def test_a_receipt_with_a_lower_price(bench: ProviderBench, price: int) -> None:
     assert_consumer_fault(bench, "bad commitment")
 
 
-@pytest.mark.parametrize(("state", "limit"), [(State.ACCEPTED, 10_000), (State.REVEALED, 10_000)])
+@pytest.mark.parametrize(("state", "limit"), [(State.ACCEPTED, 5_000), (State.REVEALED, 10_000)])
 def test_a_silent_consumer_is_at_fault(bench: ProviderBench, state: State, limit: int) -> None:
     bench.reach(state)
     at = bench.now
