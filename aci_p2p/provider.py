@@ -62,13 +62,15 @@ from aci_p2p.protocol.provider import (
 )
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.settlement import Till
-from aci_p2p.store import Store
+from aci_p2p.store import Store, StoreError
 from aci_p2p.tasks import open_background
 
 AWARD_WAIT_S: Final = 5.0
 """Seconds for the award on a stream that a consumer opened."""
 _FINISH: Final = {FinishReason.STOP: Finish.STOP, FinishReason.LENGTH: Finish.LENGTH}
 
+PROBE_S: Final = 1.0
+"""Seconds between attempts to write to a disk that was full."""
 LINGER_S: Final = 0.2
 """Seconds for the last frames to arrive: one way between continents, before connections close."""
 
@@ -150,9 +152,9 @@ class ProviderRole:
         self._on_change = on_change
         self._till = Till(store, sealer, clock, self._promised)
         self._jobs: dict[trio.CancelScope, _ServedJob] = {}
-        self._leases = 0
         self._idle = trio.Event()
         self._idle.set()
+        self._probe_at = 0.0
         self._bids = 0
         self._finished = 0
         self._failed = 0
@@ -170,7 +172,7 @@ class ProviderRole:
                 output_token_price=offering.output_token_price,
                 slots=self._book.slots,
                 addresses=tuple(self._network.addresses),
-                free_slots=0 if self._book.draining else max(self._book.slots - len(self._jobs), 0),
+                free_slots=max(self._book.slots - len(self._jobs), 0) if self._book.takes_jobs else 0,
                 price_curve=offering.price_curve,
             )
             for offering in self._book.offerings
@@ -222,12 +224,25 @@ class ProviderRole:
         while True:
             offer = await self._market.next_offer()
             try:
-                bid = self._book.bid(offer, self._clock(), running=self._taken_slots, addresses=self._network.addresses)
+                await self._try_to_store()
+                bid = self._book.bid(offer, self._clock(), addresses=self._network.addresses)
                 if bid is not None:
                     self._bids += 1
                     await self._market.publish_bid(bid)
             except AciError as error:
                 log.warning("no bid", extra={"fields": {"job": offer.body.job_id.hex()[:8], "error": error}})
+
+    async def _try_to_store(self) -> None:
+        """After a job could not be stored: bid again as soon as the disk takes what we write."""
+        if not self._book.is_suspended or trio.current_time() < self._probe_at:
+            return
+        self._probe_at = trio.current_time() + PROBE_S
+        try:
+            await self._store.note_key(self._clock())
+        except StoreError:
+            return
+        self._book.is_suspended = False
+        log.info("bids again", extra={"fields": {"reason": "the database can be written"}})
 
     async def drain(self, grace_s: float) -> None:
         """Take no more jobs, and wait until those that run have ended, `grace_s` seconds at most."""
@@ -262,27 +277,24 @@ class ProviderRole:
 
     async def _quote(self, stream: Stream, frame: bytes) -> None:
         """Answer an offer, and hold a slot until the award comes, or the lease is over."""
-        bid = self._book.quote(
-            frame, stream.peer, self._clock(), running=self._taken_slots, addresses=self._network.addresses
-        )
-        if isinstance(bid, Declined):
-            await self._decline(stream, bid)
+        quoted = self._book.quote(frame, stream.peer, self._clock(), addresses=self._network.addresses)
+        if isinstance(quoted, Declined):
+            await self._decline(stream, quoted)
             return
         self._bids += 1
-        self._leases += 1
         award = b""
         try:
-            await stream.send(bid.data)
+            await stream.send(quoted.bid.data)
             with trio.move_on_after(LEASE_MS / MS_PER_S):
                 award = await stream.receive()
         finally:
-            self._leases -= 1
             if not award:
-                self._book.release(bid)
-        await self._award(stream, award)
+                self._book.take_back(quoted)
+        if award:
+            await self._award(stream, award)
 
     async def _award(self, stream: Stream, frame: bytes) -> None:
-        taken = self._book.take(frame, self._clock(), running=self._taken_slots)
+        taken = self._book.take(frame, self._clock())
         if isinstance(taken, Declined):
             await self._decline(stream, taken)
             return
@@ -295,13 +307,10 @@ class ProviderRole:
                 await self._run(stream, frame, job)
             finally:
                 del self._jobs[scope]
+                self._book.release(taken)
                 self._on_change()
                 if not self._jobs:
                     self._idle.set()
-
-    @property
-    def _taken_slots(self) -> int:
-        return len(self._jobs) + self._leases
 
     async def _decline(self, stream: Stream, declined: Declined) -> None:
         await stream.send(self._sealer.seal(declined.answer, self._clock()).data)
@@ -337,6 +346,8 @@ class ProviderRole:
             else:
                 self._failed += 1
                 log.info("job failed", extra={"fields": {**fields, "error": job.error}})
+        if isinstance(job.error, StoreError):
+            self._book.is_suspended = True
         if job.unavailable:
             self._withdraw(job.model_root)
         if job.latency_s is not None:

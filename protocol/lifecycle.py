@@ -115,7 +115,7 @@ LIMITS: Final[dict[State, Limit]] = {
     State.DRAFT: Limit(60 * _SECOND, Party.CONSUMER, State.EXPIRED),
     State.OFFERED: Limit(10 * _SECOND, Party.CONSUMER, State.EXPIRED),
     State.AWARDED: Limit(5 * _SECOND, Party.PROVIDER, State.OFFERED),
-    State.ACCEPTED: Limit(10 * _SECOND, Party.CONSUMER, State.CONSUMER_FAULT),
+    State.ACCEPTED: Limit(5 * _SECOND, Party.CONSUMER, State.CONSUMER_FAULT),
     State.STREAMING: Limit(60 * _SECOND, Party.PROVIDER, State.PROVIDER_FAULT),
     State.UNPAID: Limit(10 * _SECOND, Party.CONSUMER, State.CONSUMER_FAULT),
     State.COMMITTED: Limit(10 * _SECOND, Party.PROVIDER, State.PROVIDER_FAULT),
@@ -126,6 +126,7 @@ LIMITS: Final[dict[State, Limit]] = {
 }
 """OFFERED: the longest bid window (`market.MAX_BID_WINDOW_MS`); an offer's own deadline may end it earlier.
 AWARDED: a round trip between continents takes under one second, a busy node under four.
+ACCEPTED: the slot is held for a prompt that is ready; the largest takes four seconds at a megabit a second.
 STREAMING: a large model loads and reads a long prompt within a minute; then each part of the answer renews it.
 REVEALED: the provider has done its work and holds no slot; a consumer that stopped may come back and settle."""
 

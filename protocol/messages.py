@@ -451,6 +451,8 @@ class Abort:
     """Why."""
     detail: Annotated[str, Wire(3, Text(MAX_DETAIL_BYTES))]
     """The same in words, for people."""
+    retry_at: Annotated[int, Wire(4, Uint())] = 0
+    """BUSY: when to ask again, Unix milliseconds; 0: not told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def raw(
     fields: dict[str, Value] = {
         "version": 1, "kind": 10, "network": NETWORK, "sender": CONSUMER.node_id.public_key, "sequence": 5,
         "issued_at": NOW, "expires_at": NOW + LIFETIME,
-        "body": cbor.encode({1: BODY.job_id, 2: 2, 3: "not now"}),
+        "body": cbor.encode({1: BODY.job_id, 2: 2, 3: "not now", 4: 0}),
     }  # fmt: skip
     value: dict[int, Value] = dict(enumerate({**fields, **changes}.values(), 1)) | (extra or {})
     value[9] = CONSUMER.sign(digest(domain, signed_network.encode(), cbor.encode(value)))
@@ -114,7 +114,7 @@ def test_encoding() -> None:
     refuse(b"", Decision.REJECT, Reason.NOT_CANONICAL)
     refuse(raw() + b"\0", Decision.REJECT, Reason.NOT_CANONICAL)
     refuse(raw(body=b"\xff"), Decision.REJECT, Reason.NOT_CANONICAL)
-    refuse(raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: ""}) + b"\0"), Decision.REJECT, Reason.NOT_CANONICAL)
+    refuse(raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: "", 4: 0}) + b"\0"), Decision.REJECT, Reason.NOT_CANONICAL)
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,11 @@ def test_encoding() -> None:
         raw(body=b""),
         raw(body=[]),
         raw(body=cbor.encode(1)),
-        raw(body=cbor.encode({1: BODY.job_id, 2: 2})),
-        raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: "", 4: 0})),
-        raw(body=cbor.encode({1: BODY.job_id, 2: 99, 3: ""})),
-        raw(body=cbor.encode({1: BODY.job_id[1:], 2: 2, 3: ""})),
-        raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: "x" * 513})),
+        raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: ""})),
+        raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: "", 4: 0, 5: 0})),
+        raw(body=cbor.encode({1: BODY.job_id, 2: 99, 3: "", 4: 0})),
+        raw(body=cbor.encode({1: BODY.job_id[1:], 2: 2, 3: "", 4: 0})),
+        raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: "x" * 513, 4: 0})),
     ],
 )
 def test_fields(data: bytes) -> None:
@@ -221,7 +221,8 @@ def test_signed_for_another_purpose() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("kind", 7), ("network", "aci-tess"), ("sender", PROVIDER.node_id.public_key), ("sequence", 6),
-     ("issued_at", NOW + 1), ("expires_at", NOW + LIFETIME - 1), ("body", cbor.encode({1: BODY.job_id, 2: 3, 3: ""}))],
+     ("issued_at", NOW + 1), ("expires_at", NOW + LIFETIME - 1),
+     ("body", cbor.encode({1: BODY.job_id, 2: 3, 3: "", 4: 0}))],
 )  # fmt: skip
 def test_every_field_is_signed(name: str, value: Value) -> None:
     changes: dict[str, Any] = {name: value}

@@ -79,7 +79,7 @@ def test_limits() -> None:
         S.DRAFT: (60_000, Party.CONSUMER),
         S.OFFERED: (10_000, Party.CONSUMER),
         S.AWARDED: (5_000, Party.PROVIDER),
-        S.ACCEPTED: (10_000, Party.CONSUMER),
+        S.ACCEPTED: (5_000, Party.CONSUMER),
         S.STREAMING: (60_000, Party.PROVIDER),
         S.COMMITTED: (10_000, Party.PROVIDER),
         S.UNPAID: (10_000, Party.CONSUMER),
@@ -162,7 +162,7 @@ def test_diagram() -> None:
     assert "    draft --> offered: offer" in lines
     assert "    awarded --> offered: decline, timeout 5 s (provider)" in lines
     assert "    streaming --> streaming: tokens, voucher" in lines
-    assert "    accepted --> consumer_fault: consumer fails, timeout 10 s (consumer)" in lines
+    assert "    accepted --> consumer_fault: consumer fails, timeout 5 s (consumer)" in lines
     assert "    challenged --> inconclusive: timeout 86400 s (validators)" in lines
     assert {line for line in lines if line.endswith("[*]")} == {f"    {state.value} --> [*]" for state in FINAL_STATES}
     arrows = {(source.value, target.value) for (source, _), target in TRANSITIONS.items()}

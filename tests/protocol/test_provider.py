@@ -432,7 +432,7 @@ def test_a_prompt_of_another_size_than_offered(field: str) -> None:
     assert_consumer_fault(bench, "bad commitment")
 
 
-@pytest.mark.parametrize(("state", "limit"), [(State.ACCEPTED, 10_000)])
+@pytest.mark.parametrize(("state", "limit"), [(State.ACCEPTED, 5_000)])
 def test_a_silent_consumer_is_at_fault(bench: ProviderBench, state: State, limit: int) -> None:
     bench.reach(state)
     at = bench.now

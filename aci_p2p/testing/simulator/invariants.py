@@ -275,7 +275,8 @@ class Judge:
         assert choice.offer is not None  # there are bids for it
         job_id, signed = choice.offer.body.job_id, self._statements.get(bid.bid_digest, Bid)
         first = self._statements.offer(job_id)
-        assert first is not None and signed is not None  # they were seen before
+        assert first is not None  # both were seen before
+        assert signed is not None
         worst = worst_price(choice.offer.body, signed.body, accepted_tokens=len(choice.tokens)).total
         return sum(self.accounts.promised_for(job_id).values()) + worst <= first.body.max_price
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from aci_p2p.executor import FinishReason, Message, Sampling
-from aci_p2p.protocol.bidding import BidBook, Declined, Offering
+from aci_p2p.protocol.bidding import BidBook, Declined, Offering, Won
 from aci_p2p.protocol.consumer import ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope, kind_of
 from aci_p2p.protocol.identity import NodeId
@@ -330,7 +330,8 @@ class Provider:
     def hear(self, offer: Envelope[Offer]) -> None:
         """An offer has come over gossip."""
         self.around.judge.heard(self.node, offer)
-        bid = self.book.bid(offer, self.node.clock, running=len(self.running), addresses=())
+        self.book.is_suspended = self.book.is_suspended and self.node.disk.is_full
+        bid = self.book.bid(offer, self.node.clock, addresses=())
         if bid is not None:
             self.around.gossip.bids.say(self.node, bid)
 
@@ -355,7 +356,7 @@ class Provider:
     def _on_award(self, end: End, frame: bytes) -> None:
         node = self.node
         try:
-            taken = self.book.take(frame, node.clock, running=len(self.running))
+            taken = self.book.take(frame, node.clock)
         except MessageRefused:
             end.close()
             return
@@ -366,6 +367,7 @@ class Provider:
         secrets = ProviderSecrets(nonce=node.entropy(), salt=node.entropy(), kem_seed=node.entropy())
         machine = ProviderJob(node.sealer, taken.offer, taken.bid, secrets)
         driver = self.drive(machine)
+        driver.slot = self.book, taken
         driver.attach(end)
         self.around.judge.bounded(node, outstanding=len(self.book), running=len(self.running), slots=self.slots)
         driver.tell(FrameArrived(frame))
@@ -387,6 +389,8 @@ class ProviderDriver(Driver):
         super().__init__(provider.node, machine, provider.around.judge)
         self.provider = provider
         """Whose job it is."""
+        self.slot: tuple[BidBook, Won] | None = None
+        """Where its slot is, and what it was taken for."""
         self._started = provider.node.world.now
         self._next: Timer | None = None
         self._is_held = False
@@ -453,6 +457,13 @@ class ProviderDriver(Driver):
         super().abandon()
         self.stop()
         self.provider.running.pop(self, None)
+        if self.slot:
+            book, won = self.slot
+            book.release(won)
+
+    def disk_full(self) -> None:
+        """No bids before the disk takes what is written."""
+        self.provider.book.is_suspended = True
 
     def stop(self) -> None:
         """Compute no more."""

@@ -119,7 +119,7 @@ class SilentWinner(_CheatingConsumer):
     name = "award and silence"
     goal = "hold the slots of providers for nothing"
     interval_ms = SILENCE_MS
-    harms = "slots are not shared out by consumer yet"
+    harms = "each identity may hold its share of the slots for seconds, and identities cost nothing"
 
     def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
         """All but the prompt."""
