@@ -221,7 +221,8 @@ def test_signed_for_another_purpose() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("kind", 7), ("network", "aci-tess"), ("sender", PROVIDER.node_id.public_key), ("sequence", 6),
-     ("issued_at", NOW + 1), ("expires_at", NOW + LIFETIME - 1), ("body", cbor.encode({1: BODY.job_id, 2: 3, 3: "", 4: 0}))],
+     ("issued_at", NOW + 1), ("expires_at", NOW + LIFETIME - 1),
+     ("body", cbor.encode({1: BODY.job_id, 2: 3, 3: "", 4: 0}))],
 )  # fmt: skip
 def test_every_field_is_signed(name: str, value: Value) -> None:
     changes: dict[str, Any] = {name: value}
