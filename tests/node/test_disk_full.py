@@ -44,5 +44,7 @@ async def test_a_job_that_cannot_be_stored(
             assert provider.provider.statistics().failed == 1
             assert [record.free_slots for record in provider.provider.capabilities()] == [0]
         await trio.sleep(PROBE_S)
-        assert (await aci.inference(model=ROOT.hex(), prompt="count")).text
+        # More jobs than slots: each gave its own back.
+        for _ in range(provider.provider.statistics().slots + 1):
+            assert (await aci.inference(model=ROOT.hex(), prompt="count")).text
         assert provider.provider.capabilities()[0].free_slots

@@ -71,11 +71,14 @@ def test_a_job_keeps_its_slot_until_it_is_released() -> None:
 
 def test_who_has_its_share_waits_while_others_want_some() -> None:
     slots = Admission(4)
-    first, *_ = [taken(slots, A, runs=True) for _ in range(4)]
+    first, second, *_ = [taken(slots, A, runs=True) for _ in range(4)]
     until = refused(slots, B).until
     slots.release(first)
     assert refused(slots, A) == Busy(until + PATIENCE_MS, "others wait for a slot, and you have your share")
     taken(slots, B, until, runs=True)
+    # Nobody waits any more.
+    slots.release(second)
+    taken(slots, A, until, runs=True)
 
 
 def test_a_claim_lapses() -> None:

@@ -56,7 +56,11 @@ def test_what_was_cut_does_not_open(size: int) -> None:
 
 def test_what_is_sealed_must_be_an_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     for plaintext in (b"\xff", cbor.encode({1: 1})):
-        monkeypatch.setattr(cbor, "encode", lambda _value, plaintext=plaintext: plaintext)
+
+        def encode(_value: object, plaintext: bytes = plaintext) -> bytes:
+            return plaintext
+
+        monkeypatch.setattr(cbor, "encode", encode)
         sealed = seal_opening(OPENING, OPENING_KEY.public, BINDING)
         with pytest.raises(MessageRefused) as caught:
             OPENING_KEY.open(sealed, BINDING)
