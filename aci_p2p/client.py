@@ -28,18 +28,10 @@ from aci_p2p.protocol.feasibility import why_impossible
 from aci_p2p.protocol.hashing import DIGEST_BYTES
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Deliver
-from aci_p2p.protocol.messages import (
-    MAX_LATENCY_MS,
-    MAX_SHARES,
-    MAX_TEMPERATURE_MILLI,
-    MAX_TOKENS,
-    CapabilityRecord,
-    Conversation,
-    Receipt,
-    Turn,
-)
+from aci_p2p.protocol.messages import MAX_SHARES, MAX_TEMPERATURE_MILLI, MAX_TOKENS, Conversation, Receipt, Turn
 from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.proof import ProofFile, VerifiedProof, encode_proof, verify_proof
+from aci_p2p.protocol.publications import MAX_LATENCY_MS, CapabilityRecord
 from aci_p2p.protocol.request import ImpossibleJob, JobRequest
 from aci_p2p.protocol.terms import SelectionTerms, Verification
 from aci_p2p.protocol.wire import to_value

@@ -29,7 +29,8 @@ from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.lifecycle import Party
-from aci_p2p.protocol.messages import NONCE_BYTES, Ask, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.messages import NONCE_BYTES
+from aci_p2p.protocol.publications import Ask, CapabilityRecord, NodeRecord
 from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.selection import ExpectedCost, Knowledge, SelectionRule, Stakes, StakeTable

@@ -15,7 +15,7 @@ from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Payment
-from aci_p2p.protocol.lifecycle import Party, State
+from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.settlement import (
     SETTLE_PROTOCOL,
     acknowledged,
@@ -114,8 +114,8 @@ class Settler:
 class Till:
     """Takes what consumers promise for jobs whose streams have ended."""
 
-    def __init__(self, store: Store, sealer: Sealer, clock: Clock, taken: Callable[[int, bool], None]) -> None:
-        """`taken(amount, receipted)` hears of each promise: by how much it is more, and whether it ends a job."""
+    def __init__(self, store: Store, sealer: Sealer, clock: Clock, taken: Callable[[int], None]) -> None:
+        """`taken(amount)` hears of each promise by how much it is more, base units."""
         self._store = store
         self._sealer = sealer
         self._clock = clock
@@ -144,7 +144,6 @@ class Till:
             if change is not None:
                 records, payment = change
                 await self._store.put_jobs(records, (payment,))
-                more = payment.amount - (held.amount if held else 0)
-                self._taken(more, any(record.state is State.PENDING for record in records))
+                self._taken(payment.amount - (held.amount if held else 0))
                 held = payment
         return self._sealer.seal(acknowledgement(statement, held), now).data

@@ -17,8 +17,9 @@ from typing import Final, Generic, TypeVar
 from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.protocol.envelope import Envelope, kind_of, open_envelope
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import CapabilityRecord, Kind, NodeRecord
+from aci_p2p.protocol.messages import Kind
 from aci_p2p.protocol.pricing import check_capacity
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
 MAX_NODES: Final = 512

@@ -16,8 +16,8 @@ from aci_p2p.network.api import MAX_RECORD_KEY_BYTES
 from aci_p2p.protocol.envelope import Envelope, open_envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
 from aci_p2p.protocol.pricing import check_capacity
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
 NODE_PREFIX: Final = "/aci/node/"

@@ -21,9 +21,9 @@ from aci_p2p.gossip.topic import Topic, open_topic
 from aci_p2p.network.api import Network
 from aci_p2p.protocol.envelope import Envelope, Sealer, header_of
 from aci_p2p.protocol.errors import AciError
-from aci_p2p.protocol.messages import Ask
 from aci_p2p.protocol.orderbook import OrderBook
 from aci_p2p.protocol.pacing import AskPacer
+from aci_p2p.protocol.publications import Ask
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 from aci_p2p.tasks import Notice, open_background
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from aci_p2p.protocol.messages import LOAD_MILLI_MAX, SECOND
+from aci_p2p.protocol.messages import SECOND
+from aci_p2p.protocol.publications import LOAD_MILLI_MAX
 
 ADJUST_MS: Final = 60 * SECOND
 """Time over which the load is averaged, and after which the price moves: longer than most jobs."""

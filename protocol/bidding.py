@@ -11,8 +11,9 @@ from aci_p2p.protocol.admission import Admission, AdmissionStatistics, Busy, Lea
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import check_terms
-from aci_p2p.protocol.messages import MAX_LATENCY_MS, SECOND, Abort, AbortCode, Award, Bid, Offer, PriceStep
+from aci_p2p.protocol.messages import SECOND, Abort, AbortCode, Award, Bid, Offer
 from aci_p2p.protocol.pricing import factor_milli, load_milli, scaled_price
+from aci_p2p.protocol.publications import MAX_LATENCY_MS, PriceStep
 from aci_p2p.protocol.validation import Decision, Reason, require
 
 BID_LIFETIME_MS: Final = 30 * SECOND

@@ -35,7 +35,7 @@ from aci_p2p.protocol.job import (
     StreamEnded,
     TimerFired,
 )
-from aci_p2p.protocol.leg import Leg, Output
+from aci_p2p.protocol.leg import Leg, Output, payments_of
 from aci_p2p.protocol.lifecycle import Party, State, Trigger
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import (
@@ -475,16 +475,9 @@ class ConsumerJob(Job):
             now,
         )
         self._receipt_bytes = self._receipt.data
-        receipted = self._advance(Trigger.RECEIPT, now, self._payments(self._receipt.data))
+        receipted = self._advance(Trigger.RECEIPT, now, payments_of(self._job_id, self._shares, self._receipt.data))
         recorded = self._advance(Trigger.RECORD, now)
         return [*revealed, *receipted, *recorded, CloseStream(), Finished()]
-
-    def _payments(self, statement: bytes) -> tuple[Payment, ...]:
-        """What each provider is owed under the receipt."""
-        job_id, owed = self._job_id, PaymentState.OWED
-        return tuple(
-            Payment(job_id, Party.CONSUMER, share.provider, share.price, statement, owed) for share in self._shares
-        )
 
     def _on_abort(self, abort: Abort, now: int) -> list[Effect]:
         detail = printable(abort.detail) or abort.abort.name.lower().replace("_", " ")

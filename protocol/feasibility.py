@@ -8,8 +8,8 @@ from typing import TypeAlias
 from aci_p2p.protocol.catalogue import licence_bps
 from aci_p2p.protocol.commitments import input_bytes
 from aci_p2p.protocol.envelope import Envelope
-from aci_p2p.protocol.messages import LOAD_MILLI_MAX, CapabilityRecord
 from aci_p2p.protocol.pricing import format_amount, itemise, prompt_bound
+from aci_p2p.protocol.publications import LOAD_MILLI_MAX, CapabilityRecord
 from aci_p2p.protocol.request import JobRequest
 from aci_p2p.protocol.selection import Stakes
 from aci_p2p.protocol.text import printable

@@ -10,16 +10,7 @@ from aci_p2p.protocol.envelope import Envelope, Sealer, kind_of, open_envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.lifecycle import FINAL_STATES, LIMITS, TRANSITIONS, Party, State, Trigger, advance
-from aci_p2p.protocol.messages import (
-    KINDS,
-    MAX_DETAIL_BYTES,
-    Abort,
-    AbortCode,
-    BidSummary,
-    Conversation,
-    Kind,
-    Offer,
-)
+from aci_p2p.protocol.messages import KINDS, MAX_DETAIL_BYTES, Abort, AbortCode, BidSummary, Conversation, Kind, Offer
 from aci_p2p.protocol.selection import Ranking
 from aci_p2p.protocol.validation import Decision, Reason, require
 

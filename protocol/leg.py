@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from aci_p2p.protocol.commitments import derive_seed, output_commitment, output_root, text_digest, tokens_digest
@@ -165,3 +166,9 @@ class Leg:
         opened = output_commitment(job_id, self.provider, root, salt) == self.commitment
         require(opened, Decision.REJECT, Reason.BAD_COMMITMENT)
         self._input_tokens = body.input_tokens
+
+
+def payments_of(job_id: bytes, shares: Iterable[Share], statement: bytes) -> tuple[Payment, ...]:
+    """What each provider of a job is owed under the receipt `statement`."""
+    owed = PaymentState.OWED
+    return tuple(Payment(job_id, Party.CONSUMER, share.provider, share.price, statement, owed) for share in shares)

@@ -11,6 +11,16 @@ from enum import IntEnum
 from typing import Annotated, Any, Final, TypeAlias
 
 from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.publications import (
+    ADDRESSES,
+    MAX_LATENCY_MS,
+    NAME,
+    TOKEN_PRICE,
+    Ask,
+    CapabilityRecord,
+    Engine,
+    NodeRecord,
+)
 from aci_p2p.protocol.terms import (
     FEE,
     LABEL,
@@ -44,39 +54,19 @@ SEAL_BYTES: Final = 1_136
 """What a sealed message has beyond its text: the encapsulated key, 1,120 bytes, and a tag of 16."""
 MAX_OPENING_BYTES: Final = MAX_INPUT_BYTES + 5 * MAX_TOKENS + 32_768
 """Bytes of an opening: the largest prompt and output so far, and 16 for each turn, which take half of the rest."""
-MAX_ADDRESSES: Final = 8
-"""Multiaddrs that a node may claim."""
-MAX_ADDRESS_BYTES: Final = 256
-"""Characters of one multiaddr."""
-MAX_NAME_BYTES: Final = 128
-"""Bytes of a model, engine, device or role name."""
 MAX_DETAIL_BYTES: Final = 512
 """Bytes of an explanation to a peer."""
 MAX_TEMPERATURE_MILLI: Final = 10_000
 """Thousandths; above 10 every distribution is flat."""
 MAX_BIDS: Final = 64
 """Bids that a consumer weighs for one offer; more providers than any job needs."""
-MAX_LATENCY_MS: Final = 3_600_000
-"""An hour: beyond any promise worth making."""
-MAX_PRICE_STEPS: Final = 8
-"""Steps of a price curve: finer ones than eighths mean nothing for a handful of slots."""
-LOAD_MILLI_MAX: Final = 1_000
-"""Thousandths of a provider's slots that are in use: all."""
-MAX_FACTOR_MILLI: Final = 100_000
-"""Thousandths; a price a hundred times the one of an idle provider turns everyone away."""
 MAX_SHARES: Final = 8
 """Providers that one job may have, one after the other; more failures mean that something else is wrong."""
-MAX_SLOTS: Final = 1 << 16
-"""Jobs that a provider runs at once."""
 MAX_ENVELOPE_BYTES: Final = 4_096
 """Bytes of an envelope carried inside another message (an offer or a proof)."""
 
-NAME: Final = Text(MAX_NAME_BYTES)
 NONCE: Final = Bytes(NONCE_BYTES)
-ADDRESSES: Final = ListOf(Text(MAX_ADDRESS_BYTES), MAX_ADDRESSES)
 TEMPERATURE: Final = Uint(MAX_TEMPERATURE_MILLI)
-TOKEN_PRICE: Final = Amount(12)
-"""Below 2^96 base units a token, 79 billion ACI: the dearest bid for the largest job is still an amount."""
 
 
 class Kind(IntEnum):
@@ -291,20 +281,6 @@ class Reveal:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """What ran the model, in the provider's own words."""
-
-    name: Annotated[str, Wire(1, NAME)]
-    """Back end and version."""
-    profile: Annotated[str, Wire(2, NAME)]
-    """Numeric profile, such as `fp32-ref`."""
-    device: Annotated[str, Wire(3, NAME)]
-    """Hardware in words."""
-    quantisation: Annotated[str, Wire(4, NAME)]
-    """Weight format computed with."""
-
-
-@dataclass(frozen=True, slots=True)
 class Proof:
     """The provider's long-lived statement about one answer."""
 
@@ -453,84 +429,6 @@ class Abort:
     """The same in words, for people."""
     retry_at: Annotated[int, Wire(4, Uint())] = 0
     """BUSY: when to ask again, Unix milliseconds; 0: not told."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRecord:
-    """Where a node is and what it runs."""
-
-    addresses: Annotated[tuple[str, ...], Wire(1, ADDRESSES)]
-    """Dialable multiaddrs."""
-    roles: Annotated[tuple[str, ...], Wire(2, ListOf(NAME, 8))]
-    """`provider`, `consumer`, `bootstrap`, `validator`."""
-    software: Annotated[str, Wire(3, NAME)]
-    """Program and version."""
-
-
-@dataclass(frozen=True, slots=True)
-class PriceStep:
-    """From some load on, a provider asks for more or less than when it is idle."""
-
-    load_milli: Annotated[int, Wire(1, Uint(LOAD_MILLI_MAX))]
-    """Thousandths of its slots in use, from which on the factor holds."""
-    factor_milli: Annotated[int, Wire(2, Uint(MAX_FACTOR_MILLI))]
-    """Thousandths of the prices when idle."""
-
-
-@dataclass(frozen=True, slots=True)
-class CapabilityRecord:
-    """One model that a provider serves. With 0 slots it takes earlier ones back: the model is served no more."""
-
-    model_root: Annotated[bytes, Wire(1, DIGEST)]
-    """Weights root."""
-    model_name: Annotated[str, Wire(2, NAME)]
-    """The provider's name for it."""
-    context: Annotated[int, Wire(3, Uint(1 << 32))]
-    """Longest sequence, tokens."""
-    engine: Annotated[Engine, Wire(4, Struct(Engine))]
-    """What runs it, and in which quantisation."""
-    input_token_price: Annotated[int, Wire(5, TOKEN_PRICE)]
-    """Base units for each prompt token when idle; indicative, a bid is firm."""
-    output_token_price: Annotated[int, Wire(6, TOKEN_PRICE)]
-    """Base units for each output token when idle; indicative, a bid is firm."""
-    slots: Annotated[int, Wire(7, Uint(MAX_SLOTS))]
-    """Jobs it runs at once."""
-    addresses: Annotated[tuple[str, ...], Wire(8, ADDRESSES)]
-    """Where the provider may be dialled."""
-    free_slots: Annotated[int, Wire(9, Uint(MAX_SLOTS))]
-    """Of them, those not in use when the record was signed."""
-    price_curve: Annotated[tuple[PriceStep, ...], Wire(10, ListOf(Struct(PriceStep), MAX_PRICE_STEPS))]
-    """How the prices change with the load: ascending, above 0; none: they do not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What a provider asks for one model at this moment, broadcast. With 0 slots it takes earlier ones back."""
-
-    model_root: Annotated[bytes, Wire(1, DIGEST)]
-    """Weights root."""
-    model_name: Annotated[str, Wire(2, NAME)]
-    """The provider's name for it."""
-    engine: Annotated[Engine, Wire(3, Struct(Engine))]
-    """What runs it, and in which quantisation."""
-    context: Annotated[int, Wire(4, Uint(1 << 32))]
-    """Longest sequence, tokens."""
-    input_token_price: Annotated[int, Wire(5, TOKEN_PRICE)]
-    """Base units for each prompt token when idle; a bid is firm."""
-    output_token_price: Annotated[int, Wire(6, TOKEN_PRICE)]
-    """Base units for each output token when idle; a bid is firm."""
-    price_curve: Annotated[tuple[PriceStep, ...], Wire(7, ListOf(Struct(PriceStep), MAX_PRICE_STEPS))]
-    """How the prices change with the load: ascending, above 0; none: they do not."""
-    slots: Annotated[int, Wire(8, Uint(MAX_SLOTS))]
-    """Jobs it runs at once."""
-    free_slots: Annotated[int, Wire(9, Uint(MAX_SLOTS))]
-    """Of them, those not in use when the ask was signed."""
-    latency_ms: Annotated[int, Wire(10, Uint(MAX_LATENCY_MS))]
-    """Expected time from award to first token, milliseconds."""
-    region: Annotated[str, Wire(11, NAME)]
-    """Where it stands, in its owner's words; empty: not told."""
-    addresses: Annotated[tuple[str, ...], Wire(12, ADDRESSES)]
-    """Where the provider may be dialled."""
 
 
 Body: TypeAlias = (

@@ -16,8 +16,9 @@ from aci_p2p.protocol.chance import Chance
 from aci_p2p.protocol.envelope import Envelope, open_envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import Opener
-from aci_p2p.protocol.messages import SECOND, Ask, Offer
+from aci_p2p.protocol.messages import SECOND, Offer
 from aci_p2p.protocol.pricing import asked_prices, check_capacity, max_input_tokens
+from aci_p2p.protocol.publications import Ask
 from aci_p2p.protocol.validation import Decision, Reason, require
 
 MAX_ASKS_PER_MODEL: Final = 512

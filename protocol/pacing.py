@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Final
 
 from aci_p2p.protocol.chance import Chance
-from aci_p2p.protocol.messages import KINDS, SECOND, Ask, Kind
+from aci_p2p.protocol.messages import KINDS, SECOND, Kind
 from aci_p2p.protocol.pricing import asked_prices
+from aci_p2p.protocol.publications import Ask
 
 ASKS_PER_SECOND: Final = 4
 """Asks on the topic of one model: 2 KB a second, and a book of 240 while they live."""

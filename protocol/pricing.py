@@ -10,7 +10,8 @@ from typing import Final
 from aci_p2p.protocol.catalogue import licence_bps
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.messages import LOAD_MILLI_MAX, TOKEN_PRICE, Ask, Bid, CapabilityRecord, Offer, PriceStep, Share
+from aci_p2p.protocol.messages import Bid, Offer, Share
+from aci_p2p.protocol.publications import LOAD_MILLI_MAX, TOKEN_PRICE, Ask, CapabilityRecord, PriceStep
 from aci_p2p.protocol.terms import Price, Verification
 from aci_p2p.protocol.validation import Decision, Reason, require
 from aci_p2p.protocol.wire import AMOUNT_BYTES_MAX

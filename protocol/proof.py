@@ -21,15 +21,7 @@ from aci_p2p.protocol.commitments import (
 )
 from aci_p2p.protocol.envelope import Envelope, open_envelope
 from aci_p2p.protocol.errors import RemoteError
-from aci_p2p.protocol.messages import (
-    MAX_ENVELOPE_BYTES,
-    MAX_TOKEN_ID,
-    MAX_TOKENS,
-    NONCE,
-    Conversation,
-    Offer,
-    Proof,
-)
+from aci_p2p.protocol.messages import MAX_ENVELOPE_BYTES, MAX_TOKEN_ID, MAX_TOKENS, NONCE, Conversation, Offer, Proof
 from aci_p2p.protocol.pricing import max_input_tokens
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.protocol.wire import Bytes, ListOf, Struct, Text, Uint, Wire

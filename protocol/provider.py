@@ -45,7 +45,6 @@ from aci_p2p.protocol.messages import (
     Award,
     Bid,
     Commit,
-    Engine,
     Finish,
     Input,
     Kind,
@@ -58,6 +57,7 @@ from aci_p2p.protocol.messages import (
     Voucher,
 )
 from aci_p2p.protocol.pricing import max_input_tokens, share_of
+from aci_p2p.protocol.publications import Engine
 from aci_p2p.protocol.sealing import Binding, OpeningKey
 from aci_p2p.protocol.text import printable
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require

@@ -40,22 +40,17 @@ from aci_p2p.protocol.messages import (
     Abort,
     AbortCode,
     Accept,
-    Ask,
     Award,
     Bid,
     BidSummary,
     Body,
-    CapabilityRecord,
     Commit,
     Conversation,
-    Engine,
     Finish,
     Input,
     Kind,
-    NodeRecord,
     Offer,
     Opening,
-    PriceStep,
     Proof,
     Receipt,
     Reveal,
@@ -67,6 +62,7 @@ from aci_p2p.protocol.messages import (
 )
 from aci_p2p.protocol.pricing import share_of
 from aci_p2p.protocol.proof import MAGIC, ProofFile, ProofInvalid, encode_proof, verify_proof
+from aci_p2p.protocol.publications import Ask, CapabilityRecord, Engine, NodeRecord, PriceStep
 from aci_p2p.protocol.sealing import Binding, OpeningKey, seal_opening
 from aci_p2p.protocol.terms import PassedOver, Passing, Price, SelectionTerms, Verification
 from aci_p2p.protocol.validation import MessageRefused

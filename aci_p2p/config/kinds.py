@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final, cast
 
 from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.messages import LOAD_MILLI_MAX, MAX_FACTOR_MILLI, PriceStep
 from aci_p2p.protocol.pricing import format_amount, parse_amount
+from aci_p2p.protocol.publications import LOAD_MILLI_MAX, MAX_FACTOR_MILLI, PriceStep
 
 NONE: Final = "none"
 """What stands for an empty list, or for leaving a setting to the node, in flags and variables."""

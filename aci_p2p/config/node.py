@@ -14,14 +14,9 @@ from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
-from aci_p2p.protocol.messages import (
-    MAX_LATENCY_MS,
-    MAX_PRICE_STEPS,
-    MAX_TEMPERATURE_MILLI,
-    MAX_TOKENS,
-    PriceStep,
-)
+from aci_p2p.protocol.messages import MAX_TEMPERATURE_MILLI, MAX_TOKENS
 from aci_p2p.protocol.pricing import MAX_TOKEN_PRICE, ONE_ACI, ascends, parse_amount
+from aci_p2p.protocol.publications import MAX_LATENCY_MS, MAX_PRICE_STEPS, PriceStep
 from aci_p2p.protocol.terms import MAX_LABEL_BYTES
 from aci_p2p.protocol.text import printable
 

@@ -11,8 +11,8 @@ from aci_p2p.control.wire import BadRequest
 from aci_p2p.node import Node
 from aci_p2p.protocol.hashing import DIGEST_BYTES
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import Ask
 from aci_p2p.protocol.pricing import asked_prices
+from aci_p2p.protocol.publications import Ask
 from aci_p2p.protocol.text import printable
 
 GATHER_S: Final = 7.0

@@ -9,7 +9,7 @@ import pytest
 
 from aci_p2p.config import ProviderConfig, kinds
 from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.messages import PriceStep
+from aci_p2p.protocol.publications import PriceStep
 
 CURVE = kinds.Curve()
 
@@ -46,7 +46,7 @@ def test_curves_that_are_none(text: str) -> None:
         ({"price_floor": -1}, "floor"),
         ({"price_ceiling": 1 << 96}, "ceiling"),
         ({"price": "cheap"}, "no way to set prices"),
-        ({"region": "x" * 129}, "128 bytes"),
+        ({"region": "x" * 33}, "32 bytes"),
     ],
 )
 def test_what_cannot_be_told_is_refused(changes: dict[str, Any], problem: str) -> None:

@@ -177,7 +177,7 @@ async def test_refused_without_a_worker(store: ModelStore, monkeypatch: pytest.M
             await executor.encode("tiny", [Message("user", "a")] * 5000)
         with pytest.raises(PromptTooLong):
             await collect(executor, request("é" * (5 << 20)))
-        for accepted in ((-1,), (1 << 32,), (5,) * 10):
+        for accepted in ((-1,), (1 << 32,), (5,) * 11):
             with pytest.raises(LocalError, match="cannot"):
                 await collect(executor, replace(request(), accepted=accepted))
         for tokens, start in (([], 0), ([1], 1), ([1], -1), ([-1], 0), ([1 << 32], 0)):

@@ -19,7 +19,7 @@ from aci_p2p.network import Network
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import Ask
+from aci_p2p.protocol.publications import Ask
 from aci_p2p.protocol.validation import ACCEPTED, Reason, Validation
 from tests.protocol.asking import ASK, chance
 from tests.protocol.driver import MODEL_ROOT, NETWORK, NOW, alter

@@ -15,7 +15,7 @@ from aci_p2p import ACI, ProviderConfig
 from aci_p2p.control.market import read_market
 from aci_p2p.control.wire import BadRequest
 from aci_p2p.node import Node
-from aci_p2p.protocol.messages import Ask, PriceStep
+from aci_p2p.protocol.publications import Ask, PriceStep
 from tests.node.conftest import MODEL, ROOT, OpenTestNode, ScriptedExecutor
 
 
@@ -73,7 +73,7 @@ async def test_the_book_and_bids_follow_the_load(autojump_clock: MockClock, open
             (entry,) = (await read_market(consumer, ROOT.hex()))["models"][0]["asks"]
             assert (entry["output_token_price"], entry["free_slots"]) == ("150", 1)
             second = await aci.inference(model=ROOT.hex(), prompt="count")
-            assert second.receipt.body.price == 10 * 2 + 4 * 150
+            assert second.receipt.body.price == (10 * 2 + 4 * 150) * 5 // 4
 
 
 async def test_a_provider_without_asks_only_bids(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:

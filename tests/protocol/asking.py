@@ -7,7 +7,7 @@ from typing import Final
 
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair
-from aci_p2p.protocol.messages import Ask
+from aci_p2p.protocol.publications import Ask
 from tests.protocol.driver import ENGINE, MODEL_ROOT, NETWORK, NOW, alter
 
 ASK: Final = Ask(

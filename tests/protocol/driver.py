@@ -52,7 +52,6 @@ from aci_p2p.protocol.messages import (
     Bid,
     Commit,
     Conversation,
-    Engine,
     Finish,
     Input,
     Kind,
@@ -67,6 +66,7 @@ from aci_p2p.protocol.messages import (
     Voucher,
 )
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
+from aci_p2p.protocol.publications import Engine
 from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.round import BidArrived, QuotesAsked
 from aci_p2p.protocol.sealing import Binding, OpeningKey, seal_opening

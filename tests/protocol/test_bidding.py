@@ -12,7 +12,8 @@ from aci_p2p.protocol.bidding import BID_LIFETIME_MS, FIRST_LATENCY_MS, BidBook,
 from aci_p2p.protocol.commitments import derive_job_id
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import MAX_LATENCY_MS, AbortCode, Award, Bid, Offer, PriceStep
+from aci_p2p.protocol.messages import AbortCode, Award, Bid, Offer
+from aci_p2p.protocol.publications import MAX_LATENCY_MS, PriceStep
 from aci_p2p.protocol.terms import Verification
 from aci_p2p.protocol.validation import MessageRefused, Reason
 

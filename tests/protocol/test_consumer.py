@@ -55,7 +55,6 @@ from aci_p2p.protocol.messages import (
     BidSummary,
     Commit,
     Conversation,
-    Engine,
     Finish,
     Input,
     Kind,
@@ -69,6 +68,7 @@ from aci_p2p.protocol.messages import (
 )
 from aci_p2p.protocol.pricing import worst_price
 from aci_p2p.protocol.proof import MAX_ANSWER_BYTES, verify_proof
+from aci_p2p.protocol.publications import Engine
 from aci_p2p.protocol.request import JobCancelled, NoBids, PromptRefused, ProviderFault
 from aci_p2p.protocol.round import QUOTE_WAIT_MS, BidArrived, QuotesAsked
 from aci_p2p.protocol.selection import ExpectedCost

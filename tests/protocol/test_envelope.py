@@ -15,16 +15,7 @@ from aci_p2p.protocol import cbor
 from aci_p2p.protocol.cbor import Value
 from aci_p2p.protocol.envelope import MAX_SKEW_MS, VERSION, Envelope, Sealer, kind_of, open_envelope
 from aci_p2p.protocol.errors import LocalError, RemoteError
-from aci_p2p.protocol.messages import (
-    KINDS,
-    Abort,
-    AbortCode,
-    Award,
-    Commit,
-    Kind,
-    Proof,
-    Tokens,
-)
+from aci_p2p.protocol.messages import KINDS, Abort, AbortCode, Award, Commit, Kind, Proof, Tokens
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import CONSUMER, NETWORK, NOW, PROVIDER
 from tests.protocol.strategies import messages as messages_of

@@ -9,8 +9,8 @@ import pytest
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.feasibility import why_impossible
 from aci_p2p.protocol.identity import KeyPair
-from aci_p2p.protocol.messages import CapabilityRecord, Engine, PriceStep
 from aci_p2p.protocol.pricing import format_amount
+from aci_p2p.protocol.publications import CapabilityRecord, Engine, PriceStep
 from aci_p2p.protocol.request import JobRequest
 from aci_p2p.protocol.selection import StakeTable
 from aci_p2p.protocol.terms import ANY_PROVIDER, Verification

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from aci_p2p.protocol import orderbook
 from aci_p2p.protocol.envelope import Envelope
-from aci_p2p.protocol.messages import Ask, Offer, PriceStep
+from aci_p2p.protocol.messages import Offer
 from aci_p2p.protocol.orderbook import ASK_GAP_MS, SPREAD_MILLI, OrderBook
 from aci_p2p.protocol.pricing import asked_prices, max_input_tokens
+from aci_p2p.protocol.publications import Ask, PriceStep
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.asking import ASK, ask_of, chance, sealer
 from tests.protocol.driver import MODEL_ROOT, NETWORK, NOW, alter, make_offer

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from aci_p2p.protocol.messages import PriceStep
 from aci_p2p.protocol.pacing import (
     ASKS_PER_SECOND,
     CHANGE_GAP_MS,
@@ -22,6 +21,7 @@ from aci_p2p.protocol.pacing import (
     AskPacer,
     is_urgent,
 )
+from aci_p2p.protocol.publications import PriceStep
 from tests.protocol.asking import ASK, ask_of, chance
 
 MINUTE = 60_000

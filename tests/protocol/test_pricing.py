@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aci_p2p.protocol import pricing
 from aci_p2p.protocol.errors import LocalError
-from aci_p2p.protocol.messages import Bid, PriceStep
+from aci_p2p.protocol.messages import Bid
 from aci_p2p.protocol.pricing import (
     BPS,
     MAX_TOKEN_PRICE,
@@ -28,6 +28,7 @@ from aci_p2p.protocol.pricing import (
     scaled_price,
     worst_price,
 )
+from aci_p2p.protocol.publications import PriceStep
 from aci_p2p.protocol.terms import Price, Verification
 from tests.protocol.driver import make_offer
 

@@ -16,9 +16,10 @@ from aci_p2p.protocol.cbor import Value
 from aci_p2p.protocol.envelope import Header
 from aci_p2p.protocol.errors import LocalError, RemoteError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import KIND_OF, KINDS, BidSummary, Body, Engine, Kind, Turn
+from aci_p2p.protocol.messages import KIND_OF, KINDS, BidSummary, Body, Kind, Turn
 from aci_p2p.protocol.pricing import BPS, itemise
 from aci_p2p.protocol.proof import ProofFile
+from aci_p2p.protocol.publications import TOKEN_PRICE, Engine
 from aci_p2p.protocol.terms import FEE, Verification
 from aci_p2p.protocol.wire import (
     DIGEST,
@@ -298,7 +299,7 @@ def test_the_largest_prompt_fits_its_envelope() -> None:
 
 def test_the_dearest_bid_is_an_amount() -> None:
     tokens = messages.MAX_INPUT_BYTES + 16 * messages.MAX_INPUT_TURNS + 128 + messages.MAX_TOKENS
-    dearest = (1 << 8 * messages.TOKEN_PRICE.size) - 1
+    dearest = (1 << 8 * TOKEN_PRICE.size) - 1
     dearest_fee = (1 << 8 * FEE.size) - 1
     worst = itemise(
         tokens * dearest, licence_bps=BPS, verification=Verification.IMMEDIATE, priority_fee=dearest_fee

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from aci_p2p.protocol.commitments import derive_job_id
 from aci_p2p.protocol.envelope import Envelope, Sealer
-from aci_p2p.protocol.messages import CapabilityRecord, Engine, Offer
+from aci_p2p.protocol.messages import Offer
+from aci_p2p.protocol.publications import CapabilityRecord, Engine
 from aci_p2p.protocol.terms import Verification
 
 MODEL_ROOT = hashlib.sha256(b"a rare model").digest()

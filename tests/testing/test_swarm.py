@@ -20,7 +20,7 @@ from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import State
-from aci_p2p.protocol.messages import CapabilityRecord
+from aci_p2p.protocol.publications import CapabilityRecord
 from aci_p2p.testing import ROUGH, InvariantBroken, NodeDown, Swarm, SwarmNode, ToyExecutor, ToyModel, open_swarm, run
 from aci_p2p.testing.ledger import Ledger
 from aci_p2p.testing.swarm import MODEL, NETWORK

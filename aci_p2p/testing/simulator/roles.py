@@ -26,8 +26,9 @@ from aci_p2p.protocol.job import (
     StopGeneration,
 )
 from aci_p2p.protocol.lifecycle import Party
-from aci_p2p.protocol.messages import AbortCode, Bid, CapabilityRecord, Engine, Finish, Kind, Offer
+from aci_p2p.protocol.messages import AbortCode, Bid, Finish, Kind, Offer
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
+from aci_p2p.protocol.publications import CapabilityRecord, Engine
 from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.round import BidArrived, QuotesAsked

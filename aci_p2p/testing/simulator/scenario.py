@@ -9,7 +9,8 @@ from typing import Final, Self
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
-from aci_p2p.protocol.messages import MAX_SLOTS, MAX_TOKENS
+from aci_p2p.protocol.messages import MAX_TOKENS
+from aci_p2p.protocol.publications import MAX_SLOTS
 
 MIN_NODES: Final = 2
 """One that asks and one that answers."""

@@ -12,7 +12,8 @@ from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import WAITING, JobRecord, Payment, recovered, timed_out
 from aci_p2p.protocol.lifecycle import LIMITS
-from aci_p2p.protocol.messages import CapabilityRecord, Conversation, Turn
+from aci_p2p.protocol.messages import Conversation, Turn
+from aci_p2p.protocol.publications import CapabilityRecord
 from aci_p2p.protocol.request import JobRequest
 from aci_p2p.protocol.terms import ANY_PROVIDER
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part

@@ -6,7 +6,8 @@ from collections import OrderedDict
 from typing import Any, Final, TypeVar
 
 from aci_p2p.protocol.envelope import Envelope, envelope_digest
-from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord, Offer
+from aci_p2p.protocol.messages import Offer
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 
 MAX_KEPT: Final = 1 << 17
 """Messages kept, the latest: those of the minutes for which a message counts, floods included."""
