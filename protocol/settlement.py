@@ -66,10 +66,10 @@ def settle(
     # Signed by its consumer.
     require(statement.sender == job.peer, Decision.REJECT, Reason.WRONG_SENDER)
     receipt, amount = statement.receipt, statement.share.price
-    if receipt and job.state is State.REVEALED:
-        # For our proof, and all that our bid asks for.
-        proved = receipt.body.proof_digest == envelope_digest(job.proof) and amount == job.price
-        require(proved, Decision.REJECT, Reason.BAD_VOUCHER)
+    is_ours = receipt is not None and receipt.body.proof_digest == envelope_digest(job.proof)
+    if is_ours and job.state is State.REVEALED:
+        # For all that our bid asks for.
+        require(amount == job.price, Decision.REJECT, Reason.BAD_VOUCHER)
         state = advance(job.state, Trigger.RECEIPT)
         receipted = replace(job, state=state, updated_at=now, receipt=statement.data)
         pending = replace(receipted, state=advance(state, Trigger.RECORD))
@@ -78,6 +78,7 @@ def settle(
         return None
     # While it runs, its own stream is the place for that.
     require(job.state not in _RUNNING, Decision.IGNORE, Reason.WRONG_JOB)
+    # Where our proof did not arrive another may have gone on from what had: that much is ours.
     price = job.price if job.state is State.REVEALED else amount
     known = replace(job, price=price, receipt=statement.data if receipt else job.receipt)
     return (known,), _payment(statement, amount)
