@@ -60,9 +60,12 @@ class Attacker:
         """Offers and bids."""
         self.node = node
         """The node that cheats."""
-        self.stolen = 0
-        """Base units' worth of answers that it had without paying."""
         node.honest = False
+
+    @property
+    def stolen(self) -> int:
+        """Base units' worth of answers that it had without paying."""
+        return 0
 
     @classmethod
     def price(cls, honest: int) -> int:
