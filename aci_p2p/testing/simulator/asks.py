@@ -56,7 +56,8 @@ class AskBoard:
         """How many other providers have a live ask for a model."""
         since = node.world.now - LIFETIME_MS
         asks = self._asks.get(root, {})
-        return sum(said[-1].at > since and bool(said[-1].ask.body.slots) for who, said in asks.items() if who != node.node_id)
+        last = [said[-1] for who, said in asks.items() if who != node.node_id]
+        return sum(one.at > since and one.ask.body.slots > 0 for one in last)
 
     def best(self, node: SimNode, offer: Envelope[Offer], exclude: Collection[NodeId]) -> list[Envelope[Ask]]:
         """Whom a node should ask for quotes, by what it has heard since its start."""

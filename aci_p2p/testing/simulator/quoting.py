@@ -95,12 +95,17 @@ class Quotes:
 
     def release(self) -> None:
         """Close the streams of all quotes that were not awarded."""
-        self.forget(lambda quote: quote.end.close())
+        for quote in self._forget():
+            quote.end.close()
 
-    def forget(self, act: Callable[[_Quote], None] = lambda _quote: None) -> None:
-        """Nothing more happens here."""
-        for quote in (*self._asked.values(), *self._quoted.values()):
+    def abandon(self) -> None:
+        """The node has died: nothing more happens here."""
+        self._forget()
+
+    def _forget(self) -> list[_Quote]:
+        quotes = [*self._asked.values(), *self._quoted.values()]
+        for quote in quotes:
             quote.patience.cancel()
-            act(quote)
         self._asked.clear()
         self._quoted.clear()
+        return quotes

@@ -137,7 +137,7 @@ class CheatingProvider(Attacker):
         return honest
 
     def accepts(self, end: End) -> bool:
-        """Whether a consumer's stream is served at all."""
+        """Whether a consumer's award is answered at all."""
         del end
         return True
 
@@ -152,9 +152,9 @@ class _Cheat(Provider):
         self._attacker = attacker
         super().__init__(honest.node, honest.around, honest.model, price=price, slots=SLOTS, pace_ms=honest.pace_ms)
 
-    def accept(self, end: End) -> None:
+    def award(self, end: End, frame: bytes) -> None:
         if self._attacker.accepts(end):
-            super().accept(end)
+            super().award(end, frame)
 
     def answer(self, run: StartGeneration) -> Sequence[Step]:
         return self._attacker.answers(self.model, run, super().answer(run))

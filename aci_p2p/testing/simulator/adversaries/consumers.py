@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 
 from aci_p2p.protocol.consumer import ConsumerJob
 from aci_p2p.protocol.envelope import Envelope, kind_of, open_envelope
-from aci_p2p.protocol.job import Effect, Payment, Send
+from aci_p2p.protocol.job import AskForQuotes, Effect, OpenStream, Payment, ReleaseQuotes, Send
 from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.messages import Conversation, Input, Kind, Offer, Receipt, Turn
 from aci_p2p.protocol.request import JobRequest
@@ -25,6 +25,8 @@ ASK_MS: Final = 30_000
 """Milliseconds between two jobs of a consumer that cheats in them."""
 ESCROW: Final = "some tokens come before they are paid for, and nobody holds a consumer's money yet: escrow on chain will"
 """Why a consumer that does not pay has the first tokens of its answers for nothing."""
+FAIR_SHARES: Final = "slots are not shared out by consumer yet"
+"""Why a consumer that holds slots for nothing keeps others from them."""
 SILENCE_MS: Final = 1_000
 """Milliseconds between two jobs of a consumer that holds slots."""
 
@@ -172,7 +174,7 @@ class SilentWinner(_CheatingConsumer):
     name = "award and silence"
     goal = "hold the slots of providers for nothing"
     interval_ms = SILENCE_MS
-    harms = "slots are not shared out by consumer yet"
+    harms = FAIR_SHARES
 
     def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
         """All but the prompt."""
@@ -218,5 +220,20 @@ class OfferSpam(_CheatingConsumer):
     interval_ms = FLOOD_MS
 
     def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
+        """All but the award; and nobody is asked alone."""
+        is_award = isinstance(effect, Send) and kind_of(effect.data) is Kind.AWARD
+        return not (is_award or isinstance(effect, AskForQuotes))
+
+
+class QuoteSpam(_CheatingConsumer):
+    """Asks for quotes each second, and awards none."""
+
+    name = "quote spam"
+    goal = "hold the slots of providers without a job"
+    interval_ms = SILENCE_MS
+    harms = FAIR_SHARES
+
+    def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
         """All but the award."""
-        return not (isinstance(effect, Send) and kind_of(effect.data) is Kind.AWARD)
+        is_award = isinstance(effect, Send) and kind_of(effect.data) is Kind.AWARD
+        return not (is_award or isinstance(effect, OpenStream | ReleaseQuotes))

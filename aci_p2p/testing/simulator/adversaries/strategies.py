@@ -12,6 +12,7 @@ from aci_p2p.testing.simulator.adversaries.consumers import (
     OfferSpam,
     OtherPrompt,
     PaymentRefusal,
+    QuoteSpam,
     SilentWinner,
 )
 from aci_p2p.testing.simulator.adversaries.gossipers import (
@@ -50,8 +51,8 @@ STRATEGIES: Final[dict[str, type[Attacker]]] = {
     for strategy in (
         AwardTwice, BidDumping, BidSpam, Censor, CutShort, DoubleSpend, Eclipse, FailsAfterWinning, ForgedBid,
         ForgedReceipt, ForgedVoucher, Impostor, LooseCommitment, LyingClock, Malformed, OfferSpam, OtherNetwork,
-        OtherPrompt, OtherTerms, OtherVersion, PaymentRefusal, QuantisedModel, Replay, SilentWinner, SlowStream,
-        StaleBid, StolenOffer, SybilBids, TooLong, TruncatedResult, WithheldResult, WrongModel, WrongPrompt,
+        OtherPrompt, OtherTerms, OtherVersion, PaymentRefusal, QuantisedModel, QuoteSpam, Replay, SilentWinner,
+        SlowStream, StaleBid, StolenOffer, SybilBids, TooLong, TruncatedResult, WithheldResult, WrongModel, WrongPrompt,
     )
 }  # fmt: skip
 """Every strategy, by name."""
