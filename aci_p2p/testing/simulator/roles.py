@@ -236,7 +236,7 @@ class ConsumerDriver(Driver):
         self._consumer.ended(self.job.job_id)
         text, expected = "".join(self._text), self._expected()
         if not self._failure:
-            self._consumer.around.judge.answered(self.job.job_id, text, expected)
+            self._consumer.around.judge.answered(self.node, self.job.job_id, text, expected)
         self._consumer.outcomes.append(
             Outcome(
                 job_id=self.job.job_id,
