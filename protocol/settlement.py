@@ -66,23 +66,24 @@ def settle(
     # Signed by its consumer.
     require(statement.sender == job.peer, Decision.REJECT, Reason.WRONG_SENDER)
     receipt, amount = statement.receipt, statement.share.price
-    if receipt and job.state is State.REVEALED:
-        # For our proof, and all that our bid asks for.
-        proved = receipt.body.proof_digest == envelope_digest(job.proof) and amount == job.price
-        require(proved, Decision.REJECT, Reason.BAD_VOUCHER)
+    is_ours = receipt is not None and receipt.body.proof_digest == envelope_digest(job.proof)
+    if is_ours and job.state is State.REVEALED:
+        # For all that our bid asks for.
+        require(amount == job.price, Decision.REJECT, Reason.BAD_VOUCHER)
         state = advance(job.state, Trigger.RECEIPT)
         receipted = replace(job, state=state, updated_at=now, receipt=statement.data)
         pending = replace(receipted, state=advance(state, Trigger.RECORD))
         return (receipted, pending), _payment(statement, amount)
+    if job.state is State.REVEALED and (held is None or amount >= held.amount):
+        # The answer did not reach it whole: it pays for what has come, and another may have gone on from there.
+        state, detail = advance(job.state, Trigger.CANCEL), "the consumer has not the whole answer"
+        ended = replace(job, state=state, price=amount, updated_at=now, detail=detail)
+        return (ended,), _payment(statement, amount)
     if held and amount <= held.amount:
         return None
     # While it runs, its own stream is the place for that.
     require(job.state not in _RUNNING, Decision.IGNORE, Reason.WRONG_JOB)
     known = replace(job, price=amount, receipt=statement.data if receipt else job.receipt)
-    if job.state is State.REVEALED:
-        # The answer did not reach it whole: it pays for what has come, and that is the end of it.
-        detail = "the consumer has not the whole answer"
-        known = replace(known, state=advance(job.state, Trigger.CANCEL), updated_at=now, detail=detail)
     return (known,), _payment(statement, amount)
 
 

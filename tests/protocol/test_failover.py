@@ -28,6 +28,8 @@ from aci_p2p.protocol.proof import verify_proof
 from aci_p2p.protocol.provider import GenerationFailed
 from aci_p2p.protocol.request import NoBids, PromptRefused, ProviderFault
 from aci_p2p.protocol.round import QUOTE_PATIENCE_MS, QUOTE_WAIT_MS, BidArrived, QuoteRefused, QuotesAsked
+from aci_p2p.protocol.settlement import read_statement, settle
+from aci_p2p.protocol.validation import MessageRefused
 from tests.protocol.driver import (
     CONSUMER,
     INPUT_TOKENS,
@@ -41,6 +43,7 @@ from tests.protocol.driver import (
     ConsumerBench,
     Market,
     Model,
+    ProviderBench,
     Seller,
     abort,
     make_bid,
@@ -303,3 +306,19 @@ def test_an_abort_of_the_second_is_told_with_all_tokens() -> None:
         PROVIDER.node_id: INPUT_PRICE * INPUT_TOKENS + 2 * CHEAP_TOKEN,
         RIVAL.node_id: INPUT_PRICE * (INPUT_TOKENS + 2) + DEAR_TOKEN,
     }
+
+
+def test_who_revealed_in_vain_takes_its_share_of_anothers_receipt() -> None:
+    bench = ProviderBench().reach(State.REVEALED)
+    others = bench.receipt(proof_digest=bytes(32), shares=(bench.share(2),))
+    statement = read_statement(others.data, PROVIDER.node_id, network=NETWORK, now=bench.now)
+    change = settle(statement, bench.last, None, bench.now)
+    assert change is not None
+    (record,), payment = change
+    assert (record.state, record.price) == (State.CANCELLED, payment.amount)
+    assert payment.amount == bench.share(2).price
+    # Its own would have to be for all of it.
+    own = bench.receipt(shares=(bench.share(2),))
+    statement = read_statement(own.data, PROVIDER.node_id, network=NETWORK, now=bench.now)
+    with pytest.raises(MessageRefused):
+        settle(statement, bench.last, None, bench.now)

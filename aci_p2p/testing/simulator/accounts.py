@@ -90,6 +90,9 @@ class Accounts:
         account, name = self._jobs[payment.job_id], f"job {payment.job_id.hex()[:8]} of node {node.index}"
         is_consumer = payment.role is Party.CONSUMER
         consumer, provider = (node.node_id, payment.peer) if is_consumer else (payment.peer, node.node_id)
+        offer = self._statements.offer(payment.job_id)
+        own = offer is not None and offer.sender == consumer
+        require(own, Invariant.OWN_PARTIES, f"{name}: it is the job of another")
         share = self._share(payment, consumer, provider, name)
         if is_consumer:
             self._owes(account, payment, share, name)
@@ -128,8 +131,7 @@ class Accounts:
         require(right, Invariant.RECEIPTS, f"{name}: what was promised is something else")
         if self._honest(consumer):
             # Who cheats may promise anything, and more than is due is no harm to whom it is promised.
-            offer = self._priced(own[0], name)
-            require(offer.sender == consumer, Invariant.OWN_PARTIES, f"{name}: it is the job of another")
+            self._priced(own[0], name)
         return own[0]
 
     def _priced(self, share: Share, name: str) -> Envelope[Offer]:

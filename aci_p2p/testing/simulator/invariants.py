@@ -311,8 +311,10 @@ class Judge:
             self.checks += 1
             self.accounts.promised(node, payment)
 
-    def answered(self, job_id: bytes, text: str, expected: str) -> None:
-        """An honest consumer has an answer; `expected` is the true model's."""
+    def answered(self, node: SimNode, job_id: bytes, text: str, expected: str) -> None:
+        """A consumer has an answer; `expected` is the true model's."""
+        if not node.honest:
+            return
         self.checks += 1
         honest = all(self._honest(provider) for provider in self.accounts.promised_for(job_id))
         name = f"job {job_id.hex()[:8]}"

@@ -14,6 +14,7 @@ from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JobRecord, Payment, PaymentState
 from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.market import MarketView
+from aci_p2p.protocol.orderbook import OrderBook
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.testing.simulator.transport import End, Transport
 from aci_p2p.testing.simulator.world import World
@@ -154,6 +155,8 @@ class SimNode:
         """Its open streams, the oldest first."""
         self.up = True
         """Whether it runs."""
+        self.started_at = world.now
+        """When it was started last, Unix milliseconds of true time."""
         self.skew_ms = 0
         """How far its clock is ahead, milliseconds."""
         self.accepting: Callable[[End], None] | None = None
@@ -188,6 +191,10 @@ class SimNode:
             end.close()
         else:
             self.accepting(end)
+
+    def order_book(self) -> OrderBook:
+        """An empty one."""
+        return OrderBook(NETWORK, self._reader)
 
     def entropy(self) -> bytes:
         """32 random bytes of its own."""
@@ -242,6 +249,7 @@ class SimNode:
     def start(self) -> None:
         """Come back with what the disk holds."""
         self.up = True
+        self.started_at = self.world.now
         self.view = MarketView(NETWORK, self._reader)
         self.sealer = TellingSealer(self.key, self._watch.signed)
         self.world.note("start", self.index)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from aci_p2p.executor import FinishReason, Message, Sampling
-from aci_p2p.protocol.bidding import BidBook, Declined, Offering, Won
+from aci_p2p.protocol.bidding import LEASE_MS, BidBook, Declined, Offering, Won
 from aci_p2p.protocol.consumer import ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope, kind_of
 from aci_p2p.protocol.identity import NodeId
@@ -21,6 +21,7 @@ from aci_p2p.protocol.job import (
     FrameArrived,
     HoldGeneration,
     OpenStream,
+    ReleaseQuotes,
     ResumeGeneration,
     StartGeneration,
     StopGeneration,
@@ -28,19 +29,21 @@ from aci_p2p.protocol.job import (
 from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.messages import AbortCode, Bid, Finish, Kind, Offer
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
-from aci_p2p.protocol.publications import CapabilityRecord, Engine
+from aci_p2p.protocol.publications import Ask, CapabilityRecord, Engine
 from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobRequest, JobSecrets
-from aci_p2p.protocol.round import BidArrived, QuotesAsked
+from aci_p2p.protocol.round import BidArrived, QuoteRefused, QuotesAsked
 from aci_p2p.protocol.selection import ExpectedCost, Knowledge, StakeTable
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.store import StoreError
+from aci_p2p.testing.simulator.asks import AskBoard, Asking
 from aci_p2p.testing.simulator.casting import INPUT_SHARE
 from aci_p2p.testing.simulator.directory import Announcing, Directory
 from aci_p2p.testing.simulator.driver import Driver
 from aci_p2p.testing.simulator.gossip import Gossip
 from aci_p2p.testing.simulator.invariants import Judge
 from aci_p2p.testing.simulator.node import SimNode
+from aci_p2p.testing.simulator.quoting import Quotes
 from aci_p2p.testing.simulator.settling import Settler, Till
 from aci_p2p.testing.simulator.transport import End
 from aci_p2p.testing.simulator.world import Timer
@@ -63,6 +66,8 @@ class Surroundings:
     """Offers and bids."""
     directory: Directory
     """Records of nodes."""
+    asks: AskBoard | None
+    """What providers ask for; None: they do not say, and every job is broadcast."""
     judge: Judge
     """Sees what nodes believe."""
     find: Callable[[NodeId], SimNode | None]
@@ -182,29 +187,33 @@ class ConsumerDriver(Driver):
         self._failure = ""
         self._request = request
         self._model = model
+        self._quotes = Quotes(self.node, consumer.around.find, self._hear_quote)
 
     def hear(self, bid: Envelope[Bid]) -> None:
         """A bid has come over gossip."""
         self._consumer.around.judge.heard(self.node, bid)
         self.tell(BidArrived(bid))
 
+    def _hear_quote(self, event: QuotesAsked | QuoteRefused | BidArrived) -> None:
+        if isinstance(event, BidArrived):
+            self._consumer.around.judge.heard(self.node, event.bid)
+        self.tell(event)
+
     def perform(self, effect: Effect) -> None:
         """Perform what a consumer's job asks for."""
         around = self._consumer.around
         match effect:
-            case AskForQuotes(offer, _):
-                around.judge.published(self.node, offer)
-                # Nobody is known whom one could ask.
-                self.tell(QuotesAsked(frozenset()))
+            case AskForQuotes(offer, exclude):
+                self._ask(offer, exclude)
+            case ReleaseQuotes():
+                self._quotes.release()
             case Broadcast(offer):
                 around.judge.published(self.node, offer)
                 self._consumer.broadcast(offer)
             case BidSeen(bid):
                 around.judge.weighed(self.node, self.job.job_id, bid)
             case OpenStream(provider, _):
-                target = around.find(provider)
-                if target is not None:
-                    self.attach(self.node.transport.dial(self.node, target))
+                self._open(provider)
             case Deliver(tokens, text):
                 if self._first is None:
                     self._first = self.node.world.now - self._started
@@ -214,6 +223,21 @@ class ConsumerDriver(Driver):
                 self._failure = error.code
             case _:
                 pass
+
+    def _ask(self, offer: Envelope[Offer], exclude: Collection[NodeId]) -> None:
+        around = self._consumer.around
+        around.judge.published(self.node, offer)
+        asks = around.asks.best(self.node, offer, exclude) if around.asks else []
+        for ask in asks:
+            around.judge.heard(self.node, ask)
+        self._quotes.ask(offer, asks)
+
+    def _open(self, provider: NodeId) -> None:
+        quoted, target = self._quotes.award(provider), self._consumer.around.find(provider)
+        if quoted is not None:
+            self.attach(quoted)
+        elif target is not None:
+            self.attach(self.node.transport.dial(self.node, target))
 
     def _expected(self) -> str:
         request = self._request
@@ -225,13 +249,16 @@ class ConsumerDriver(Driver):
         """Nothing more happens here, and bids for it concern nobody."""
         super().abandon()
         self._consumer.around.gossip.consumers.pop(self.job.job_id, None)
+        if not self.node.up:
+            self._quotes.abandon()
 
     def over(self) -> None:
         """The job has ended: note how."""
+        self._quotes.release()
         self._consumer.ended(self.job.job_id)
         text, expected = "".join(self._text), self._expected()
         if not self._failure:
-            self._consumer.around.judge.answered(self.job.job_id, text, expected)
+            self._consumer.around.judge.answered(self.node, self.job.job_id, text, expected)
         self._consumer.outcomes.append(
             Outcome(
                 job_id=self.job.job_id,
@@ -287,6 +314,8 @@ class Provider:
         self.announcing = Announcing(node, around.directory, self.capabilities)
         """What it publishes in the DHT."""
         self._till = Till(node)
+        self._asking = Asking(node, around.asks, self.ask) if around.asks else None
+
         self.start()
 
     def reprice(self, price: int) -> None:
@@ -298,10 +327,13 @@ class Provider:
         """Begin, or begin again after a crash."""
         self.book = BidBook(self.node.sealer, (self.offering,), self.slots)
         self.running.clear()
+
         self.stopped = False
         self.announcing.come_back()
         self.node.accepting = self.accept
         self.around.gossip.providers.setdefault(self.model.root, {})[self.node] = self.hear
+        if self._asking:
+            self._asking.start()
 
     def stop(self) -> None:
         """Leave the market: hear no more offers and take no more jobs."""
@@ -309,6 +341,8 @@ class Provider:
         self.announcing.leave()
         self.node.accepting = None
         self.around.gossip.providers[self.model.root].pop(self.node, None)
+        if self._asking:
+            self._asking.stop()
 
     def capabilities(self) -> Sequence[CapabilityRecord]:
         """What is announced in the DHT."""
@@ -328,6 +362,29 @@ class Provider:
             ),
         )
 
+    def ask(self) -> Ask:
+        """What is asked for at the moment."""
+        offering = self.offering
+        return Ask(
+            model_root=offering.root,
+            model_name=offering.name,
+            engine=ENGINE,
+            context=offering.context,
+            input_token_price=offering.input_token_price,
+            output_token_price=offering.output_token_price,
+            price_curve=(),
+            slots=self.slots,
+            free_slots=max(self.slots - len(self.running), 0),
+            latency_ms=self.book.latency_ms,
+            region="",
+            addresses=(),
+        )
+
+    def changed(self) -> None:
+        """A slot was taken, or is free again."""
+        if self._asking:
+            self._asking.changed()
+
     def hear(self, offer: Envelope[Offer]) -> None:
         """An offer has come over gossip."""
         self.around.judge.heard(self.node, offer)
@@ -337,7 +394,7 @@ class Provider:
             self.around.gossip.bids.say(self.node, bid)
 
     def accept(self, end: End) -> None:
-        """A consumer has opened a stream: its first frame awards a bid, or tells what is owed, or it is closed."""
+        """A consumer has opened a stream: its first frame says what for, or it is closed."""
         patience = self.node.world.after(AWARD_WAIT_MS, end.close)
 
         def begin(frame: bytes) -> None:
@@ -349,12 +406,41 @@ class Provider:
                 return
             if kind in {Kind.VOUCHER, Kind.RECEIPT}:
                 self._till.serve(end, frame)
+            elif kind is Kind.OFFER:
+                self._quote(end, frame)
             else:
-                self._on_award(end, frame)
+                self.award(end, frame)
 
         end.on_frame = begin
 
-    def _on_award(self, end: End, frame: bytes) -> None:
+    def _quote(self, end: End, frame: bytes) -> None:
+        """Answer an offer, and hold a slot until the award comes, or the lease is over."""
+        node = self.node
+        try:
+            quoted = self.book.quote(frame, end.other.node_id, node.clock, addresses=())
+        except MessageRefused:
+            end.close()
+            return
+        if isinstance(quoted, Declined):
+            end.send(node.sealer.seal(quoted.answer, node.clock).data)
+            end.close()
+            return
+
+        def give_up(_detail: str = "") -> None:
+            lease.cancel()
+            self.book.take_back(quoted)
+            end.close()
+
+        def begin(frame: bytes) -> None:
+            lease.cancel()
+            self.award(end, frame)
+
+        lease = node.world.after(LEASE_MS, give_up)
+        end.on_frame, end.on_end = begin, give_up
+        end.send(quoted.bid.data)
+
+    def award(self, end: End, frame: bytes) -> None:
+        """A consumer awards a bid on a stream."""
         node = self.node
         try:
             taken = self.book.take(frame, node.clock)
@@ -398,6 +484,7 @@ class ProviderDriver(Driver):
         self._resume: Callable[[], None] = _nothing
         self._last_finish = FinishReason.STOP
         provider.running[self] = None
+        provider.changed()
 
     def perform(self, effect: Effect) -> None:
         """Perform what a provider's job asks for."""
@@ -461,6 +548,7 @@ class ProviderDriver(Driver):
         if self.slot:
             book, won = self.slot
             book.release(won)
+        self.provider.changed()
 
     def disk_full(self) -> None:
         """No bids before the disk takes what is written."""

@@ -138,6 +138,8 @@ class Scenario:
     """How long consumers wait for bids, milliseconds."""
     prices: tuple[int, ...] = ()
     """Base units that the providers ask for an output token, in their order; none, or too few: drawn by lot."""
+    asks: bool = True
+    """Whether providers publish standing asks, and consumers ask the best for quotes; else every job is broadcast."""
     jobs: tuple[PlannedJob, ...] = ()
     """Jobs at fixed times, in place of random ones and of the probe at the end; none: random ones."""
     faults: frozenset[Fault] = frozenset()

@@ -17,6 +17,7 @@ from aci_p2p.protocol.publications import CapabilityRecord
 from aci_p2p.protocol.request import JobRequest
 from aci_p2p.protocol.terms import ANY_PROVIDER
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part
+from aci_p2p.testing.simulator.asks import AskBoard
 from aci_p2p.testing.simulator.casting import cast, toy_model
 from aci_p2p.testing.simulator.directory import Announcing, Directory
 from aci_p2p.testing.simulator.faults import Faults
@@ -143,7 +144,8 @@ class Simulation:
         """Honest providers, by the numbers of their nodes."""
         self.ends_at = START_MS + round(scenario.hours * HOUR_MS)
         """When the last random job is offered, Unix milliseconds."""
-        self.around = Surroundings(self.gossip, self.directory, self.judge, self.by_id.get)
+        board = AskBoard(self.gossip) if scenario.asks else None
+        self.around = Surroundings(self.gossip, self.directory, board, self.judge, self.by_id.get)
         """What roles are made of."""
         self._retired = False
         self._announcing: dict[int, Announcing] = {}

@@ -13,7 +13,7 @@ from aci_p2p.protocol.envelope import kind_of, open_envelope
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.job import CloseStream, Effect, Send, StartGeneration
 from aci_p2p.protocol.messages import KINDS, Commit, Kind
-from aci_p2p.testing.simulator.adversaries.base import FAILOVER, VERIFICATION, CheatingProvider
+from aci_p2p.testing.simulator.adversaries.base import LIES, VERIFICATION, CheatingProvider
 from aci_p2p.testing.simulator.node import NETWORK, TellingSealer
 from aci_p2p.testing.simulator.roles import ProviderDriver, run_model
 from aci_p2p.testing.simulator.transport import End
@@ -32,7 +32,6 @@ class WithheldResult(CheatingProvider):
 
     name = "withheld result"
     goal = "keep the consumer waiting, and spoil its job"
-    harms = FAILOVER
 
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
         """All but the end, whatever it is."""
@@ -57,7 +56,7 @@ class CutShort(CheatingProvider):
 
     name = "cut short"
     goal = "be paid for the whole length after half of the work"
-    harms = FAILOVER
+    harms = LIES
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """Half of it; an answer of one token cannot be halved."""
@@ -69,7 +68,7 @@ class TooLong(CheatingProvider):
 
     name = "overlong result"
     goal = "be paid for tokens that nobody wanted"
-    harms = FAILOVER
+    pays = VERIFICATION
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """More than the most."""
@@ -122,7 +121,7 @@ class LooseCommitment(CheatingProvider):
 
     name = "loose commitment"
     goal = "choose its answer when it has seen those of others"
-    harms = FAILOVER
+    harms = LIES
 
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
         """All but the commitment, in whose place another goes out."""
@@ -201,7 +200,6 @@ class FailsAfterWinning(CheatingProvider):
     name = "fails after winning"
     goal = "win every job and spoil it late"
     discount = 1_000
-    harms = FAILOVER
 
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
         """All up to the first part of the answer."""
