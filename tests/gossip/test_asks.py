@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -19,6 +19,7 @@ from aci_p2p.network import Network
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.protocol.pacing import ASKS_PER_SECOND, BURST, RENEW_MS
 from aci_p2p.protocol.publications import Ask
 from aci_p2p.protocol.validation import ACCEPTED, Reason, Validation
 from tests.protocol.asking import ASK, chance
@@ -228,3 +229,50 @@ async def test_a_dozen_providers_fill_a_book(autojump_clock: MockClock, hub: Mem
         await trio.sleep(5)
         assert sorted(ask.output_token_price for ask in buyer.book().values()) == list(range(1, 13))
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_crowd(hub: MemoryHub, other: Trader) -> AsyncGenerator[Callable[[int], Awaitable[None]]]:
+    """A node that passes on asks of as many providers as it is told, in a moment."""
+    rules = RecordRules(NETWORK, clock)
+    opening = hub.open_network(KeyPair(bytes([9]) * 32), record_validator=rules.validate, record_selector=rules.select)
+    async with opening as network, network.subscribe(TOPIC, take, capacity=1):
+        await network.connect(other.network.addresses[0])
+        await trio.sleep(1)
+
+        async def speak(count: int) -> None:
+            for number in range(1_000, 1_000 + count):
+                ask = Sealer(KeyPair(number.to_bytes(32)), NETWORK).seal(ASK, clock())
+                await network.publish(TOPIC, ask.data)
+            await trio.sleep(3 * LATENCY)
+
+        yield speak
+
+
+def interval_ms(seller: Trader) -> float:
+    """How often it speaks."""
+    pacer = seller.asks._models[MODEL_ROOT]._pacer
+    assert pacer
+    return pacer.interval_ms
+
+
+async def test_a_rush_is_answered_at_once(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_trader(hub, 1) as seller, open_crowd(hub, seller) as speak:
+        seller.offer(ASK)
+        await trio.sleep(2)
+        assert interval_ms(seller) == RENEW_MS
+        await speak(2 * BURST)
+        assert interval_ms(seller) > 1.5 * RENEW_MS
+
+
+async def test_what_was_said_before_is_no_rush(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_trader(hub, 1) as witness:
+        witness.asks.follow(MODEL_ROOT)
+        async with open_crowd(hub, witness) as speak:
+            await speak(2 * BURST)
+        async with open_trader(hub, 2, witness) as seller:
+            seller.offer(ASK)
+            await trio.sleep(2)
+            assert len(seller.book()) == 2 * BURST
+            # As long as is fair among so many.
+            assert interval_ms(seller) == pytest.approx((2 * BURST + 1) * 1_000 / ASKS_PER_SECOND, rel=0.01)

@@ -47,7 +47,7 @@ async def test_a_search_fills_the_book(autojump_clock: MockClock, open_test_node
         await configured(provider, region="eu-west")
         assert book(consumer) == []
         await consumer.find_providers(ROOT)
-        assert await consumer.asks.wait_for_asks(ROOT, 5)
+        await trio.sleep(1)
         (ask,) = book(consumer)
         assert (ask.model_name, ask.slots, ask.free_slots, ask.region) == (MODEL, 2, 2, "eu-west")
         assert (ask.input_token_price, ask.output_token_price, ask.price_curve) == (1, 100, ())
@@ -121,12 +121,13 @@ async def test_prices_follow_how_busy_a_provider_is(autojump_clock: MockClock, o
         assert [ask.output_token_price for ask in book(consumer)] == [90]
         # Busy, dearer again.
         began = trio.current_time()
-        while trio.current_time() < began + 130:
+        while trio.current_time() < began + 190:
             await aci.inference(model=ROOT.hex(), prompt="count")
-        assert prices()[1] > 90
+        dearer = prices()
+        assert 100 < dearer[1] <= 120
         # Configured again, it goes on from where it is; a fixed price is what it says.
         await configured(provider, price_floor=80)
-        assert prices()[1] > 90
+        assert prices() == dearer
         await configured(provider, price="fixed")
         assert prices() == (10, 100)
         await trio.sleep(600)
