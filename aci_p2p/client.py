@@ -281,8 +281,10 @@ class ACI:
 
     async def _find_providers(self, root: bytes) -> Sequence[Envelope[CapabilityRecord]]:
         """Providers of a model in the DHT, unless there are some whose asks are known: these are asked at once."""
+        if not self._asking(root):
+            return await self.node.find_providers(root)
         self.node.asks.follow(root)
-        return () if self._asking(root) else await self.node.find_providers(root)
+        return ()
 
     def _asking(self, root: bytes) -> bool:
         return self.node.asks.book.providers(root, self.node.clock()) > 0

@@ -146,10 +146,11 @@ class Node:
     async def find_providers(self, model_root: bytes) -> list[Envelope[CapabilityRecord]]:
         """Providers of a model, found in the DHT, checked, connected and ready to hear an offer; maybe none.
 
-        The order book has their asks a moment later, and follows them from now on.
+        If there are some, the order book has their asks a moment later, and follows them from now on.
         """
-        self.asks.follow(model_root)
         found = await self.discovery.find_providers(model_root)
+        if found:
+            self.asks.follow(model_root)
         connected = [record.sender for record in found if record.sender in self.network.peers]
         await self.market.wait_until_reachable(connected, REACH_WAIT_S)
         return found

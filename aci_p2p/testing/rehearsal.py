@@ -92,6 +92,7 @@ def _check(scenario: Scenario, network: str) -> None:
         "random jobs: it plans none": not scenario.jobs,
         "faults: a test does to its nodes what it likes": bool(scenario.faults),
         "adversaries": bool(scenario.adversaries),
+        "standing asks: which of them a consumer knows is a matter of moments": scenario.asks,
         f"{scenario.model_count} models: they serve one": scenario.model_count > 1,
         f"{scenario.nodes} nodes: {MAX_NODES} at most": scenario.nodes > MAX_NODES,
         "a network of its own: sockets are as fast as they are": network == "libp2p"

@@ -240,8 +240,8 @@ class Swarm:
             left += [
                 f"job {job.job_id.hex()[:8]} of {node.name} is {job.state.value}"
                 for job in self.ledger.unfinished(node.name)
-                # Who has answered waits for a consumer that has gone, and that is all it does.
-                if job.state is not State.REVEALED or job.peer in there
+                # Who has answered only waits for its receipt, and what is owed was looked at above.
+                if job.state is not State.REVEALED
             ]
             if streams:
                 left.append(f"{node.name} has {streams} streams")

@@ -278,8 +278,8 @@ BAD_OFFERS: Final[list[tuple[MakeBad, Reason]]] = [
     (lambda a: a.offer(7, job_id=bytes(32)).data, Reason.BAD_JOB_ID),
     (lambda a: a.offer(7, max_tokens=0).data, Reason.MALFORMED),
     (lambda a: a.offer(7, bid_deadline=NOW + 20_000).data, Reason.BAD_DEADLINE),
-    # Offer 0 has gone out before.
-    (lambda a: a.offer(0, max_price=1).data, Reason.REPLAYED),
+    # Offer 0 has gone out before, and this is an older one.
+    (lambda a: sealed_anew(a, a.offer(0, max_price=1).body), Reason.REPLAYED),
     (lambda a: sealed_anew(a, a.offer(7).body), Reason.REPLAYED),
 ]
 

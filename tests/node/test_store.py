@@ -364,7 +364,7 @@ RECOVERED: Final[dict[State, tuple[State, str, Party]]] = {
 @pytest.mark.parametrize("state", State)
 async def test_recovery_after_a_stop(path: Path, state: State, role: Party) -> None:
     job = record(state=state, role=role, detail="as it was")
-    now = NOW + CHALLENGE_WINDOW_MS - 1
+    now = NOW + LIMITS[State.REVEALED].timeout_ms - 1
     async with open_store(path, NODE) as store:
         await store.put_jobs([job])
         changed = await store.recover(now)

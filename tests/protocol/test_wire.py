@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aci_p2p.protocol import cbor, messages, terms, wire
+from aci_p2p.protocol import cbor, messages, publications, terms, wire
 from aci_p2p.protocol.cbor import Value
 from aci_p2p.protocol.envelope import Header
 from aci_p2p.protocol.errors import LocalError, RemoteError
@@ -212,7 +212,7 @@ DECLARED = [
     ProofFile,
     *(
         cls
-        for module in (messages, terms)
+        for module in (messages, publications, terms)
         for cls in vars(module).values()
         if isinstance(cls, type) and is_dataclass(cls) and cls.__name__ != "KindRules"
         if cls.__module__ == module.__name__

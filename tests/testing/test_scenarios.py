@@ -56,7 +56,7 @@ def test_one_file_has_one_outcome_in_the_simulator_in_memory_and_over_libp2p() -
 @pytest.mark.parametrize("seed", [2, 3])
 def test_prices_and_speeds_drawn_by_lot_are_the_same(seed: int) -> None:
     jobs = tuple(PlannedJob(number % 3, 20 + number, f"Question {number}?") for number in range(6))
-    scenario = Scenario(seed=seed, nodes=6, providers=0.5, hours=0.02, jobs=jobs)
+    scenario = Scenario(seed=seed, nodes=6, providers=0.5, hours=0.02, jobs=jobs, asks=False)
     outcomes = list(Simulation(scenario).run().planned)
     assert run(in_memory, scenario) == outcomes
     assert not any(outcome.error for outcome in outcomes)
@@ -94,6 +94,8 @@ def test_a_scenario_needs_a_swarm_of_its_size() -> None:
 
 
 def test_a_planned_job_whose_consumer_cheats_never_ends() -> None:
-    simulation = Simulation(Scenario(nodes=2, adversaries=0.5, strategies=("offer spam",), hours=0.02, jobs=WHY))
+    simulation = Simulation(
+        Scenario(seed=5, nodes=2, adversaries=0.5, strategies=("offer spam",), hours=0.02, jobs=WHY)
+    )
     (outcome,) = simulation.run().planned
     assert outcome == PlannedOutcome.failed("never_ended")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 
-from aci_p2p import Answer, NoBids, Requirements
+from aci_p2p import Answer, Fallback, NoBids, Requirements
 from aci_p2p.executor import Executor, Message, ModelStore, open_process_executor
 from aci_p2p.network.memory_medium import KEEP_ALIVE_S
 from aci_p2p.protocol.envelope import Envelope
@@ -131,8 +131,10 @@ async def test_own_executor(open_swarm: OpenSwarm) -> None:
         return nullcontext(ToyExecutor(model, fail_after=0 if number == 0 else None))
 
     async with open_swarm(providers=2, executor=open_executor, model_root=model.root) as swarm:
+        # The cheapest has it, and fails.
+        assert (await swarm.consumers[0].ask("Does it work?")).provider == swarm.providers[1].node_id
         with pytest.raises(AciError):
-            await swarm.consumers[0].ask("Does it work?")
+            await swarm.consumers[0].ask("And alone?", fallback=Fallback(providers=1))
         assert swarm.model_root == model.root
 
 
@@ -229,7 +231,7 @@ async def test_first_transition_is_number_one(swarm: Swarm) -> None:
 async def test_crash_and_restart_over_sockets() -> None:
     async with open_swarm(providers=2, clock="real", network="libp2p") as swarm:
         consumer, (first, second) = swarm.consumers[0], swarm.providers
-        async with consumer.stream("Tell me everything", max_tokens=200) as stream:
+        async with consumer.stream("Tell me everything", max_tokens=200, fallback=Fallback(providers=1)) as stream:
             await anext(stream)
             await swarm.crash(first)
             with pytest.raises(AciError), trio.fail_after(20):

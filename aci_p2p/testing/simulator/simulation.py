@@ -47,10 +47,6 @@ MAX_TOKENS: Final = 64
 """Longest answer asked for at random."""
 TERMS: Final = replace(ANY_PROVIDER, latency_value=20_000, retry_cost=50_000)
 """A second, and a failure, cost as much as some tokens: who is slow or fails loses jobs to who is dearer."""
-PACE_MS: Final = (5, 40)
-"""Milliseconds for each token, fastest and slowest provider."""
-PRICE: Final = (1_000, 4_000)
-"""Base units for each token, cheapest and dearest provider; only differences matter."""
 NEVER_ENDED: Final = "never_ended"
 """Code of a planned job whose consumer cheated, or died before its end."""
 LOOK_MS: Final = 60_000
@@ -296,7 +292,8 @@ class Simulation:
         consumer = self.consumers.get(self.scenario.provider_count + job.consumer)
         if consumer is not None and consumer.node.up:
             request, model = self._request(job.prompt, job.max_tokens, toy_model(job.model))
-            consumer.offer(replace(request, max_price=job.max_price), model, number)
+            # Whoever is cheapest has it, as when real nodes run the scenario.
+            consumer.offer(replace(request, max_price=job.max_price, terms=ANY_PROVIDER), model, number)
 
     def _request(self, prompt: str, max_tokens: int, model: ToyModel) -> tuple[JobRequest, ToyModel]:
         request = JobRequest(
