@@ -287,7 +287,11 @@ class Judge:
         last = self._last.get(key)
         # A consumer's record begins as OFFERED, a provider's as AWARDED.
         before = last.state if last else State.DRAFT if record.role is Party.CONSUMER else State.OFFERED
-        if record.role is Party.PROVIDER and before in FINAL_STATES and not self.accounts.has_worked(node, record.job_id):
+        if (
+            record.role is Party.PROVIDER
+            and before in FINAL_STATES
+            and not self.accounts.has_worked(node, record.job_id)
+        ):
             # It lost the job before it had the prompt, and may win it again in another round.
             before = State.OFFERED
         if last is not None and (last.state, last.updated_at) == (record.state, record.updated_at):

@@ -79,7 +79,7 @@ class _Telling:
         self._node = settler.node
         self._payments = payments
         self._provider = payments[0].peer
-        self._patience = self._node.world.after(ANSWER_MS, self._end, False)
+        self._patience = self._node.world.after(ANSWER_MS, self._fail)
         self._stream: End | None = None
 
     def begin(self, target: SimNode | None) -> None:
@@ -89,7 +89,7 @@ class _Telling:
             return
         self._stream = self._node.transport.dial(self._node, target)
         self._stream.on_frame = self._answered
-        self._stream.on_end = lambda _detail: self._end(False)
+        self._stream.on_end = lambda _detail: self._fail()
         self._stream.send(self._payments[0].statement)
 
     def stop(self) -> None:
@@ -104,18 +104,19 @@ class _Telling:
             settled = acknowledged(payment, frame, network=NETWORK, now=self._node.clock)
             self._node.store((), (settled,))
         except (MessageRefused, DiskFull):
-            self._end(False)
+            self._fail()
         except NodeDied:
             self._patience.cancel()
         else:
             if self._payments and self._stream:
                 self._stream.send(self._payments[0].statement)
             else:
-                self._end(True)
+                self.stop()
+                self._settler.ended(self._provider, is_settled=True)
 
-    def _end(self, is_settled: bool) -> None:  # noqa: FBT001 - as the timer calls it
+    def _fail(self) -> None:
         self.stop()
-        self._settler.ended(self._provider, is_settled=is_settled)
+        self._settler.ended(self._provider, is_settled=False)
 
 
 class Till:

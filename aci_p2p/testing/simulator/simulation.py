@@ -11,7 +11,7 @@ from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import WAITING, JobRecord, Payment, recovered, timed_out
-from aci_p2p.protocol.lifecycle import LIMITS, State
+from aci_p2p.protocol.lifecycle import LIMITS
 from aci_p2p.protocol.messages import CapabilityRecord, Conversation, Turn
 from aci_p2p.protocol.request import JobRequest
 from aci_p2p.protocol.terms import ANY_PROVIDER

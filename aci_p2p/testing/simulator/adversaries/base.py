@@ -24,7 +24,9 @@ REACTION_MS: Final = 3_000
 """An eavesdropper answers one offer in so many milliseconds: its hands are full with each."""
 VERIFICATION: Final = "nobody executes an answer again before proofs and disputes are built"
 """Why wrong answers are paid."""
-LIES: Final = "an answer whose proof does not fit ends its job: nobody can tell which of its tokens are true, to go on from"
+LIES: Final = (
+    "an answer whose proof does not fit ends its job: nobody can tell which of its tokens are true, to go on from"
+)
 """Why a provider that proves what it did not send spoils its jobs."""
 
 

@@ -23,7 +23,9 @@ FLOOD_MS: Final = 100
 """Milliseconds between two offers of a flood: more than a node may have live."""
 ASK_MS: Final = 30_000
 """Milliseconds between two jobs of a consumer that cheats in them."""
-ESCROW: Final = "some tokens come before they are paid for, and nobody holds a consumer's money yet: escrow on chain will"
+ESCROW: Final = (
+    "some tokens come before they are paid for, and nobody holds a consumer's money yet: escrow on chain will"
+)
 """Why a consumer that does not pay has the first tokens of its answers for nothing."""
 SILENCE_MS: Final = 1_000
 """Milliseconds between two jobs of a consumer that holds slots."""
