@@ -39,6 +39,7 @@ from aci_p2p.protocol.leg import Leg, Output, payments_of
 from aci_p2p.protocol.lifecycle import Party, State, Trigger
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import (
+    SECOND,
     Abort,
     AbortCode,
     Accept,
@@ -77,6 +78,8 @@ ConsumerEvent: TypeAlias = (
 )
 """What a consumer's job reacts to."""
 
+SEEK_MS: Final = 30 * SECOND
+"""How long a quote whose award is not answered leads to another round: as long as a bid over gossip is firm."""
 _PROMPT_FAULTS: Final = (AbortCode.PROMPT_TOO_LONG, AbortCode.INVALID_PROMPT)
 
 
@@ -106,6 +109,8 @@ class ConsumerJob(Job):
         self._output = Output()
         self._shares: list[Share] = []
         self._failed: set[NodeId] = set()
+        self._begun = 0
+        self._seeks_until = 0
         self._is_stale = False
         self._last_decline = ""
         self._failure: AciError | None = None
@@ -201,6 +206,7 @@ class ConsumerJob(Job):
 
     def _start(self, now: int) -> list[Effect]:
         self._round = self._new_round(now)
+        self._seeks_until = now + SEEK_MS
         return [*self._advance(Trigger.OFFER, now), *self._ask(now)]
 
     def _new_round(self, now: int) -> Round:
@@ -280,15 +286,17 @@ class ConsumerJob(Job):
         return [SetTimer(max(current.ends_at, now + 1))]
 
     def _choose(self, now: int) -> list[Effect]:
-        """Award the best bid that is left; else ask everybody, once; else there is nobody."""
+        """Award the best bid that is left; else ask everybody, once, in time; else there is nobody."""
         current = self._current
         bid = current.next(now, self._failed, self._is_affordable)
         if bid is not None:
             return self._award(bid, now)
-        if current.awaited is not None:
+        if self._is_stale:
+            # Bids from before a provider failed: there may be others by now.
+            return self._begin_again(now)
+        if current.awaited is not None and now < current.offer.body.bid_deadline:
             return [ReleaseQuotes(), *self._broadcast(now)]
-        # Bids from before a provider failed: there may be others by now.
-        return self._begin_again(now) if self._is_stale else self._no_bid(now)
+        return self._no_bid(now)
 
     def _is_affordable(self, bid: Envelope[Bid]) -> bool:
         """Whether the rest of the job stays within the maximum, whatever was paid before."""
@@ -341,6 +349,10 @@ class ConsumerJob(Job):
     ) -> list[Effect]:
         self._last_decline = f"{self._working.provider.short}: {detail}"
         self._current.pass_over(self._working.provider, why)
+        if why is Passing.FAILED and self._current.awaited is not None:
+            # The quotes of others have expired meanwhile; bids over gossip last.
+            self._failed.add(self._working.provider)
+            self._is_stale |= now < self._seeks_until
         return [*self._advance(trigger, now), *farewell, CloseStream(), *self._choose(now)]
 
     def _cancel(self, now: int) -> list[Effect]:
@@ -364,8 +376,9 @@ class ConsumerJob(Job):
         provider, tokens = self._working.provider, len(self._output.tokens)
         self._failure = ProviderFault(provider, problem, tokens=tokens)
         self._failed.add(provider)
+        self._begun += 1
         self._detail = problem
-        if len(self._failed) >= self._request.max_providers:
+        if self._begun >= self._request.max_providers:
             self._blame = Party.PROVIDER
             return self._end(Trigger.PROVIDER_FAILS, self._failure, now, farewell)
         self._working.fail()
@@ -376,7 +389,7 @@ class ConsumerJob(Job):
 
     def _seek_another(self, now: int) -> list[Effect]:
         """A bid that is still firm, or a new round."""
-        self._is_stale = True
+        self._is_stale, self._seeks_until = True, now + SEEK_MS
         return self._choose(now) if self._current.has_more(now, self._failed) else self._begin_again(now)
 
     def _begin_again(self, now: int) -> list[Effect]:
@@ -488,7 +501,8 @@ class ConsumerJob(Job):
             is_second = bool(self._prompt_fault)
             self._prompt_fault = detail
             self._failed.add(self._working.provider)
-            if is_second or len(self._failed) >= self._request.max_providers:
+            self._begun += 1
+            if is_second or self._begun >= self._request.max_providers:
                 return self._refuse_prompt(now)
             # One could say so to spoil the job: a second opinion is asked.
             self._current.pass_over(self._working.provider, Passing.DECLINED)

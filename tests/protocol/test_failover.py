@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from aci_p2p.protocol.consumer import Start
+from aci_p2p.protocol.bidding import LEASE_MS
+from aci_p2p.protocol.consumer import SEEK_MS, Start
 from aci_p2p.protocol.envelope import Sealer, open_envelope
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.job import (
@@ -271,6 +272,27 @@ def test_without_a_quote_everybody_is_asked() -> None:
     bench.time_out()
     assert isinstance(bench.error, NoBids)
     assert "busy" in bench.error.message
+
+
+def test_who_quotes_and_does_not_answer_its_award_spoils_nothing() -> None:
+    bench = ConsumerBench(ROBUST)
+    ask = one(bench.feed(Start()), AskForQuotes)
+    bench.feed(QuotesAsked(frozenset({PROVIDER.node_id, RIVAL.node_id})))
+    for key in (PROVIDER, RIVAL):
+        bench.feed(BidArrived(make_bid(ask.offer, key, lifetime_ms=LEASE_MS)))
+    assert bench.job.state is State.AWARDED
+    # By then the other quote has expired: a new round, without who was silent.
+    effects = bench.time_out()
+    again = one(effects, AskForQuotes)
+    assert again.exclude == {PROVIDER.node_id}
+    assert again.offer != ask.offer
+    bench.feed(QuotesAsked(frozenset({RIVAL.node_id})))
+    bench.feed(BidArrived(make_bid(again.offer, RIVAL, now=bench.now)))
+    bench.now += SEEK_MS
+    bench.feed(StreamEnded("gone"))
+    # Not for ever.
+    assert of(bench.effects, AskForQuotes) == [ask, again]
+    assert isinstance(bench.error, NoBids)
 
 
 def test_a_quote_that_does_not_meet_the_offer_is_no_quote() -> None:

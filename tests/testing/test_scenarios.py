@@ -68,13 +68,14 @@ def test_prices_and_speeds_drawn_by_lot_are_the_same(seed: int) -> None:
         ({"jobs": ()}, "random jobs"),
         ({"faults": frozenset({Fault.CRASH})}, "faults"),
         ({"adversaries": 0.2}, "adversaries"),
+        ({"asks": True}, "standing asks"),
         ({"models": 2}, "2 models"),
         ({"nodes": 65, "models": 1}, "65 nodes"),
     ],
-    ids=["random jobs", "faults", "adversaries", "models", "nodes"],
+    ids=["random jobs", "faults", "adversaries", "asks", "models", "nodes"],
 )
 def test_what_real_nodes_cannot_do_is_said(change: dict[str, object], reason: str) -> None:
-    scenario = replace(Scenario(nodes=5, providers=0.6, jobs=WHY), **change)  # type: ignore[arg-type] # the point
+    scenario = replace(Scenario(nodes=5, providers=0.6, jobs=WHY, asks=False), **change)  # type: ignore[arg-type] # the point
     with pytest.raises(LocalError, match=f"real nodes cannot run this scenario, for it has {reason}"):
         run(in_memory, scenario)
 

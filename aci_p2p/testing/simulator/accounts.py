@@ -71,10 +71,9 @@ class Accounts:
         """A consumer has accepted tokens of a provider."""
         self._jobs[job_id].legs[bid_digest].tokens += tokens
 
-    def accepted(self, node: SimNode, job_id: bytes) -> None:
-        """A provider begins a job."""
-        self._sent.pop((node.node_id, job_id), None)
-        self._paid.pop((node.node_id, job_id), None)
+    def has_worked(self, node: SimNode, job_id: bytes) -> bool:
+        """Whether a provider has sent anything of an answer."""
+        return self._sent.get((node.node_id, job_id), 0) > 0
 
     def sent(self, node: SimNode, part: Tokens) -> None:
         """A provider sends a part of an answer."""

@@ -30,7 +30,7 @@ class Invariant(StrEnum):
     BEST_WINS = "the best bid wins"
     """The best of the bids that are left is awarded."""
     TABLE = "states follow the table"
-    """Jobs move as the table of transitions says; none is won twice."""
+    """Jobs move as the table of transitions says; none is won again by who has worked for it."""
     ONE_RESULT = "one result for a job"
     """At most one provider has proved the answer of a job."""
     RECEIPTS = "no money without a receipt"

@@ -23,7 +23,7 @@ from aci_p2p.protocol.commitments import (
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import JobRecord, Payment
-from aci_p2p.protocol.lifecycle import LIMITS, TRANSITIONS, Party, State
+from aci_p2p.protocol.lifecycle import FINAL_STATES, LIMITS, TRANSITIONS, Party, State
 from aci_p2p.protocol.market import MAX_OFFERS
 from aci_p2p.protocol.messages import (
     Accept,
@@ -291,6 +291,13 @@ class Judge:
         last = self._last.get(key)
         # A consumer's record begins as OFFERED, a provider's as AWARDED.
         before = last.state if last else State.DRAFT if record.role is Party.CONSUMER else State.OFFERED
+        if (
+            record.role is Party.PROVIDER
+            and before in FINAL_STATES
+            and not self.accounts.has_worked(node, record.job_id)
+        ):
+            # It lost the job before it had the prompt, and may win it again in another round.
+            before = State.OFFERED
         if last is not None and (last.state, last.updated_at) == (record.state, record.updated_at):
             # What is paid for a job that has ended is no transition.
             self._last[key] = record
@@ -300,8 +307,6 @@ class Judge:
             msg = f"job {name} of node {node.index} went from {before.value} to {record.state.value}"
             fail(Invariant.TABLE, msg)
         self._last[key] = record
-        if record.role is Party.PROVIDER and record.state is State.ACCEPTED:
-            self.accounts.accepted(node, record.job_id)
         if record.state in RECEIPTED:
             self.accounts.receipted(node, record)
 

@@ -27,8 +27,6 @@ ESCROW: Final = (
     "some tokens come before they are paid for, and nobody holds a consumer's money yet: escrow on chain will"
 )
 """Why a consumer that does not pay has the first tokens of its answers for nothing."""
-FAIR_SHARES: Final = "slots are not shared out by consumer yet"
-"""Why a consumer that holds slots for nothing keeps others from them."""
 SILENCE_MS: Final = 1_000
 """Milliseconds between two jobs of a consumer that holds slots."""
 
@@ -179,7 +177,7 @@ class SilentWinner(_CheatingConsumer):
     name = "award and silence"
     goal = "hold the slots of providers for nothing"
     interval_ms = SILENCE_MS
-    harms = FAIR_SHARES
+    harms = "slots are not shared out by consumer yet"
 
     def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
         """All but the prompt."""
@@ -233,7 +231,6 @@ class QuoteSpam(_CheatingConsumer):
     name = "quote spam"
     goal = "hold the slots of providers without a job"
     interval_ms = SILENCE_MS
-    harms = FAIR_SHARES
 
     def performs(self, driver: ConsumerDriver, effect: Effect) -> bool:
         """All but the award."""

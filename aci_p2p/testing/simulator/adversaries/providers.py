@@ -15,7 +15,7 @@ from aci_p2p.protocol.job import CloseStream, Effect, Send, StartGeneration
 from aci_p2p.protocol.messages import KINDS, Commit, Kind
 from aci_p2p.testing.simulator.adversaries.base import LIES, VERIFICATION, CheatingProvider
 from aci_p2p.testing.simulator.node import NETWORK, TellingSealer
-from aci_p2p.testing.simulator.roles import ProviderDriver, run_model
+from aci_p2p.testing.simulator.roles import CHUNK_TOKENS, ProviderDriver, run_model
 from aci_p2p.testing.simulator.transport import End
 from aci_p2p.testing.toy_model import Step, ToyModel
 
@@ -159,27 +159,12 @@ class SlowStream(CheatingProvider):
     goal = "hold consumers for as long as it can"
     harms = "parts of an answer may come a minute apart, whatever latency was promised; reputation will remember it"
 
-    def begin(self) -> None:
-        """Take the honest provider's place."""
-        super().begin()
-        self._parts = 0
-
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
-        """All, but late while jobs are offered."""
-        if isinstance(effect, Send) and kind_of(effect.data) is Kind.TOKENS:
-            late = DRIP_MS if self.world.now < self.simulation.ends_at else 0
-            self.world.after(late, self._send, driver, effect.data)
-            return False
-        if isinstance(effect, Send) and kind_of(effect.data) in {Kind.COMMIT, Kind.REVEAL}:
-            # Behind what is late.
-            late = DRIP_MS + 1 if self.world.now < self.simulation.ends_at else 1
-            self.world.after(late, self._send, driver, effect.data)
-            return False
+        """All; the next part is late while jobs are offered."""
+        provider = driver.provider
+        is_late = self.world.now < self.simulation.ends_at
+        provider.slowness = DRIP_MS // (CHUNK_TOKENS * provider.pace_ms) if is_late else 1
         return True
-
-    def _send(self, driver: ProviderDriver, data: bytes) -> None:
-        if driver.end:
-            driver.end.send(data)
 
 
 class BidDumping(CheatingProvider):
