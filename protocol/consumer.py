@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
-from aci_p2p.protocol.commitments import derive_job_id, input_bytes, input_commitment, nonce_commitment
+from aci_p2p.protocol.commitments import derive_job_id, input_commitment, nonce_commitment
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
@@ -214,26 +214,12 @@ class ConsumerJob(Job):
         return Round(self._make_offer(now), terms, self._rule, self._knowledge, accepted)
 
     def _make_offer(self, now: int) -> Envelope[Offer]:
-        request = self._request
-        deadline = now + min(QUOTE_WAIT_MS + request.bid_window_ms, MAX_BID_WINDOW_MS)
-        return self._sealer.seal(
-            Offer(
-                job_id=self._job_id,
-                model_root=request.model_root,
-                input_commitment=self._commitments[0],
-                nonce_commitment=self._commitments[1],
-                input_bytes=input_bytes(request.conversation),
-                input_turns=len(request.conversation.turns),
-                max_tokens=request.max_tokens,
-                temperature_milli=request.temperature_milli,
-                max_price=request.max_price - self._price,
-                max_latency_ms=request.max_latency_ms,
-                bid_deadline=deadline,
-                verification=request.verification,
-                priority_fee=0 if self._output.tokens else request.priority_fee,
-            ),
-            now,
-        )
+        deadline = now + min(QUOTE_WAIT_MS + self._request.bid_window_ms, MAX_BID_WINDOW_MS)
+        left = self._request.offer(self._job_id, self._commitments, deadline)
+        if self._output.tokens:
+            # The fee went to whose tokens came first, and what they are owed is not there any more.
+            left = replace(left, max_price=self._request.max_price - self._price, priority_fee=0)
+        return self._sealer.seal(left, now)
 
     def _ask(self, now: int) -> list[Effect]:
         """Begin a round: ask those whose prices are known."""

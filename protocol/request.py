@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from aci_p2p.protocol.commitments import input_bytes
 from aci_p2p.protocol.errors import LocalError, RemoteError, ResourceError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
-from aci_p2p.protocol.messages import MAX_SHARES, Conversation
+from aci_p2p.protocol.messages import MAX_SHARES, Conversation, Offer
 from aci_p2p.protocol.terms import ANY_PROVIDER, SelectionTerms, Verification
 from aci_p2p.protocol.wire import to_value
 
@@ -102,6 +103,24 @@ class JobRequest:
         if not 0 < self.bid_window_ms <= MAX_BID_WINDOW_MS:
             msg = f"bids are awaited for 1 to {MAX_BID_WINDOW_MS} ms, not {self.bid_window_ms}"
             raise LocalError(msg)
+
+    def offer(self, job_id: bytes, commitments: tuple[bytes, bytes], bid_deadline: int) -> Offer:
+        """The offer of this job; `commitments` to its prompt and nonce, `bid_deadline` in Unix milliseconds."""
+        return Offer(
+            job_id=job_id,
+            model_root=self.model_root,
+            input_commitment=commitments[0],
+            nonce_commitment=commitments[1],
+            input_bytes=input_bytes(self.conversation),
+            input_turns=len(self.conversation.turns),
+            max_tokens=self.max_tokens,
+            temperature_milli=self.temperature_milli,
+            max_price=self.max_price,
+            max_latency_ms=self.max_latency_ms,
+            bid_deadline=bid_deadline,
+            verification=self.verification,
+            priority_fee=self.priority_fee,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import trio
 
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.request import NoBids
 from aci_p2p.testing.simulator.casting import cast, toy_model
 from aci_p2p.testing.simulator.scenario import MAX_LATENCY_MS, PlannedJob, PlannedOutcome, Scenario
 from aci_p2p.testing.swarm import Swarm, open_swarm
@@ -80,6 +81,9 @@ async def _outcome(swarm: Swarm, scenario: Scenario, job: PlannedJob) -> Planned
                 CHEAPEST, max_price=job.max_price, max_latency_ms=MAX_LATENCY_MS, bid_window_ms=scenario.bid_window_ms
             ),
         )
+    except NoBids:
+        # Whether it was offered before it failed is no part of an outcome.
+        return PlannedOutcome.failed(NoBids.code)
     except AciError as error:
         return PlannedOutcome.failed(error.code)
     provider = [node.node_id for node in swarm.providers].index(answer.provider)

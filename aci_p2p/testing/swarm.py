@@ -373,6 +373,8 @@ async def _begin(swarm: Swarm) -> None:
     for node in swarm.nodes:
         await swarm.start(node)
     await swarm.rendezvous()
+    # What that has started is under way a moment later.
+    await trio.sleep(LOOK_S)
     for node in swarm.nodes:
         node.idle_tasks = node.tasks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -113,11 +114,11 @@ def test_a_full_disk_ends_the_job_and_nothing_else() -> None:
     assert not provider.running
 
 
-def one_job(**values: object) -> Simulation:
+def one_job(**values: Any) -> Simulation:  # noqa: ANN401 - any field of a scenario
     job = PlannedJob(0, 20, "question 2", 64)
     return Simulation(
         Scenario(nodes=4, hours=0.02, providers=0.5, prices=(1_000, 1_100), jobs=(job,), network=LAN, **values)
-    )  # type: ignore[arg-type] # any field
+    )
 
 
 def test_another_goes_on_where_a_provider_has_died() -> None:

@@ -13,7 +13,7 @@ from aci_p2p.testing.simulator.node import SimNode, WriteFate
 from aci_p2p.testing.simulator.scenario import Fault
 
 if TYPE_CHECKING:
-    from aci_p2p.testing.simulator.roles import Provider
+    from aci_p2p.testing.simulator.serving import Provider
     from aci_p2p.testing.simulator.simulation import Simulation
 
 STRIKES: Final = 12

@@ -25,8 +25,9 @@ from aci_p2p.testing.simulator.gossip import Gossip
 from aci_p2p.testing.simulator.invariant import Invariant, fail
 from aci_p2p.testing.simulator.invariants import Judge
 from aci_p2p.testing.simulator.node import Reader, SimNode, WriteFate
-from aci_p2p.testing.simulator.roles import Consumer, Outcome, Provider, Surroundings
+from aci_p2p.testing.simulator.roles import Consumer, Outcome, Surroundings
 from aci_p2p.testing.simulator.scenario import MAX_LATENCY_MS, MAX_PRICE, Fault, PlannedJob, PlannedOutcome, Scenario
+from aci_p2p.testing.simulator.serving import Provider
 from aci_p2p.testing.simulator.settling import ANSWER_MS, LAST_RETRY_MS
 from aci_p2p.testing.simulator.transport import Transport
 from aci_p2p.testing.simulator.world import START_MS, World

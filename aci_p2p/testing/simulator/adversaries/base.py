@@ -11,7 +11,7 @@ from aci_p2p.protocol.job import Effect, StartGeneration
 from aci_p2p.protocol.messages import Bid, Offer
 from aci_p2p.protocol.provider import ProviderJob
 from aci_p2p.testing.simulator.node import SimNode
-from aci_p2p.testing.simulator.roles import Provider, ProviderDriver
+from aci_p2p.testing.simulator.serving import Provider, ProviderDriver
 from aci_p2p.testing.simulator.transport import End
 from aci_p2p.testing.toy_model import Step, ToyModel
 

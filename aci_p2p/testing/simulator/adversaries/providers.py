@@ -15,7 +15,7 @@ from aci_p2p.protocol.job import CloseStream, Effect, Send, StartGeneration
 from aci_p2p.protocol.messages import KINDS, Commit, Kind
 from aci_p2p.testing.simulator.adversaries.base import LIES, VERIFICATION, CheatingProvider
 from aci_p2p.testing.simulator.node import NETWORK, TellingSealer
-from aci_p2p.testing.simulator.roles import CHUNK_TOKENS, ProviderDriver, run_model
+from aci_p2p.testing.simulator.serving import CHUNK_TOKENS, ProviderDriver, run_model
 from aci_p2p.testing.simulator.transport import End
 from aci_p2p.testing.toy_model import Step, ToyModel
 
