@@ -210,8 +210,8 @@ class ConsumerJob(Job):
         return [*self._advance(Trigger.OFFER, now), *self._ask(now)]
 
     def _new_round(self, now: int) -> Round:
-        terms, accepted = self._request.terms, len(self._output.tokens)
-        return Round(self._make_offer(now), terms, self._rule, self._knowledge, accepted)
+        offer, accepted = self._make_offer(now), len(self._output.tokens)
+        return Round(offer, self._request.terms, self._rule, self._knowledge, accepted)
 
     def _make_offer(self, now: int) -> Envelope[Offer]:
         deadline = now + min(QUOTE_WAIT_MS + self._request.bid_window_ms, MAX_BID_WINDOW_MS)
@@ -321,9 +321,7 @@ class ConsumerJob(Job):
         return self._provider_fails("it went silent", now, farewell)
 
     def _on_stream_end(self, detail: str, now: int) -> list[Effect]:
-        if self._state is State.AWARDED:
-            return self._decline(detail, now)
-        return self._provider_fails(detail, now)
+        return self._decline(detail, now) if self._state is State.AWARDED else self._provider_fails(detail, now)
 
     def _decline(
         self,
@@ -345,13 +343,12 @@ class ConsumerJob(Job):
         self._detail = "cancelled"
         farewell: list[Effect] = []
         if self._state in _ALLOWED:
-            farewell.append(self._abort(AbortCode.CANCELLED, "the consumer cancelled", now))
+            farewell = [self._abort(AbortCode.CANCELLED, "the consumer cancelled", now)]
         return self._end(Trigger.CANCEL, JobCancelled("the job was cancelled"), now, farewell)
 
     def _refuse_prompt(self, now: int) -> list[Effect]:
         self._detail = self._prompt_fault
-        error = PromptRefused(self._prompt_fault, hint="shorten the prompt or max_tokens")
-        return self._end(Trigger.CANCEL, error, now)
+        return self._end(Trigger.CANCEL, PromptRefused(self._detail, hint="shorten the prompt or max_tokens"), now)
 
     def _end(self, trigger: Trigger, error: AciError, now: int, farewell: Sequence[Effect] = ()) -> list[Effect]:
         payments = self._close_leg(now)
@@ -379,16 +376,14 @@ class ConsumerJob(Job):
         return self._choose(now) if self._current.has_more(now, self._failed) else self._begin_again(now)
 
     def _begin_again(self, now: int) -> list[Effect]:
-        self._is_stale = False
-        self._round = self._new_round(now)
+        self._is_stale, self._round = False, self._new_round(now)
         return [ReleaseQuotes(), *self._ask(now)]
 
     def _provider_lies(self, error: AciError, now: int, farewell: Sequence[Effect]) -> list[Effect]:
         """What it proves is not what it sent: nobody can go on from there, and nothing more is paid for it."""
-        self._detail, self._blame = error.message, Party.PROVIDER
-        fault = ProviderFault(self._working.provider, error.message, tokens=len(self._output.tokens))
-        voucher = self._working.voucher
-        payments = (replace(voucher, state=PaymentState.OWED),) if voucher else ()
+        leg, self._detail, self._blame = self._working, error.message, Party.PROVIDER
+        fault = ProviderFault(leg.provider, error.message, tokens=len(self._output.tokens))
+        payments = (replace(leg.voucher, state=PaymentState.OWED),) if leg.voucher else ()
         return [*self._advance(Trigger.PROVIDER_FAILS, now, payments), *farewell, CloseStream(), Failed(fault)]
 
     def _close_leg(self, now: int) -> tuple[Payment, ...]:

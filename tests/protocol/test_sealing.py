@@ -75,11 +75,11 @@ def test_an_opening_out_of_bounds() -> None:
 @given(st.text(max_size=200), st.integers(1, 5))
 def test_no_frame_holds_the_prompt(text: str, turns: int) -> None:
     """Not a word of it travels outside the seal: neither in a frame of the stream nor in the offer."""
-    conversation = Conversation(tuple(Turn("user", f"{number} ¶{text}") for number in range(turns)))
+    conversation = Conversation(tuple(Turn("user", f"{number} A secret: {text}") for number in range(turns)))
     market = Market([Seller(PROVIDER)], replace(REQUEST, conversation=conversation)).run()
     assert market.consumer.job.price
     frames = [send.data for bench in (market.consumer, *market.providers) for send in of(bench.effects, Send)]
     assert len(frames) > 6
     for frame in (*frames, market.consumer.job.offer.data):
-        assert f"¶{text}".encode() not in frame
+        assert f"A secret: {text}".encode() not in frame
     assert input_bytes(conversation) == market.consumer.job.offer.body.input_bytes
