@@ -12,7 +12,7 @@ import trio
 from aci_p2p.clock import MS_PER_S, Clock
 from aci_p2p.network.api import Network, Stream
 from aci_p2p.protocol.envelope import Sealer
-from aci_p2p.protocol.errors import AciError
+from aci_p2p.protocol.errors import AciError, ResourceError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Payment
 from aci_p2p.protocol.lifecycle import Party
@@ -91,24 +91,38 @@ class Settler:
                     nursery.start_soon(self._tell, limit, provider, payments)
 
     async def _tell(self, limit: trio.CapacityLimiter, provider: NodeId, payments: Sequence[Payment]) -> None:
+        """Tell one provider everything; what it does not take must not hold up the rest."""
+        failed = False
         async with limit:
-            try:
-                with trio.fail_after(ANSWER_S):
-                    async with self._network.open_stream(provider, SETTLE_PROTOCOL) as stream:
-                        for payment in payments:
-                            await self._settle(stream, payment)
-            except* (AciError, trio.TooSlowError):
-                _, last = self._retries.get(provider, (0.0, 0.0))
-                delay = min(2 * last, LAST_RETRY_S) or FIRST_RETRY_S
-                self._retries[provider] = trio.current_time() + delay, delay
-            else:
-                self._retries.pop(provider, None)
+            for payment in payments:
+                error = await self._settle(payment)
+                if error is not None:
+                    failed = True
+                    fields = {"peer": provider.short, "job": payment.job_id.hex()[:8], "error": error}
+                    log.info("not settled", extra={"fields": fields})
+                if isinstance(error, ResourceError | trio.TooSlowError):
+                    # It is not there.
+                    break
+        if not failed:
+            self._retries.pop(provider, None)
+            return
+        _, last = self._retries.get(provider, (0.0, 0.0))
+        delay = min(2 * last, LAST_RETRY_S) or FIRST_RETRY_S
+        self._retries[provider] = trio.current_time() + delay, delay
 
-    async def _settle(self, stream: Stream, payment: Payment) -> None:
-        await stream.send(payment.statement)
-        answer = await stream.receive()
-        settled = acknowledged(payment, answer, network=self._sealer.network, now=self._clock())
-        await self._store.put_jobs((), (settled,))
+    async def _settle(self, payment: Payment) -> Exception | None:
+        """Tell one payment, and note that it is settled; why not otherwise."""
+        failure: Exception | None = None
+        try:
+            with trio.fail_after(ANSWER_S):
+                async with self._network.open_stream(payment.peer, SETTLE_PROTOCOL) as stream:
+                    await stream.send(payment.statement)
+                    answer = await stream.receive()
+                settled = acknowledged(payment, answer, network=self._sealer.network, now=self._clock())
+                await self._store.put_jobs((), (settled,))
+        except* (AciError, trio.TooSlowError) as group:
+            failure = group.exceptions[0]
+        return failure
 
 
 class Till:

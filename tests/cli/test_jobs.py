@@ -17,6 +17,7 @@ from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import State
 from aci_p2p.protocol.messages import AbortCode
 from aci_p2p.protocol.selection import Knowledge, StakeTable, Standing
+from aci_p2p.protocol.settlement import read_statement, settle
 from aci_p2p.protocol.terms import SelectionTerms
 from aci_p2p.store import open_archive, open_store
 from tests.cli.conftest import Cli, one_line
@@ -74,6 +75,15 @@ def file(home: Path, key: KeyPair, records: Sequence[JobRecord]) -> None:
     trio.run(write)
 
 
+def served() -> list[JobRecord]:
+    """What a provider stores of a job that it is paid for."""
+    bench = ProviderBench().reach(State.REVEALED)
+    statement = read_statement(bench.receipt().data, PROVIDER.node_id, network=NETWORK, now=bench.now)
+    change = settle(statement, bench.last, None, bench.now)
+    assert change is not None
+    return [*bench.records, *change[0]]
+
+
 @pytest.fixture(scope="module")
 def bench() -> ConsumerBench:
     return contested()
@@ -83,8 +93,7 @@ def bench() -> ConsumerBench:
 def job(home: Path, bench: ConsumerBench) -> str:
     """The id of a job that two nodes of this home have had."""
     file(home, CONSUMER, bench.records)
-    served = ProviderBench().reach(State.PENDING)
-    file(home, PROVIDER, [replace(record, updated_at=record.updated_at + 9_000) for record in served.records])
+    file(home, PROVIDER, [replace(record, updated_at=record.updated_at + 9_000) for record in served()])
     return bench.job.job_id.hex()
 
 
@@ -184,9 +193,9 @@ def test_jobs_that_say_nothing_of_a_choice(cli: Cli, home: Path) -> None:
 
 
 def test_what_we_served_its_consumer_explains(cli: Cli, home: Path) -> None:
-    served = ProviderBench().reach(State.PENDING)
-    file(home, PROVIDER, served.records)
-    assert "its consumer knows" in one_line(cli("why", served.job.job_id.hex()), 2)
+    records = served()
+    file(home, PROVIDER, records)
+    assert "its consumer knows" in one_line(cli("why", records[-1].job_id.hex()), 2)
 
 
 def test_a_prefix_of_several_jobs(home: Path, bench: ConsumerBench, cli: Cli) -> None:

@@ -168,10 +168,10 @@ def test_a_node_that_serves_nothing_is_not_to_be_asked(start: Start) -> None:
 
 
 def test_a_second_provider_joins_through_the_first(cli: Cli, start: Start, tiny_home: Path, tmp_path: Path) -> None:
-    first = wait_for(start("join", *LOOPBACK), "listening on ")
+    first = wait_for(start("join", *LOOPBACK, "--no-asks"), "listening on ")
     other = tmp_path / "other"
     ModelStore(other / "models").add_directory(write_tiny_model(tmp_path / "tiny2"), "tiny")
-    second = start("join", *LOOPBACK, "--bootstrap", first, "--output-price", "0.000001", at=other)
+    second = start("join", *LOOPBACK, "--bootstrap", first, "--output-price", "0.000001", "--no-asks", at=other)
     assert wait_for(second, "joined: ") == "connected to 1 of 1 nodes given"
     answer = json.loads(
         cli("infer", "--bootstrap", first, "--model", "tiny", "--max-tokens", "3", "--json", "Hello!").stdout
