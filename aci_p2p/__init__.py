@@ -8,26 +8,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aci_p2p.client import ACI, Answer, AnswerStream, NotConnected, Requirements, UnknownModel
+    from aci_p2p.client import ACI, Answer, AnswerStream, Fallback, NotConnected, Requirements, UnknownModel
     from aci_p2p.config import NodeConfig, ProviderConfig
     from aci_p2p.consumer import Offered
     from aci_p2p.node import Node, NodeParts, open_node
-    from aci_p2p.protocol.consumer import JobCancelled, NoBids, PromptRefused, ProviderFault
     from aci_p2p.protocol.errors import AciError, LocalError, RemoteError, ResourceError
-    from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
+    from aci_p2p.protocol.job import BidSeen, Chosen, Deliver, FailedOver
     from aci_p2p.protocol.messages import Turn
     from aci_p2p.protocol.proof import ProofInvalid, VerifiedProof, encode_proof, verify_proof
+    from aci_p2p.protocol.request import ImpossibleJob, JobCancelled, NoBids, PromptRefused, ProviderFault
 
 _HOMES = {
-    "aci_p2p.client": ("ACI", "Answer", "AnswerStream", "NotConnected", "Requirements", "UnknownModel"),
+    "aci_p2p.client": ("ACI", "Answer", "AnswerStream", "Fallback", "NotConnected", "Requirements", "UnknownModel"),
     "aci_p2p.config": ("NodeConfig", "ProviderConfig"),
     "aci_p2p.consumer": ("Offered",),
     "aci_p2p.node": ("Node", "NodeParts", "open_node"),
-    "aci_p2p.protocol.consumer": ("JobCancelled", "NoBids", "PromptRefused", "ProviderFault"),
     "aci_p2p.protocol.errors": ("AciError", "LocalError", "RemoteError", "ResourceError"),
-    "aci_p2p.protocol.job": ("BidSeen", "Chosen", "Deliver"),
+    "aci_p2p.protocol.job": ("BidSeen", "Chosen", "Deliver", "FailedOver"),
     "aci_p2p.protocol.messages": ("Turn",),
     "aci_p2p.protocol.proof": ("ProofInvalid", "VerifiedProof", "encode_proof", "verify_proof"),
+    "aci_p2p.protocol.request": ("ImpossibleJob", "JobCancelled", "NoBids", "PromptRefused", "ProviderFault"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -39,6 +39,9 @@ __all__ = [
     "BidSeen",
     "Chosen",
     "Deliver",
+    "FailedOver",
+    "Fallback",
+    "ImpossibleJob",
     "JobCancelled",
     "LocalError",
     "NoBids",

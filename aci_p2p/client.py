@@ -10,30 +10,35 @@ from typing import Final, Self
 
 import trio
 
-from aci_p2p.config import DEFAULT_BID_WINDOW_MS, DEFAULT_MAX_TOKENS, NodeConfig
+from aci_p2p.config import (
+    DEFAULT_BID_WINDOW_MS,
+    DEFAULT_LATENCY_VALUE,
+    DEFAULT_MAX_TOKENS,
+    DEFAULT_RETRY_COST,
+    NodeConfig,
+)
 from aci_p2p.consumer import JobResult, JobUpdate, RunningJob
 from aci_p2p.executor import ModelStore
 from aci_p2p.node import Node, NodeParts, open_node
+from aci_p2p.protocol import cbor
 from aci_p2p.protocol.catalogue import CATALOGUE, DEFAULT_MODEL
-from aci_p2p.protocol.consumer import JobRequest
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
+from aci_p2p.protocol.feasibility import why_impossible
 from aci_p2p.protocol.hashing import DIGEST_BYTES
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Deliver
-from aci_p2p.protocol.messages import (
-    MAX_LATENCY_MS,
-    MAX_TEMPERATURE_MILLI,
-    MAX_TOKENS,
-    CapabilityRecord,
-    Conversation,
-    Receipt,
-    Turn,
-)
+from aci_p2p.protocol.messages import MAX_SHARES, MAX_TEMPERATURE_MILLI, MAX_TOKENS, Conversation, Receipt, Turn
 from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.proof import ProofFile, VerifiedProof, encode_proof, verify_proof
+from aci_p2p.protocol.publications import MAX_LATENCY_MS, CapabilityRecord
+from aci_p2p.protocol.request import ImpossibleJob, JobRequest
+from aci_p2p.protocol.terms import SelectionTerms, Verification
+from aci_p2p.protocol.wire import to_value
 
 MILLI: Final = 1_000
+VERIFICATIONS: Final = {"optimistic": Verification.OPTIMISTIC}
+"""What `Requirements` may ask for, by name."""
 
 
 class UnknownModel(LocalError):
@@ -64,6 +69,52 @@ class Requirements:
     """Longest promised time to the first token, milliseconds."""
     bid_window_ms: int = DEFAULT_BID_WINDOW_MS
     """How long to wait for bids, milliseconds; less when all known providers have bid."""
+    min_provider_stake: int = 0
+    """Least stake of a provider, base units."""
+    verification: str = "optimistic"
+    """How the answer is checked: accepted unless it is challenged within a day."""
+    priority_fee: int = 0
+    """What to pay to be served before others, base units."""
+    latency_value: int = DEFAULT_LATENCY_VALUE
+    """What a second until the first token is worth, base units: so much more a faster provider may cost."""
+    retry_cost: int = DEFAULT_RETRY_COST
+    """What a provider's failure costs, base units: times its likelihood, so much more a surer one may cost."""
+    quantisations: tuple[str, ...] = ()
+    """Weight formats that will do, such as `none`; empty: any."""
+    regions: tuple[str, ...] = ()
+    """Regions that will do, as providers name them; empty: any."""
+
+    def __post_init__(self) -> None:
+        """Raises LocalError on a verification that is not offered."""
+        if self.verification not in VERIFICATIONS:
+            msg = f"{self.verification!r} is not how answers are verified"
+            raise LocalError(msg, hint=f"one of: {', '.join(VERIFICATIONS)}")
+
+    @property
+    def terms(self) -> SelectionTerms:
+        """What bids are held to."""
+        return SelectionTerms(
+            self.min_provider_stake, self.latency_value, self.retry_cost, self.quantisations, self.regions
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """What to do when a provider fails."""
+
+    providers: int = 3
+    """Providers that may begin, one after the other: the next goes on behind the tokens that have come."""
+    consensus: str = "any"
+    """Whose answer counts: that of whoever answers."""
+
+    def __post_init__(self) -> None:
+        """Raises LocalError on what is not offered."""
+        if self.consensus != "any":
+            msg = f"{self.consensus!r} is no consensus that is offered"
+            raise LocalError(msg, hint="use: any")
+        if not 1 <= self.providers <= MAX_SHARES:
+            msg = f"a job has 1 to {MAX_SHARES} providers, not {self.providers}"
+            raise LocalError(msg)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +212,21 @@ class ACI:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         temperature: float = 0.0,
         requirements: Requirements | None = None,
+        fallback: Fallback | None = None,
     ) -> Answer:
         """Run one inference to its end.
 
         `prompt` is a question or a whole conversation; `model` a name or a weights root in hex; `temperature` 0 is
-        greedy. Raises UnknownModel, NotConnected, NoBids, PromptRefused, ProviderFault.
+        greedy; when a provider fails, `fallback` says how many may take its place. Raises UnknownModel, NotConnected,
+        ImpossibleJob, NoBids, PromptRefused, ProviderFault.
         """
         async with self.stream(
-            prompt=prompt, model=model, max_tokens=max_tokens, temperature=temperature, requirements=requirements
+            prompt=prompt,
+            model=model,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            requirements=requirements,
+            fallback=fallback,
         ) as stream:
             async for _ in stream:
                 pass
@@ -183,6 +241,7 @@ class ACI:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         temperature: float = 0.0,
         requirements: Requirements | None = None,
+        fallback: Fallback | None = None,
     ) -> AsyncGenerator[AnswerStream]:
         """Run one inference within the block, streaming; leaving it early cancels the job. As `inference`."""
         wanted = requirements or Requirements()
@@ -198,7 +257,7 @@ class ACI:
         if not self.node.network.peers:
             msg = "this node is connected to nobody"
             raise NotConnected(msg, hint="give the address of a running node with --bootstrap")
-        providers = await self.node.find_providers(root)
+        providers = await self._find_providers(root)
         connected = {record.sender for record in providers} & set(self.node.network.peers)
         request = JobRequest(
             model_root=root,
@@ -209,9 +268,26 @@ class ACI:
             max_latency_ms=wanted.max_latency_ms,
             bid_window_ms=wanted.bid_window_ms,
             expected_bidders=frozenset(connected),
+            max_providers=(fallback or Fallback()).providers,
+            terms=wanted.terms,
+            verification=VERIFICATIONS[wanted.verification],
+            priority_fee=wanted.priority_fee,
         )
+        why = why_impossible(request, providers, self.node.stakes)
+        if why and not self._asking(root):
+            raise ImpossibleJob(why, hint="ask for less, pay more, or wait for other providers")
         async with self.node.open_job(request) as job:
             yield AnswerStream(job, providers)
+
+    async def _find_providers(self, root: bytes) -> Sequence[Envelope[CapabilityRecord]]:
+        """Providers of a model in the DHT, unless there are some whose asks are known: these are asked at once."""
+        if not self._asking(root):
+            return await self.node.find_providers(root)
+        self.node.asks.follow(root)
+        return ()
+
+    def _asking(self, root: bytes) -> bool:
+        return self.node.asks.book.providers(root, self.node.clock()) > 0
 
     async def verify_proof(self, proof: ProofFile | bytes) -> VerifiedProof:
         """Check a proof offline; nobody is asked. Raises ProofInvalid."""
@@ -240,13 +316,16 @@ def resolve_model(model: str, config: NodeConfig) -> bytes:
 
 
 def conversation_of(prompt: str | Sequence[Turn]) -> Conversation:
-    """A question, or a conversation, as it is sent. Raises LocalError when it asks nothing."""
+    """A question, or a conversation, as it is sent. Raises LocalError when it asks nothing, or cannot be sent."""
     turns = (Turn("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
     if not any(turn.content.strip() for turn in turns):
         msg = "the prompt is empty"
         raise LocalError(msg)
-    return Conversation(turns)
+    conversation = Conversation(turns)
+    # What no message can carry is refused before anybody is asked.
+    cbor.encode(to_value(conversation))
+    return conversation
 
 
 def _answer(result: JobResult) -> Answer:
-    return Answer(result.file.text, result.file.tokens, result.file, result.receipt, result.provider)
+    return Answer(result.text, result.tokens, result.file, result.receipt, result.provider)

@@ -5,31 +5,38 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from random import Random
 from typing import Final, Self, TypeAlias
 
 import trio
 
 from aci_p2p.clock import Clock
-from aci_p2p.gossip import Market
+from aci_p2p.gossip import Asks, Market
 from aci_p2p.jobs import JobShell, StreamPump
 from aci_p2p.network.api import Network
-from aci_p2p.protocol.consumer import BidArrived, ConsumerEvent, ConsumerJob, JobCancelled, Start
+from aci_p2p.protocol.consumer import ConsumerEvent, ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import (
     JOB_PROTOCOL,
+    AskForQuotes,
     BidSeen,
     Broadcast,
     Chosen,
     Deliver,
     Effect,
     Failed,
+    FailedOver,
     Finished,
     OpenStream,
+    ReleaseQuotes,
 )
 from aci_p2p.protocol.messages import MAX_TOKENS, Bid, Offer, Proof, Receipt
 from aci_p2p.protocol.proof import ProofFile
+from aci_p2p.protocol.request import JobCancelled
+from aci_p2p.protocol.round import BidArrived
+from aci_p2p.quotes import Quotes
 from aci_p2p.store import Store
 from aci_p2p.tasks import open_background
 
@@ -39,13 +46,13 @@ UPDATES: Final = 2 * MAX_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """The offer went out."""
+    """The offer is made, to those whose prices are known, or to everybody."""
 
     offer: Envelope[Offer]
-    """What was broadcast."""
+    """What is offered."""
 
 
-JobUpdate: TypeAlias = Offered | BidSeen | Chosen | Deliver
+JobUpdate: TypeAlias = Offered | BidSeen | Chosen | FailedOver | Deliver
 """What a user sees of a running job."""
 
 
@@ -53,24 +60,47 @@ JobUpdate: TypeAlias = Offered | BidSeen | Chosen | Deliver
 class JobResult:
     """A finished job."""
 
+    text: str
+    """The answer."""
+    tokens: tuple[int, ...]
+    """Its token ids."""
     file: ProofFile
-    """The answer with its proof."""
+    """The proof, of the part of the provider that ended the answer."""
     proof: Envelope[Proof]
     """The provider's signed statement."""
     receipt: Envelope[Receipt]
     """Our signed receipt."""
     provider: NodeId
-    """Who answered."""
+    """Who ended the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What a job of ours needs of its node."""
+
+    network: Network
+    """Streams to providers."""
+    market: Market
+    """Offers and bids for everybody."""
+    asks: Asks
+    """Whom to ask for a quote."""
+    store: Store
+    """Where it is kept."""
+    clock: Clock
+    """Unix milliseconds."""
+    random: Random
+    """Spreads jobs over providers."""
 
 
 class RunningJob(JobShell[ConsumerEvent]):
     """One job of ours: iterate over it for its updates, then read `result`. Made by `open_job`."""
 
-    def __init__(self, job: ConsumerJob, network: Network, market: Market, store: Store, clock: Clock) -> None:
-        super().__init__(job, store, clock)
+    def __init__(self, job: ConsumerJob, services: Services) -> None:
+        super().__init__(job, services.store, services.clock)
         self._job = job
-        self._network = network
-        self._market = market
+        self._network = services.network
+        self._market = services.market
+        self._quotes = Quotes(services.network, services.asks, services.clock, services.random, self.tell)
         self._updates_in, self._updates = trio.open_memory_channel[JobUpdate](UPDATES)
         self._outcome: JobResult | AciError = JobCancelled("the job did not run to its end")
         self._streams: trio.Nursery | None = None
@@ -109,6 +139,8 @@ class RunningJob(JobShell[ConsumerEvent]):
                         await self.run(Start())
                     except AciError as error:
                         self._outcome = error
+                    finally:
+                        self._quotes.release()
                 # The user has everything; farewells need not be waited for.
                 self._updates_in.close()
 
@@ -120,17 +152,23 @@ class RunningJob(JobShell[ConsumerEvent]):
         match effect:
             case Broadcast(offer):
                 await self._market.publish_offer(offer)
+            case AskForQuotes(offer, exclude):
                 await self._update(Offered(offer))
-            case OpenStream(provider, addresses):
-                self._network.learn_addresses(provider, addresses)
-                self._pump = StreamPump(self.tell)
                 assert self._streams is not None  # set before the first event
-                self._streams.start_soon(self._pump.run, self._network.open_stream(provider, JOB_PROTOCOL))
-            case BidSeen() | Chosen() | Deliver():
+                self._streams.start_soon(self._quotes.ask, offer, exclude)
+            case ReleaseQuotes():
+                self._quotes.release()
+            case OpenStream(provider, addresses):
+                self._pump = StreamPump(self.tell)
+                if not self._quotes.award(provider, self._pump):
+                    self._network.learn_addresses(provider, addresses)
+                    assert self._streams is not None  # set before the first event
+                    self._streams.start_soon(self._pump.run, self._network.open_stream(provider, JOB_PROTOCOL))
+            case BidSeen() | Chosen() | FailedOver() | Deliver():
                 await self._update(effect)
             case Finished():
                 file, proof, receipt = self._job.proof_file(), self._job.proof, self._job.receipt
-                self._outcome = JobResult(file, proof, receipt, proof.sender)
+                self._outcome = JobResult(self._job.text, self._job.tokens, file, proof, receipt, proof.sender)
             case Failed(error):
                 self._outcome = error
             case _:
@@ -144,11 +182,9 @@ class RunningJob(JobShell[ConsumerEvent]):
 
 
 @asynccontextmanager
-async def open_job(
-    job: ConsumerJob, network: Network, market: Market, store: Store, clock: Clock
-) -> AsyncGenerator[RunningJob]:
+async def open_job(job: ConsumerJob, services: Services) -> AsyncGenerator[RunningJob]:
     """Run a job within the block; leaving early cancels it, and its provider is told."""
-    running = RunningJob(job, network, market, store, clock)
+    running = RunningJob(job, services)
     async with open_background() as nursery:
         nursery.start_soon(running.serve)
         yield running

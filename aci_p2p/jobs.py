@@ -212,7 +212,9 @@ class JobShell(Generic[E]):
             if not isinstance(effect, Persist | SetTimer):
                 break
             head.append(effect)
-        await self._store.put_jobs([effect.record for effect in head if isinstance(effect, Persist)])
+        stored = [effect for effect in head if isinstance(effect, Persist)]
+        payments = [payment for effect in stored for payment in effect.payments]
+        await self._store.put_jobs([effect.record for effect in stored], payments)
         for _ in head:
             effects.popleft()
         timers = [effect for effect in head if isinstance(effect, SetTimer)]

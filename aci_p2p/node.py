@@ -14,23 +14,31 @@ from typing import Final, TypeAlias
 import trio
 
 from aci_p2p.clock import Clock, system_clock
-from aci_p2p.config import NodeConfig, ProviderConfig
-from aci_p2p.consumer import RunningJob, open_job
+from aci_p2p.config import NodeConfig, ProviderConfig, parse_stakes
+from aci_p2p.consumer import RunningJob, Services, open_job
 from aci_p2p.dht import Discovery, DiscoveryOptions, RecordRules, open_discovery
 from aci_p2p.executor import Executor, ModelStore, open_process_executor
-from aci_p2p.gossip import Market, open_market
+from aci_p2p.gossip import Asks, Market, open_asks, open_market
 from aci_p2p.keys import KeyRing
 from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.peer_clocks import CLOCK_PROTOCOL, clock_service
 from aci_p2p.protocol.bidding import Offering
-from aci_p2p.protocol.consumer import ConsumerJob, JobRequest, JobSecrets
+from aci_p2p.protocol.consumer import ConsumerJob
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
-from aci_p2p.protocol.messages import NONCE_BYTES, CapabilityRecord, NodeRecord
-from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
+from aci_p2p.protocol.lifecycle import Party
+from aci_p2p.protocol.messages import NONCE_BYTES
+from aci_p2p.protocol.publications import Ask, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.reputation import Reputation
+from aci_p2p.protocol.request import JobRequest, JobSecrets
+from aci_p2p.protocol.selection import ExpectedCost, Knowledge, SelectionRule, Stakes, StakeTable
+from aci_p2p.protocol.settlement import SETTLE_PROTOCOL
+from aci_p2p.protocol.terms import MAX_LABEL_BYTES
 from aci_p2p.provider import ProviderRole
+from aci_p2p.repricing import Repricing
+from aci_p2p.settlement import Settler
 from aci_p2p.store import Store, StoreError, open_store
 from aci_p2p.tasks import open_background
 from aci_p2p.version import SOFTWARE
@@ -42,6 +50,9 @@ REACH_WAIT_S: Final = 2.0
 
 SETTLE_S: Final = 3_600.0
 """Seconds between looks for jobs whose challenge window of a day is over: nobody waits for it."""
+
+MAX_EXPERIENCES: Final = 2_048
+"""Jobs of ours that are looked through at the start for experience with providers: a third of a second."""
 
 OpenNetwork: TypeAlias = Callable[[KeyPair, NetworkConfig, RecordRules], AbstractAsyncContextManager[Network]]
 """Opens a network for a key, what it is told, and the rules of DHT records."""
@@ -63,8 +74,10 @@ class NodeParts:
     """n random bytes."""
     random: Random = field(default_factory=SystemRandom)
     """Picks neighbours and moments."""
-    rule: SelectionRule = field(default_factory=PriceThenLatency)
+    rule: SelectionRule = field(default_factory=ExpectedCost)
     """How bids are chosen."""
+    stakes: Stakes | None = None
+    """What providers have at stake; None: the table in the configuration."""
     open_store: OpenStore | None = None
     """None: SQLite, as `open_store` opens it."""
     threads: bool = True
@@ -83,7 +96,10 @@ class Node:
         network: Network,
         market: Market,
         discovery: Discovery,
+        asks: Asks,
         store: Store,
+        settler: Settler,
+        reputation: Reputation,
     ) -> None:
         self.config = config
         """What it was told."""
@@ -93,12 +109,22 @@ class Node:
         """Offers and bids."""
         self.discovery = discovery
         """Nodes and providers."""
+        self.asks = asks
+        """Standing asks, and the order book."""
         self.store = store
         """Its jobs on disk."""
+        self.settler = settler
+        """Tells providers what it owes them."""
+        self.reputation = reputation
+        """Its experience with providers."""
+        self.stakes = parts.stakes or StakeTable(parse_stakes(config.stakes))
+        """What providers have at stake."""
         self.provider: ProviderRole | None = None
         """Its provider's role, if it serves models."""
         self.executor: Executor | None = None
         """What runs its models, if it serves some."""
+        self.repricing: Repricing | None = None
+        """What sets its prices, if it serves some."""
         self._parts = parts
         self._sealer = sealer
 
@@ -118,27 +144,43 @@ class Node:
         return self.network.addresses
 
     async def find_providers(self, model_root: bytes) -> list[Envelope[CapabilityRecord]]:
-        """Providers of a model, found in the DHT, checked, connected and ready to hear an offer; maybe none."""
+        """Providers of a model, found in the DHT, checked, connected and ready to hear an offer; maybe none.
+
+        If there are some, the order book has their asks a moment later, and follows them from now on.
+        """
         found = await self.discovery.find_providers(model_root)
+        if found:
+            self.asks.follow(model_root)
         connected = [record.sender for record in found if record.sender in self.network.peers]
         await self.market.wait_until_reachable(connected, REACH_WAIT_S)
         return found
 
-    def open_job(self, request: JobRequest) -> AbstractAsyncContextManager[RunningJob]:
+    @asynccontextmanager
+    async def open_job(self, request: JobRequest) -> AsyncGenerator[RunningJob]:
         """Offer a job and run it within the block; iterate over it for what happens."""
         entropy = self._parts.entropy
         fresh = JobSecrets(salt=entropy(NONCE_BYTES), nonce=entropy(NONCE_BYTES))
-        job = ConsumerJob(self._sealer, request, fresh, self._parts.rule)
-        return open_job(job, self.network, self.market, self.store, self._parts.clock)
+        knowledge = Knowledge(self.stakes, self.reputation)
+        job = ConsumerJob(self._sealer, request, fresh, self._parts.rule, knowledge)
+        parts = self._parts
+        services = Services(self.network, self.market, self.asks, self.store, parts.clock, parts.random)
+        try:
+            async with open_job(job, services) as running:
+                yield running
+        finally:
+            self.settler.wake()
+            if job.record is not None:
+                self.reputation.note(job.record)
 
     async def provide(self, config: ProviderConfig) -> None:
         """Serve from now on what `config` says: models, prices, slots; jobs that run are run to their end.
 
         Raises LocalError when a model cannot be served, and then goes on as before.
         """
-        assert self.provider is not None and self.executor is not None  # noqa: PT018 - there are both or none
-        self.provider.offer(await _offerings(self.executor, ModelStore(self.config.models_path), config), config.slots)
+        assert self.repricing is not None and self.executor is not None  # noqa: PT018 - there are both or none
+        self.repricing.offer(await _offerings(self.executor, ModelStore(self.config.models_path), config), config)
         self.config = replace(self.config, provider=config)
+        self.asks.look_again()
         await self.announce()
 
     async def announce(self) -> None:
@@ -172,24 +214,33 @@ async def open_node(
             open_discovery(
                 network, sealer, rules, parts.clock, _discovery_options(config, parts), parts.random
             ) as discovery,
+            open_asks(network, sealer, parts.clock, random=parts.random) as asks,
             open_background() as tasks,
         ):
             await store.note_key(parts.clock())
             await store.recover(parts.clock())
-            tasks.start_soon(_settle, store, parts.clock)
+            reputation = Reputation(key.node_id, config.network)
+            for job in reversed(await store.recent(Party.CONSUMER, MAX_EXPERIENCES)):
+                reputation.note(job)
+            tasks.start_soon(_settle, store, reputation, parts.clock)
             await discovery.join(config.bootstrap, require=require_bootstrap)
+            settler = Settler(network, store, sealer, parts.clock)
+            tasks.start_soon(settler.run)
             node = Node(
                 config=config, parts=parts, sealer=sealer, network=network, market=market, discovery=discovery,
-                store=store,
+                asks=asks, store=store, settler=settler, reputation=reputation,
             )  # fmt: skip
             with network.serve(CLOCK_PROTOCOL, clock_service(parts.clock)):
-                if config.provider is not None and config.provider.serve:
-                    async with _providing(node, config.provider, parts, sealer):
-                        yield node
-                    return
-                if config.own_key:
-                    await node.announce()
-                yield node
+                try:
+                    if config.provider is not None and config.provider.serve:
+                        async with _providing(node, config.provider, parts, sealer):
+                            yield node
+                        return
+                    if config.own_key:
+                        await node.announce()
+                    yield node
+                finally:
+                    await settler.flush()
 
 
 def _open_store(config: NodeConfig, node: NodeId, parts: NodeParts) -> AbstractAsyncContextManager[Store]:
@@ -204,12 +255,13 @@ def _discovery_options(config: NodeConfig, parts: NodeParts) -> DiscoveryOptions
     )
 
 
-async def _settle(store: Store, clock: Clock) -> None:
+async def _settle(store: Store, reputation: Reputation, clock: Clock) -> None:
     """Finalise jobs as their challenge windows end, until cancelled."""
     while True:
         await trio.sleep(SETTLE_S)
         try:
-            await store.settle(clock())
+            for job in await store.settle(clock()):
+                reputation.note(job)
         except StoreError as error:
             log.warning("jobs are not settled: %s", error)
 
@@ -239,18 +291,32 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
     models = ModelStore(node.config.models_path)
     opening = parts.open_executor() if parts.open_executor else open_process_executor(models, threads=config.threads)
     async with opening as executor, open_background() as nursery:
+        offerings = await _offerings(executor, models, config)
+
+        def asks() -> Sequence[Ask]:
+            serving = node.config.provider
+            return role.asks() if serving and serving.asks else ()
+
+        def changed() -> None:
+            node.discovery.look_again()
+            node.asks.look_again()
+
         role = ProviderRole(
             network=node.network, market=node.market, executor=executor, store=node.store, sealer=sealer,
-            clock=parts.clock, entropy=parts.entropy, offerings=await _offerings(executor, models, config),
-            slots=config.slots, on_change=node.discovery.look_again,
+            clock=parts.clock, entropy=parts.entropy, offerings=offerings, slots=config.slots, on_change=changed,
         )  # fmt: skip
-        node.provider, node.executor = role, executor
-        with node.network.serve(JOB_PROTOCOL, role.serve):
+        repricing = Repricing(role, parts.clock, changed)
+        repricing.offer(offerings, config)
+        node.provider, node.executor, node.repricing = role, executor, repricing
+        with node.network.serve(JOB_PROTOCOL, role.serve), node.network.serve(SETTLE_PROTOCOL, role.settle):
             nursery.start_soon(role.bid_on_offers)
+            nursery.start_soon(repricing.run)
             await node.announce()
+            node.asks.offer(asks)
             try:
                 yield
             finally:
+                await node.asks.take_back()
                 await role.hand_back()
 
 
@@ -261,5 +327,21 @@ async def _offerings(executor: Executor, models: ModelStore, config: ProviderCon
         msg = "there is no model in the store"
         raise LocalError(msg, hint="fetch one with: aci-p2p models pull")
     found = [await executor.load(name) if config.preload else models.open(name) for name in names]
-    prices = config.input_token_price, config.output_token_price
-    return [Offering(model.name, model.root, model.context, *prices) for model in found]
+    return [
+        Offering(
+            name=model.name,
+            root=model.root,
+            context=model.context,
+            input_token_price=config.input_token_price,
+            output_token_price=config.output_token_price,
+            quantisation=_quantisation(executor, model.name),
+            region=config.region,
+            price_curve=config.price_curve,
+        )
+        for model in found
+    ]
+
+
+def _quantisation(executor: Executor, model: str) -> str:
+    """The weight format as bids carry it."""
+    return executor.describe(model).quantisation.encode()[:MAX_LABEL_BYTES].decode(errors="ignore")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,58 +11,31 @@ import trio
 
 from aci_p2p.clock import MS_PER_S, Clock
 from aci_p2p.executor import (
-    EngineDescription,
     Executor,
-    ExecutorFailed,
-    FinishReason,
-    GenerationRequest,
-    Message,
-    ModelUnavailable,
-    PromptTooLong,
-    Sampling,
-    WeightsMismatch,
 )
 from aci_p2p.gossip import Market
-from aci_p2p.jobs import FAREWELL_S, JobShell, StreamPump
+from aci_p2p.jobs import FAREWELL_S
 from aci_p2p.network.api import Network, Stream
-from aci_p2p.protocol.bidding import BidBook, Declined, Offering, Won
-from aci_p2p.protocol.envelope import Envelope, Sealer
-from aci_p2p.protocol.errors import AciError, LocalError
-from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.job import (
-    Effect,
-    Failed,
-    Finished,
-    FrameArrived,
-    StartGeneration,
-    StopGeneration,
-)
-from aci_p2p.protocol.messages import (
-    NONCE_BYTES,
-    AbortCode,
-    CapabilityRecord,
-    Conversation,
-    Engine,
-    Finish,
-    Offer,
-)
+from aci_p2p.protocol.bidding import LEASE_MS, BidBook, Declined, Offering, Won
+from aci_p2p.protocol.envelope import Sealer, kind_of
+from aci_p2p.protocol.errors import AciError
+from aci_p2p.protocol.messages import NONCE_BYTES, Kind
 from aci_p2p.protocol.pricing import format_amount
 from aci_p2p.protocol.provider import (
-    GenerationEnded,
-    GenerationFailed,
-    Produced,
-    ProviderEvent,
     ProviderJob,
     ProviderSecrets,
 )
+from aci_p2p.protocol.publications import Ask, CapabilityRecord
 from aci_p2p.protocol.validation import MessageRefused
-from aci_p2p.store import Store
-from aci_p2p.tasks import open_background
+from aci_p2p.served_job import JobProgress, ServedJob, engine_of
+from aci_p2p.settlement import Till
+from aci_p2p.store import Store, StoreError
 
 AWARD_WAIT_S: Final = 5.0
 """Seconds for the award on a stream that a consumer opened."""
-_FINISH: Final = {FinishReason.STOP: Finish.STOP, FinishReason.LENGTH: Finish.LENGTH}
 
+PROBE_S: Final = 1.0
+"""Seconds between attempts to write to a disk that was full."""
 LINGER_S: Final = 0.2
 """Seconds for the last frames to arrive: one way between continents, before connections close."""
 
@@ -83,31 +55,13 @@ class ProviderStatistics:
     outstanding: int
     """Of those, the ones that may still be awarded."""
     finished: int
-    """Jobs that ended with a receipt."""
+    """Jobs that ended with an answer."""
     failed: int
-    """Jobs that ended without one."""
+    """Jobs that ended without an answer."""
     earned: int
-    """What the finished ones have paid, base units."""
+    """What consumers have promised for all of them, base units."""
     draining: bool
     """Whether no more jobs are taken."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobProgress:
-    """How far a running job is."""
-
-    job_id: bytes
-    """32 bytes."""
-    consumer: NodeId
-    """For whom."""
-    model: str
-    """Name in our model store."""
-    elapsed_s: float
-    """Seconds since its award."""
-    tokens: int
-    """Tokens produced."""
-    tokens_per_s: float
-    """Decoding speed after the first part; 0 before there is a second."""
 
 
 class ProviderRole:
@@ -126,8 +80,14 @@ class ProviderRole:
         offerings: Sequence[Offering],
         slots: int,
         on_change: Callable[[], None] = lambda: None,
+        region: str = "",
     ) -> None:
-        """`entropy(n)` gives n random bytes; `slots` jobs run at once; `on_change`: our `capabilities` may differ."""
+        """`entropy(n)` gives n random bytes; `slots` jobs run at once.
+
+        `on_change`: our `capabilities` and `asks` may differ; `region`: where we stand, if that is told.
+        """
+        self.region = region
+        """Where we stand, in our owner's words; empty: not told."""
         self._network = network
         self._market = market
         self._executor = executor
@@ -137,9 +97,11 @@ class ProviderRole:
         self._entropy = entropy
         self._book = BidBook(sealer, offerings, slots)
         self._on_change = on_change
-        self._jobs: dict[trio.CancelScope, _ServedJob] = {}
+        self._till = Till(store, sealer, clock, self._promised)
+        self._jobs: dict[trio.CancelScope, ServedJob] = {}
         self._idle = trio.Event()
         self._idle.set()
+        self._probe_at = 0.0
         self._bids = 0
         self._finished = 0
         self._failed = 0
@@ -152,15 +114,35 @@ class ProviderRole:
                 model_root=offering.root,
                 model_name=offering.name,
                 context=offering.context,
-                engine=_engine(self._executor.describe(offering.name)),
+                engine=engine_of(self._executor.describe(offering.name)),
                 input_token_price=offering.input_token_price,
                 output_token_price=offering.output_token_price,
                 slots=self._book.slots,
                 addresses=tuple(self._network.addresses),
-                free_slots=0 if self._book.draining else max(self._book.slots - len(self._jobs), 0),
-                price_curve=(),
+                free_slots=max(self._book.slots - len(self._jobs), 0) if self._book.takes_jobs else 0,
+                price_curve=offering.price_curve,
             )
             for offering in self._book.offerings
+        ]
+
+    def asks(self) -> list[Ask]:
+        """What we ask now, for each model."""
+        return [
+            Ask(
+                model_root=one.model_root,
+                model_name=one.model_name,
+                engine=one.engine,
+                context=one.context,
+                input_token_price=one.input_token_price,
+                output_token_price=one.output_token_price,
+                price_curve=one.price_curve,
+                slots=one.slots,
+                free_slots=one.free_slots,
+                latency_ms=self._book.latency_ms,
+                region=self.region,
+                addresses=one.addresses,
+            )
+            for one in self.capabilities()
         ]
 
     def offer(self, offerings: Sequence[Offering], slots: int) -> None:
@@ -189,12 +171,25 @@ class ProviderRole:
         while True:
             offer = await self._market.next_offer()
             try:
-                bid = self._book.bid(offer, self._clock(), running=len(self._jobs), addresses=self._network.addresses)
+                await self._try_to_store()
+                bid = self._book.bid(offer, self._clock(), addresses=self._network.addresses)
                 if bid is not None:
                     self._bids += 1
                     await self._market.publish_bid(bid)
             except AciError as error:
                 log.warning("no bid", extra={"fields": {"job": offer.body.job_id.hex()[:8], "error": error}})
+
+    async def _try_to_store(self) -> None:
+        """After a job could not be stored: bid again as soon as the disk takes what we write."""
+        if not self._book.is_suspended or trio.current_time() < self._probe_at:
+            return
+        self._probe_at = trio.current_time() + PROBE_S
+        try:
+            await self._store.note_key(self._clock())
+        except StoreError:
+            return
+        self._book.is_suspended = False
+        log.info("bids again", extra={"fields": {"reason": "the database can be written"}})
 
     async def drain(self, grace_s: float) -> None:
         """Take no more jobs, and wait until those that run have ended, `grace_s` seconds at most."""
@@ -215,17 +210,40 @@ class ProviderRole:
             await trio.sleep(LINGER_S)
 
     async def serve(self, stream: Stream) -> None:
-        """Serve one job's stream: its first frame awards one of our bids."""
+        """Serve one job's stream: its first frame awards one of our bids, or is an offer to be quoted for."""
         frame = b""
         with trio.move_on_after(AWARD_WAIT_S):
             frame = await stream.receive()
         try:
-            taken = self._book.take(frame, self._clock(), running=len(self._jobs))
+            if kind_of(frame) is Kind.OFFER:
+                await self._quote(stream, frame)
+            else:
+                await self._award(stream, frame)
         except MessageRefused as error:
             log.info("no award", extra={"fields": {"peer": stream.peer.short, "error": error}})
+
+    async def _quote(self, stream: Stream, frame: bytes) -> None:
+        """Answer an offer, and hold a slot until the award comes, or the lease is over."""
+        quoted = self._book.quote(frame, stream.peer, self._clock(), addresses=self._network.addresses)
+        if isinstance(quoted, Declined):
+            await self._decline(stream, quoted)
             return
+        self._bids += 1
+        award = b""
+        try:
+            await stream.send(quoted.bid.data)
+            with trio.move_on_after(LEASE_MS / MS_PER_S):
+                award = await stream.receive()
+        finally:
+            if not award:
+                self._book.take_back(quoted)
+        if award:
+            await self._award(stream, award)
+
+    async def _award(self, stream: Stream, frame: bytes) -> None:
+        taken = self._book.take(frame, self._clock())
         if isinstance(taken, Declined):
-            await stream.send(self._sealer.seal(taken.answer, self._clock()).data)
+            await self._decline(stream, taken)
             return
         with trio.CancelScope() as scope:
             if not self._jobs:
@@ -236,16 +254,28 @@ class ProviderRole:
                 await self._run(stream, frame, job)
             finally:
                 del self._jobs[scope]
+                self._book.release(taken)
                 self._on_change()
                 if not self._jobs:
                     self._idle.set()
 
-    def _take(self, won: Won) -> _ServedJob:
-        secrets = ProviderSecrets(self._entropy(NONCE_BYTES), self._entropy(NONCE_BYTES))
-        job = ProviderJob(self._sealer, won.offer, won.bid, secrets)
-        return _ServedJob(job, won.offer, self._store, self._clock, self._executor, won.model)
+    async def _decline(self, stream: Stream, declined: Declined) -> None:
+        await stream.send(self._sealer.seal(declined.answer, self._clock()).data)
 
-    async def _run(self, stream: Stream, frame: bytes, job: _ServedJob) -> None:
+    async def settle(self, stream: Stream) -> None:
+        """Serve a consumer that tells what it owes us."""
+        await self._till.serve(stream)
+
+    def _promised(self, amount: int) -> None:
+        self._earned += amount
+
+    def _take(self, won: Won) -> ServedJob:
+        nonce, salt, kem_seed = (self._entropy(NONCE_BYTES) for _ in range(3))
+        secrets = ProviderSecrets(nonce, salt, kem_seed)
+        job = ProviderJob(self._sealer, won.offer, won.bid, secrets)
+        return ServedJob(job, won.offer, self._store, self._clock, self._executor, won.model)
+
+    async def _run(self, stream: Stream, frame: bytes, job: ServedJob) -> None:
         try:
             await job.serve(stream, frame)
         finally:
@@ -256,13 +286,15 @@ class ProviderRole:
                 "tokens": progress.tokens,
                 "seconds": f"{progress.elapsed_s:.1f}",
             }
+            self._earned += job.paid
             if job.error is None:
                 self._finished += 1
-                self._earned += job.price
                 log.info("job done", extra={"fields": {**fields, "price": format_amount(job.price)}})
             else:
                 self._failed += 1
                 log.info("job failed", extra={"fields": {**fields, "error": job.error}})
+        if isinstance(job.error, StoreError):
+            self._book.is_suspended = True
         if job.unavailable:
             self._withdraw(job.model_root)
         if job.latency_s is not None:
@@ -274,133 +306,3 @@ class ProviderRole:
         if offering:
             problem = "a model is not served any more; repair it and restart the node"
             log.warning(problem, extra={"fields": {"model": offering.name}})
-
-
-class _ServedJob(JobShell[ProviderEvent]):
-    """One job that we won."""
-
-    def __init__(
-        self, job: ProviderJob, offer: Envelope[Offer], store: Store, clock: Clock, executor: Executor, model: str
-    ) -> None:
-        super().__init__(job, store, clock)
-        self._job = job
-        self._offer = offer
-        self._executor = executor
-        self._model = model
-        self._started = trio.current_time()
-        self._first: tuple[float, int] | None = None
-        self._last = 0.0
-        self._tokens = 0
-        self._generation = trio.CancelScope()
-        self._tasks: trio.Nursery | None = None
-        self.latency_s: float | None = None
-        self.unavailable = False
-        self.error: AciError | None = LocalError("the job did not run to its end")
-
-    @property
-    def model_root(self) -> bytes:
-        """Weights root, 32 bytes."""
-        return self._offer.body.model_root
-
-    @property
-    def price(self) -> int:
-        """What it costs, base units; 0 until the answer is complete."""
-        return self._job.price
-
-    def progress(self) -> JobProgress:
-        """How far it is."""
-        elapsed = trio.current_time() - self._started
-        first, tokens = self._first or (0.0, 0)
-        speed = (self._tokens - tokens) / (self._last - first) if self._last > first else 0.0
-        return JobProgress(self._job.job_id, self._offer.sender, self._model, elapsed, self._tokens, speed)
-
-    def _note(self, tokens: int) -> None:
-        self._last = trio.current_time()
-        self._tokens += tokens
-        if self._first is None:
-            self._first = self._last, self._tokens
-
-    async def serve(self, stream: Stream, frame: bytes) -> None:
-        """Run the job to its end, or until its consumer is gone."""
-        self._pump = StreamPump(self.tell)
-        async with trio.open_nursery() as streams:
-            streams.start_soon(self._pump.run, nullcontext(stream))
-            async with open_background() as tasks:
-                self._tasks = tasks
-                try:
-                    await self.run(FrameArrived(frame))
-                except AciError as error:
-                    # Our own trouble, such as a full disk.
-                    self.error = error
-
-    async def _perform(self, effect: Effect) -> None:
-        match effect:
-            case StartGeneration():
-                assert self._tasks is not None  # set before the first event
-                self._tasks.start_soon(self._generate, effect)
-            case StopGeneration():
-                self._generation.cancel()
-            case Finished():
-                self.error = None
-            case Failed(error):
-                self.error = error
-            case _:
-                msg = f"a provider's job has no {type(effect).__name__}"
-                raise AssertionError(msg)
-
-    async def _generate(self, run: StartGeneration) -> None:
-        with self._generation:
-            try:
-                await self._stream_answer(run)
-            except AciError as error:
-                failure = _failure(error)
-                # What is wrong with a consumer's prompt is nothing that the provider's owner can mend.
-                is_ours = failure.abort not in (AbortCode.PROMPT_TOO_LONG, AbortCode.INVALID_PROMPT)
-                level = logging.WARNING if is_ours else logging.INFO
-                log.log(level, "generation failed", extra={"fields": {"model": self._model, "error": error}})
-                self.unavailable = isinstance(error, ModelUnavailable | WeightsMismatch)
-                await self.tell(failure)
-
-    async def _stream_answer(self, run: StartGeneration) -> None:
-        messages = _messages(run.conversation)
-        seed = run.seed if run.temperature_milli else b""
-        request = GenerationRequest(messages, run.max_tokens, Sampling(run.temperature_milli, seed))
-        finish: FinishReason | None = None
-        started = trio.current_time()
-        async with self._executor.generate(self._model, request) as generation:
-            if generation.input_tokens > run.max_input_tokens:
-                msg = f"the prompt takes {generation.input_tokens} tokens, the offer pays for {run.max_input_tokens}"
-                raise PromptTooLong(msg)
-            async for chunk in generation:
-                if self.latency_s is None:
-                    self.latency_s = trio.current_time() - started
-                if chunk.tokens or chunk.text:
-                    self._note(len(chunk.tokens))
-                    await self.tell(Produced(chunk.tokens, chunk.text))
-                finish = chunk.finish or finish
-        if finish is None:
-            msg = "the executor did not say why it ended"
-            raise ExecutorFailed(msg)
-        engine = _engine(self._executor.describe(self._model))
-        await self.tell(GenerationEnded(_FINISH[finish], generation.input_tokens, engine))
-
-
-def _failure(error: AciError) -> GenerationFailed:
-    """What the consumer is told: nothing of our files and machine, which the messages of other errors may name."""
-    match error:
-        case PromptTooLong():
-            return GenerationFailed(AbortCode.PROMPT_TOO_LONG, error.message)
-        case ModelUnavailable() | WeightsMismatch():
-            return GenerationFailed(AbortCode.MODEL_UNAVAILABLE, "the provider cannot serve the model any more")
-        case LocalError():
-            return GenerationFailed(AbortCode.INVALID_PROMPT, "the model's chat template refuses the conversation")
-        case _:
-            return GenerationFailed(AbortCode.EXECUTOR_FAILED, "the computation failed")
-
-
-def _messages(conversation: Conversation) -> tuple[Message, ...]:
-    return tuple(Message(turn.role, turn.content) for turn in conversation.turns)
-
-
-def _engine(description: EngineDescription) -> Engine:
-    return Engine(description.engine, description.profile, description.device, description.quantisation)

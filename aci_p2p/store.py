@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
@@ -18,13 +18,13 @@ import trio
 
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.job import JobRecord, recovered, settled
+from aci_p2p.protocol.job import JobRecord, Payment, PaymentState, recovered, timed_out
 from aci_p2p.protocol.lifecycle import LIMITS, Party, State
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """`PRAGMA user_version`; a database with a higher one is from a later program and is refused."""
 BUSY_TIMEOUT_S: Final = 5.0
 """Seconds to wait for another process's transaction; ours take milliseconds."""
@@ -61,17 +61,38 @@ CREATE TABLE keys (
     last_used_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
+_PAYMENTS: Final = """
+CREATE TABLE payments (
+    node BLOB NOT NULL,
+    job_id BLOB NOT NULL,
+    role TEXT NOT NULL,
+    peer BLOB NOT NULL,
+    amount TEXT NOT NULL,
+    statement BLOB NOT NULL,
+    state TEXT NOT NULL,
+    PRIMARY KEY (node, job_id, role, peer)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX payments_by_state ON payments (node, state);
+"""
+"""Since version 2."""
 _TOTALS_INDEX: Final = "CREATE INDEX IF NOT EXISTS jobs_totals ON jobs (node, role, state, price)"
 """Holds all that `totals` reads: the jobs themselves, with their proofs, are a hundred times as large."""
+_BY_TIME_INDEX: Final = "CREATE INDEX IF NOT EXISTS jobs_by_time ON jobs (updated_at)"
+"""For the latest jobs."""
 _OPEN_STATES: Final = tuple(state.value for state in LIMITS)
 """States that something still leaves."""
 _COLUMNS: Final = "node, job_id, role, state, updated_at, model_root, peer, price, blame, detail, proof, receipt"
 """`price` is decimal text: base units go beyond SQLite's 64-bit integers."""
+_NO_PROOF: Final = _COLUMNS.replace("proof", "x'' AS proof")
+"""Proofs are most of a job's bytes."""
 _THIS_JOB: Final = "node = ? AND job_id = ? AND role = ?"
 _SUM_PRICE: Final = tuple(f"SUM(CAST(substr(price, {start}, 9) AS INTEGER))" for start in (-9, -18, -27, -36, -45))
 """The sum in parts of nine digits, the lowest first: each sum fits 64 bits for 10^9 jobs."""
 _UNFIT: Final = (sqlite3.Error, ValueError, OverflowError, LocalError)
 """What SQLite raises, and what a value does that it cannot hold, or that a damaged file held."""
+_UNFIT_TO_READ: Final = (sqlite3.Error, ValueError, OverflowError)
+MAX_FOUND: Final = 16
+"""Jobs that a prefix of an id may name: more are no help to anybody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +125,30 @@ class Store:
         self._threads = threads
         self._lock = trio.Lock()
 
-    async def put_jobs(self, records: Sequence[JobRecord]) -> None:
-        """Insert or replace jobs and note their transitions, in one durable transaction. Raises StoreError."""
-        await self._run(self._put_jobs, records)
+    async def put_jobs(self, records: Sequence[JobRecord], payments: Sequence[Payment] = ()) -> None:
+        """Insert or replace jobs and payments, and note transitions, in one durable transaction. Raises StoreError."""
+        await self._run(self._put_jobs, records, payments)
+
+    async def payments(self, job_id: bytes, role: Party) -> list[Payment]:
+        """What a job's providers are paid, or what we are paid for it. Raises StoreError."""
+        return await self._run(self._select_payments, _THIS_JOB, self._key(job_id, role))
+
+    async def owed(self, since: int) -> list[Payment]:
+        """What we owe for jobs that moved since then (Unix ms), and providers may not know. Raises StoreError."""
+        node, consumer = self._node.public_key, Party.CONSUMER.value
+        jobs = "SELECT job_id FROM jobs WHERE node = ? AND role = ? AND updated_at >= ?"
+        where = f"node = ? AND state = 'owed' AND role = ? AND job_id IN ({jobs})"
+        return await self._run(self._select_payments, where, (node, consumer, node, consumer, since))
+
+    async def paid(self, role: Party) -> int:
+        """All that we were promised as a provider, or have promised as a consumer, base units. Raises StoreError."""
+
+        def total() -> int:
+            query = "SELECT amount FROM payments WHERE node = ? AND role = ?"
+            rows = self._connection.execute(query, (self._node.public_key, role.value))
+            return sum(int(amount) for (amount,) in rows)
+
+        return await self._run(total)
 
     async def get_job(self, job_id: bytes, role: Party) -> JobRecord | None:
         """One job, if we have it in that role. Raises StoreError."""
@@ -116,6 +158,11 @@ class Store:
     async def jobs(self) -> list[JobRecord]:
         """All our jobs, latest first. Raises StoreError."""
         return await self._run(self._select, "node = ? ORDER BY updated_at DESC", (self._node.public_key,))
+
+    async def recent(self, role: Party, limit: int) -> list[JobRecord]:
+        """Our latest jobs of one role, `limit` at most, latest first; without their proofs. Raises StoreError."""
+        where = "node = ? AND role = ? ORDER BY updated_at DESC LIMIT ?"
+        return await self._run(self._select, where, (self._node.public_key, role.value, limit), _NO_PROOF)
 
     async def totals(self) -> list[JobTotal]:
         """How many jobs stand where, and what they cost. Raises StoreError."""
@@ -141,15 +188,23 @@ class Store:
         return await self._run(select)
 
     async def recover(self, now: int) -> list[JobRecord]:
-        """End the jobs that a stop or crash interrupted, and finalise those whose challenge window is over.
+        """End the jobs that a stop or crash interrupted, and those that have waited for as long as they may.
 
-        Returns what changed. Raises StoreError.
+        What was promised for interrupted ones is owed. Returns what changed. Raises StoreError.
         """
+
+        def close() -> None:
+            with self._connection:
+                self._connection.execute(
+                    "UPDATE payments SET state = 'owed' WHERE node = ? AND state = 'running'", (self._node.public_key,)
+                )
+
+        await self._run(close)
         return await self._change(recovered, now)
 
     async def settle(self, now: int) -> list[JobRecord]:
-        """Finalise the jobs whose challenge window is over; what changed. Raises StoreError."""
-        return await self._change(settled, now)
+        """End the jobs that have waited for as long as they may; what changed. Raises StoreError."""
+        return await self._change(timed_out, now)
 
     async def _change(self, change: Callable[[JobRecord, int], JobRecord | None], now: int) -> list[JobRecord]:
         marks = ", ".join("?" * len(_OPEN_STATES))
@@ -170,11 +225,17 @@ class Store:
 
         await self._run(note)
 
-    def _put_jobs(self, records: Sequence[JobRecord]) -> None:
+    def _put_jobs(self, records: Sequence[JobRecord], payments: Sequence[Payment]) -> None:
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             for job in records:
                 self._put_job(job)
+            for payment in payments:
+                row = (
+                    *self._key(payment.job_id, payment.role), payment.peer.public_key, str(payment.amount),
+                    payment.statement, payment.state.value,
+                )  # fmt: skip
+                self._connection.execute("INSERT OR REPLACE INTO payments VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def _put_job(self, job: JobRecord) -> None:
         stored = self._select(_THIS_JOB, self._key(job.job_id, job.role))
@@ -184,16 +245,23 @@ class Store:
             job.receipt,
         )  # fmt: skip
         self._connection.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-        # Storing a job again is no transition.
-        if stored != [job]:
+        # Storing a job again, or what was paid for it later, is no transition.
+        if not stored or (stored[0].state, stored[0].updated_at) != (job.state, job.updated_at):
             self._connection.execute("INSERT INTO transitions VALUES (?, ?, ?, ?, ?)", row[:5])
 
     def _key(self, job_id: bytes, role: Party) -> tuple[bytes, bytes, str]:
         return self._node.public_key, job_id, role.value
 
-    def _select(self, where: str, arguments: tuple[Any, ...]) -> list[JobRecord]:
-        query = f"SELECT {_COLUMNS} FROM jobs WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
+    def _select(self, where: str, arguments: tuple[Any, ...], columns: str = _COLUMNS) -> list[JobRecord]:
+        query = f"SELECT {columns} FROM jobs WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
         return [_record(row) for row in self._connection.execute(query, arguments)]
+
+    def _select_payments(self, where: str, arguments: tuple[Any, ...]) -> list[Payment]:
+        query = f"SELECT job_id, role, peer, amount, statement, state FROM payments WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
+        return [
+            Payment(job_id, Party(role), NodeId(peer), int(amount), statement, PaymentState(state))
+            for job_id, role, peer, amount, statement, state in self._connection.execute(query, arguments)
+        ]
 
     async def _run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         async with self._lock:
@@ -234,15 +302,13 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Make the tables in a new database; refuse one of another version."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0:
-        for statement in _SCHEMA.split(";"):
+    """Make the tables that are missing; refuse a database of a later version."""
+    version = _check_version(connection, path)
+    if version < SCHEMA_VERSION:
+        for statement in (_PAYMENTS if version else _SCHEMA + _PAYMENTS).split(";"):
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    elif version != SCHEMA_VERSION:
-        msg = f"{path} is of version {version}, this program knows {SCHEMA_VERSION}"
-        raise StoreError(msg, hint="use the program that wrote it, or another --home")
+    connection.execute(_BY_TIME_INDEX)
     connection.execute(_TOTALS_INDEX)
 
 
@@ -258,6 +324,74 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
             time.sleep(BUSY_POLL_S)
         else:
             return
+
+
+@dataclass(frozen=True, slots=True)
+class FiledJob:
+    """A job in a database, with whose it is."""
+
+    node: NodeId
+    """The node of ours that had it."""
+    job: JobRecord
+    """The job as it stands."""
+
+
+class Archive:
+    """The jobs of all nodes that share a database, for reading. Made by `open_archive`."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def jobs(self, limit: int, role: Party | None = None) -> list[FiledJob]:
+        """The latest jobs, of one role if that is given, `limit` at most, latest first; without their proofs."""
+        where = "role = ? OR ? IS NULL ORDER BY updated_at DESC LIMIT ?"
+        value = role.value if role else None
+        return self._select(where, (value, value, limit), _NO_PROOF)
+
+    def find(self, prefix: str) -> list[FiledJob]:
+        """The jobs whose id in hex begins with `prefix`, in either role; MAX_FOUND at most."""
+        # The index on transitions holds all ids; the jobs themselves are a hundred times as large.
+        query = "SELECT DISTINCT node, job_id, role FROM transitions WHERE substr(hex(job_id), 1, ?) = ? LIMIT ?"
+        keys = self._connection.execute(query, (len(prefix), prefix.upper(), MAX_FOUND)).fetchall()
+        return [filed for key in keys for filed in self._select(_THIS_JOB, key)]
+
+    def history(self, filed: FiledJob) -> list[tuple[State, int]]:
+        """The transitions of a job in order: state and Unix milliseconds."""
+        query = f"SELECT state, at FROM transitions WHERE {_THIS_JOB} ORDER BY rowid"  # noqa: S608 - ours, values are bound
+        key = (filed.node.public_key, filed.job.job_id, filed.job.role.value)
+        return [(State(state), at) for state, at in self._connection.execute(query, key)]
+
+    def _select(self, where: str, arguments: tuple[Any, ...], columns: str = _COLUMNS) -> list[FiledJob]:
+        query = f"SELECT {columns} FROM jobs WHERE {where}"  # noqa: S608 - `where` is ours, values are bound
+        return [FiledJob(NodeId(row[0]), _record(row)) for row in self._connection.execute(query, arguments)]
+
+
+@contextmanager
+def open_archive(path: Path) -> Generator[Archive]:
+    """The database at `path` for reading within the block; a running node may write to it meanwhile.
+
+    Raises StoreError, also when there is none, or when it fails within the block.
+    """
+    if not path.exists():
+        msg = f"there are no jobs yet: {path} does not exist"
+        raise StoreError(msg, hint="another folder is named with --home")
+    try:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S)) as opened:
+            _check_version(opened, path)
+            yield Archive(opened)
+    except _UNFIT_TO_READ as error:
+        msg = f"cannot read {path}: {error}"
+        raise StoreError(msg, hint="check the disk and the permissions of the folder") from error
+
+
+def _check_version(connection: sqlite3.Connection, path: Path) -> int:
+    """The version of a database's tables. Raises StoreError when it is a later one than ours."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if not 0 <= version <= SCHEMA_VERSION:
+        msg = f"{path} is of version {version}, this program knows {SCHEMA_VERSION}"
+        raise StoreError(msg, hint="use the program that wrote it, or another --home")
+    return int(version)
 
 
 class MakeStore(Protocol):

@@ -9,7 +9,8 @@ from typing import Final, cast
 
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import MAX_ADDRESS_BYTES, MAX_ADDRESSES, SECOND
+from aci_p2p.protocol.messages import SECOND
+from aci_p2p.protocol.publications import MAX_ADDRESS_BYTES, MAX_ADDRESSES
 
 MAX_CACHED: Final = 256
 """Peers that are remembered, the latest; one in ten alive is plenty to come back."""

@@ -13,7 +13,7 @@ from math import inf
 from random import Random
 from typing import Final
 
-from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 
 REANNOUNCE_S: Final = 3_600.0
 """Seconds between announcements, on average; records live three times as long, so that one may be lost."""

@@ -31,7 +31,8 @@ from aci_p2p.network.api import Network, Subscription
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import KINDS, CapabilityRecord, Kind, NodeRecord
+from aci_p2p.protocol.messages import KINDS, Kind
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 from aci_p2p.protocol.validation import ACCEPTED, MessageRefused, Validation
 from aci_p2p.tasks import open_background
 

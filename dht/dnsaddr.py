@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from aci_p2p.dht.bootstrap import DnsAddress, peer_of
 from aci_p2p.protocol.errors import ResourceError
-from aci_p2p.protocol.messages import MAX_ADDRESS_BYTES
+from aci_p2p.protocol.publications import MAX_ADDRESS_BYTES
 
 if TYPE_CHECKING:
     from dns.asyncresolver import Resolver

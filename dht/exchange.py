@@ -14,11 +14,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from aci_p2p.dht.records import check_capability
 from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.protocol.envelope import Envelope, kind_of, open_envelope
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import CapabilityRecord, Kind, NodeRecord
+from aci_p2p.protocol.messages import Kind
+from aci_p2p.protocol.pricing import check_capacity
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
 MAX_NODES: Final = 512
@@ -105,7 +106,7 @@ class RecordExchange:
             return node if self._keep(self._nodes, node.sender.peer_id, node, forwarder, at) else None
         if kind == Kind.CAPABILITY_RECORD:
             capability = open_envelope(data, CapabilityRecord, network=self._network, now=now)
-            check_capability(capability.body)
+            check_capacity(capability.body)
             self._keep(self._capabilities, _key(capability), capability, forwarder, at)
             return None
         raise MessageRefused(Decision.REJECT, Reason.WRONG_KIND)

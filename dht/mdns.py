@@ -27,7 +27,7 @@ from aci_p2p.dht.bootstrap import peer_of
 from aci_p2p.network.api import Network
 from aci_p2p.network.buckets import TokenBucket
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import MAX_ADDRESS_BYTES, MAX_ADDRESSES
+from aci_p2p.protocol.publications import MAX_ADDRESS_BYTES, MAX_ADDRESSES
 from aci_p2p.tasks import open_background
 
 SERVICE: Final = "_p2p._udp.local."

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Final
 
 import base58
@@ -17,7 +16,8 @@ from aci_p2p.network.api import MAX_RECORD_KEY_BYTES
 from aci_p2p.protocol.envelope import Envelope, open_envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
+from aci_p2p.protocol.pricing import check_capacity
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
 NODE_PREFIX: Final = "/aci/node/"
@@ -36,15 +36,6 @@ def node_key(node: NodeId) -> str:
 def capability_key(model_root: bytes, node: NodeId) -> str:
     """Where a provider's record for one model lies."""
     return f"{CAPABILITY_PREFIX}{base58.b58encode(model_root).decode()}/{node}"
-
-
-def check_capability(body: CapabilityRecord) -> None:
-    """What its wire form does not say. Raises MessageRefused."""
-    # No more free slots than slots.
-    require(body.free_slots <= body.slots, Decision.REJECT, Reason.MALFORMED)
-    # Steps ascend from above 0, so that one load has one price.
-    loads = [0, *(step.load_milli for step in body.price_curve)]
-    require(all(low < high for low, high in pairwise(loads)), Decision.REJECT, Reason.MALFORMED)
 
 
 class RecordRules:
@@ -78,7 +69,7 @@ class RecordRules:
         expected = capability_key(record.body.model_root, record.sender)
         # Under the names of the model and of the node that signed it.
         require(key == expected, Decision.REJECT, Reason.BAD_RECORD_KEY)
-        check_capability(record.body)
+        check_capacity(record.body)
         return record
 
     def validate(self, key: str, value: bytes) -> None:

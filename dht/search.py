@@ -19,7 +19,7 @@ from aci_p2p.network.api import Network
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import CapabilityRecord
+from aci_p2p.protocol.publications import CapabilityRecord
 
 LOOKUP_TIMEOUT_S: Final = 5.0
 """Seconds for a whole search."""

@@ -94,9 +94,12 @@ class GenerationRequest:
     messages: Sequence[Message]
     """The conversation so far, oldest first."""
     max_tokens: int
-    """Largest number of tokens to produce, at least 1."""
+    """Largest number of tokens of the whole output, those of `accepted` included; at least 1."""
     sampling: Sampling = Sampling()
     """How tokens are chosen."""
+    accepted: tuple[int, ...] = ()
+    """The output's first tokens, which anybody has produced before: they are read behind the prompt, and the output
+    goes on after them. If they are all of it, one chunk without tokens says why it ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +107,12 @@ class TokenChunk:
     """Tokens produced since the last chunk, with their text."""
 
     index: int
-    """Position of the first of `tokens` in the output, from 0."""
+    """Position of the first of `tokens` in the output, from 0; a continued output begins behind `accepted`."""
     tokens: tuple[int, ...]
     """Token ids, one or more, an end-of-sequence token included; empty only in a last chunk that flushes text."""
     text: str
-    """Their text. Bytes of a character still incomplete are held back for a later chunk."""
+    """Their text. Bytes of a character still incomplete are held back for a later chunk; one that the accepted tokens
+    began comes whole."""
     finish: FinishReason | None = None
     """Set in the last chunk only."""
 
@@ -119,7 +123,7 @@ class Generation(AsyncIterator[TokenChunk]):
     @property
     @abstractmethod
     def input_tokens(self) -> int:
-        """Tokens of the prompt, those of the chat template included: what the model has read."""
+        """Tokens of the prompt, those of the chat template included and accepted ones not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +195,8 @@ class Executor(ABC):
 
         Entering the block loads the model if need be. It raises ModelUnavailable, WeightsMismatch, TemplateRefused,
         PromptTooLong, ExecutorFailed, and LocalError for a request that makes no sense (a message without a known
-        role, a temperature out of range, sampling without a seed). Iterating raises ExecutorFailed.
+        role, a temperature out of range, sampling without a seed, accepted tokens that cannot be continued). Iterating
+        raises ExecutorFailed.
         """
 
     @abstractmethod

@@ -100,13 +100,15 @@ class Generate:
     turns: Annotated[tuple[Turn, ...], Wire(2, ListOf(Struct(Turn), MESSAGES_MAX))]
     """The conversation."""
     max_tokens: Annotated[int, Wire(3, Uint())]
-    """Most tokens to produce."""
+    """Most tokens of the output, accepted ones included."""
     temperature_milli: Annotated[int, Wire(4, Uint())]
     """Thousandths."""
     seed: Annotated[bytes, Wire(5, Bytes(DIGEST_BYTES, 0))]
     """For sampling."""
     credit: Annotated[int, Wire(6, Uint())]
     """Chunks that may be sent."""
+    accepted: Annotated[bytes, Wire(7, Bytes(TOKENS_MAX * TOKEN_BYTES, 0))] = b""
+    """The output's first tokens, which are there already: ids, uint32."""
 
 
 @dataclass(frozen=True, slots=True)

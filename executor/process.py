@@ -128,13 +128,15 @@ class _ProcessExecutor(Executor):
     @asynccontextmanager
     async def _generate(self, model: str, request: GenerationRequest) -> AsyncGenerator[Generation]:
         turns = _turns(request.messages)
-        sampling, max_tokens = request.sampling, request.max_tokens
-        if max_tokens < 1:
-            msg = f"cannot generate {max_tokens} tokens"
+        sampling, max_tokens, count = request.sampling, request.max_tokens, len(request.accepted)
+        if max_tokens < max(count, 1):
+            msg = f"cannot generate {max_tokens} tokens{f', of which {count} are there' if count else ''}"
             raise LocalError(msg)
+        accepted = _packed(request.accepted)
 
         def start(number: int) -> Start:
-            return Generate(number, model, turns, max_tokens, sampling.temperature_milli, sampling.seed, CREDIT)
+            temperature, seed = sampling.temperature_milli, sampling.seed
+            return Generate(number, model, turns, max_tokens, temperature, seed, CREDIT, accepted)
 
         # Besides the chunks: Accepted and Ended or Failed.
         async with self._job(start, capacity=CREDIT + 2) as job:
@@ -155,14 +157,14 @@ class _ProcessExecutor(Executor):
 
     async def forward(self, model: str, tokens: Sequence[int], *, start: int = 0) -> ForwardResult:
         rows = len(tokens) - start
-        if start < 0 or rows < 1 or len(tokens) > TOKENS_MAX or not all(0 <= token < 1 << 32 for token in tokens):
-            msg = f"cannot compute logits from token {start} of these {len(tokens)}"
+        if start < 0 or rows < 1:
+            msg = f"cannot compute logits from token {start} of {len(tokens)}"
             raise LocalError(msg)
+        data = _packed(tokens)
         vocabulary = self._vocabularies.get(model) or (await self.load(model)).vocabulary
         if rows * vocabulary * TOKEN_BYTES > FORWARD_BYTES_MAX:
             msg = f"the logits of {rows} tokens are more than {FORWARD_BYTES_MAX >> 20} MiB"
             raise LocalError(msg, hint="check fewer tokens at once")
-        data = np.array(tokens, "<u4").tobytes()
         logits = np.empty((rows, vocabulary), np.float32)
         # A frame holds one row at least; rows of one step end with a frame.
         async with self._job(lambda number: Forward(number, model, data, start), capacity=rows + 1) as job:
@@ -265,6 +267,14 @@ def _turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
         msg = f"a conversation of {len(messages)} messages and {size} bytes is too long"
         raise PromptTooLong(msg)
     return tuple(Turn(message.role, message.content) for message in messages)
+
+
+def _packed(tokens: Sequence[int]) -> bytes:
+    """Token ids as frames hold them. Raises LocalError when they do not fit there."""
+    if len(tokens) > TOKENS_MAX or not all(0 <= token < 1 << 32 for token in tokens):
+        msg = f"cannot compute with these {len(tokens)} token ids"
+        raise LocalError(msg)
+    return np.array(tokens, "<u4").tobytes()
 
 
 def _out_of_turn(reply: object) -> ExecutorFailed:

@@ -18,6 +18,7 @@ Blocks have four words and start at 1, as numpy increments the counter before it
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Final
 
 import numpy as np
@@ -40,6 +41,19 @@ def check_sampling(sampling: Sampling) -> None:
         raise LocalError(msg)
     if sampling.temperature_milli and len(sampling.seed) != SEED_BYTES:
         msg = f"sampling needs a seed of {SEED_BYTES} bytes, not {len(sampling.seed)}"
+        raise LocalError(msg)
+
+
+def check_accepted(accepted: Sequence[int], vocabulary: int, stop_tokens: Container[int], max_tokens: int) -> None:
+    """Raise LocalError unless the `accepted` tokens begin an output of at most `max_tokens`, or are all of it."""
+    if len(accepted) > max_tokens:
+        msg = f"an output of {max_tokens} tokens does not begin with {len(accepted)}"
+        raise LocalError(msg)
+    if not all(0 <= token < vocabulary for token in accepted):
+        msg = f"an accepted token is none of the model's {vocabulary}"
+        raise LocalError(msg)
+    if any(token in stop_tokens for token in accepted[:-1]):
+        msg = "tokens were accepted behind the end of the output"
         raise LocalError(msg)
 
 

@@ -40,7 +40,7 @@ from aci_p2p.executor.frames import (
 )
 from aci_p2p.executor.parallel import Array, Team
 from aci_p2p.executor.reference import PREFILL_CHUNK, KeyValueCache, LlamaModel
-from aci_p2p.executor.sampling import check_sampling, choose
+from aci_p2p.executor.sampling import check_accepted, check_sampling, choose
 from aci_p2p.executor.store import ModelStore, StoredModel
 from aci_p2p.executor.tokenizer import ChatTokenizer, Detokenizer
 from aci_p2p.protocol.errors import AciError, LocalError
@@ -85,7 +85,7 @@ class _Sequence:
     model: _Model
     """The model."""
     tokens: Sequence[int]
-    """The prompt, or the tokens to check."""
+    """The prompt with the accepted tokens behind it, or the tokens to check."""
     cache: KeyValueCache
     """Its length says how far the tokens are done."""
 
@@ -100,14 +100,16 @@ class _Generation(_Sequence):
 
     sampling: Sampling
     """How tokens are chosen."""
+    input_tokens: int
+    """Those of the prompt."""
     max_tokens: int
-    """Most tokens to produce."""
+    """Most tokens of the output."""
     credit: int
     """Chunks that may be sent."""
     detokenizer: Detokenizer
     """Makes text of the tokens."""
-    produced: int = 0
-    """Tokens so far."""
+    produced: int
+    """Tokens of the output so far, accepted ones included."""
     last: int = 0
     """The newest token, not yet in the cache."""
 
@@ -161,8 +163,14 @@ class Scheduler:
                     self._prefilling.append(_check(request, model, cancelled))
                 case Generate():
                     generation = _generation(request, model, cancelled)
-                    self._waiting.append(generation)
-                    self.send(Accepted(request.job, len(generation.tokens)))
+                    self.send(Accepted(request.job, generation.input_tokens))
+                    ending = _ending(generation, request.accepted[-TOKEN_BYTES:])
+                    if ending is Ending.NONE:
+                        self._waiting.append(generation)
+                    else:
+                        text = generation.detokenizer.finish()
+                        self.send(Chunk(request.job, generation.produced, (), text, ending))
+                        self.send(Ended(request.job))
 
     def add_credit(self, credit: Credit) -> None:
         """Let a generation send more chunks; one that is over needs none."""
@@ -257,11 +265,7 @@ class Scheduler:
         token = generation.last = choose(logits, generation.sampling, index)
         generation.produced += 1
         generation.credit -= 1
-        ending = Ending.NONE
-        if token in generation.model.tokenizer.stop_tokens:
-            ending = Ending.STOP
-        elif generation.produced == generation.max_tokens:
-            ending = Ending.LENGTH
+        ending = _ending(generation, token.to_bytes(TOKEN_BYTES, "little"))
         text = generation.detokenizer.push(token)
         if ending is not Ending.NONE:
             text += generation.detokenizer.finish()
@@ -327,28 +331,39 @@ def _messages(turns: Sequence[Turn]) -> list[Message]:
     return [Message(turn.role, turn.content) for turn in turns]
 
 
+def _ending(generation: _Generation, last: bytes) -> Ending:
+    """Whether the output ends with its `last` token, in 4 bytes little-endian; empty: there is none yet."""
+    if last and int.from_bytes(last, "little") in generation.model.tokenizer.stop_tokens:
+        return Ending.STOP
+    return Ending.LENGTH if generation.produced == generation.max_tokens else Ending.NONE
+
+
 def _generation(request: Generate, model: _Model, cancelled: Flag) -> _Generation:
     """Raises LocalError, TemplateRefused, PromptTooLong."""
     sampling = Sampling(request.temperature_milli, request.seed)
     check_sampling(sampling)
     tokens = model.tokenizer.encode(_messages(request.turns))
-    context = model.llama.architecture.context
+    accepted = np.frombuffer(request.accepted, "<u4").tolist()
+    sizes = model.llama.architecture
+    check_accepted(accepted, sizes.vocabulary, model.tokenizer.stop_tokens, request.max_tokens)
     if not tokens:
         msg = "the prompt is empty"
         raise LocalError(msg)
-    if len(tokens) + request.max_tokens > context:
-        msg = f"the prompt has {len(tokens)} tokens; with {request.max_tokens} more it exceeds the context of {context}"
+    if len(tokens) + request.max_tokens > sizes.context:
+        msg = f"the prompt has {len(tokens)} tokens; {request.max_tokens} more exceed the context of {sizes.context}"
         raise PromptTooLong(msg, hint="shorten the prompt or ask for fewer tokens")
     return _Generation(
         request.job,
         cancelled,
         model,
-        tokens,
+        [*tokens, *accepted],
         model.llama.new_cache(),
         sampling=sampling,
+        input_tokens=len(tokens),
         max_tokens=request.max_tokens,
         credit=request.credit,
-        detokenizer=model.tokenizer.detokenizer(),
+        detokenizer=model.tokenizer.detokenizer(accepted),
+        produced=len(accepted),
     )
 
 

@@ -81,9 +81,12 @@ class ChatTokenizer:
         turns = [{"role": message.role, "content": self._markup.shield(message.content)} for message in messages]
         return self._markup.encode(self._template.render(turns))
 
-    def detokenizer(self) -> Detokenizer:
-        """Turns the tokens of one answer into text."""
-        return Detokenizer(self._pieces, strips_first_space=self._strips)
+    def detokenizer(self, accepted: Sequence[int] = ()) -> Detokenizer:
+        """Turns the tokens of one answer into text, those that come behind `accepted`."""
+        detokenizer = Detokenizer(self._pieces, strips_first_space=self._strips)
+        for token in accepted:
+            detokenizer.push(token)
+        return detokenizer
 
 
 class Detokenizer:

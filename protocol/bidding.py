@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from aci_p2p.protocol.admission import Admission, AdmissionStatistics, Busy, Lease
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import MAX_LATENCY_MS, SECOND, Abort, AbortCode, Award, Bid, Offer
+from aci_p2p.protocol.market import check_terms
+from aci_p2p.protocol.messages import SECOND, Abort, AbortCode, Award, Bid, Offer
+from aci_p2p.protocol.pricing import factor_milli, load_milli, scaled_price
+from aci_p2p.protocol.publications import MAX_LATENCY_MS, PriceStep
 from aci_p2p.protocol.validation import Decision, Reason, require
 
 BID_LIFETIME_MS: Final = 30 * SECOND
@@ -21,6 +25,8 @@ MAX_PER_CONSUMER: Final = 32
 not use up what we may say to all others (`replay.MAX_PER_SENDER`)."""
 FIRST_LATENCY_MS: Final = 2_000
 """Promised time to the first token before any was measured: loading a small model takes a second."""
+LEASE_MS: Final = 5 * SECOND
+"""A quote holds a slot for so long: a consumer that has asked a few providers chooses within a second."""
 LATENCY_WEIGHT: Final = 4
 """The measured latency moves by a quarter of each new measurement."""
 
@@ -39,6 +45,12 @@ class Offering:
     """Base units for each prompt token."""
     output_token_price: int
     """Base units for each output token."""
+    quantisation: str = "none"
+    """Weight format that it is computed with."""
+    region: str = ""
+    """Where we are; empty: we do not say."""
+    price_curve: tuple[PriceStep, ...] = ()
+    """How these prices, of an idle provider, change with the load; none: they do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,8 @@ class Won:
     """Our bid that won."""
     model: str
     """Name of the model in our store."""
+    lease: Lease | None = None
+    """The slot that is kept for it; a bid that was broadcast has none before its award."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +82,14 @@ class BidBook:
         """`slots` jobs run at once."""
         self._sealer = sealer
         self._offerings = {offering.root: offering for offering in offerings}
-        self._slots = slots
+        self._admission = Admission(slots)
         self._outstanding: OrderedDict[bytes, Won] = OrderedDict()
         self._consumers: Counter[NodeId] = Counter()
         self._latency_ms = FIRST_LATENCY_MS
         self.draining = False
         """Whether no more jobs are taken."""
+        self.is_suspended = False
+        """Whether no more jobs are taken before our disk stores again what happens to them."""
 
     def __len__(self) -> int:
         """Bids that may still be awarded."""
@@ -87,46 +103,102 @@ class BidBook:
     @property
     def slots(self) -> int:
         """Jobs that run at once."""
-        return self._slots
+        return self._admission.slots
+
+    @property
+    def takes_jobs(self) -> bool:
+        """Whether there is nothing against further jobs but a lack of slots."""
+        return not (self.draining or self.is_suspended)
+
+    @property
+    def admission(self) -> AdmissionStatistics:
+        """A snapshot of our slots."""
+        return self._admission.statistics()
+
+    @property
+    def latency_ms(self) -> int:
+        """Time to the first token that our next bid promises, milliseconds."""
+        return self._latency_ms
 
     def offer(self, offerings: Sequence[Offering], slots: int) -> None:
         """Serve other models, for other prices, or more or fewer jobs at once; bids that are out stay firm."""
         self._offerings = {offering.root: offering for offering in offerings}
-        self._slots = slots
+        self._admission.slots = slots
         self._forget_unserved()
 
     def offering(self, root: bytes) -> Offering | None:
         """What we serve under a weights root."""
         return self._offerings.get(root)
 
-    def bid(self, offer: Envelope[Offer], now: int, *, running: int, addresses: Sequence[str]) -> Envelope[Bid] | None:
-        """Our firm bid for an offer, remembered until it expires.
+    def bid(self, offer: Envelope[Offer], now: int, *, addresses: Sequence[str]) -> Envelope[Bid] | None:
+        """Our firm bid for an offer that was broadcast, remembered until it expires. It reserves nothing.
 
-        None when we do not serve the model, lack a slot (`running` are taken), could never fit the answer, or have bid
-        for too many offers of the same consumer.
+        None when we do not serve the model, have no slot for its consumer, could never fit the answer, or have bid for
+        too many of its offers.
         """
+        if not self._may_bid(offer, now) or self._admission.check(offer.sender, now) is not None:
+            return None
+        return self._make_bid(offer, now, addresses, None).bid
+
+    def quote(self, frame: bytes, peer: NodeId, now: int, *, addresses: Sequence[str]) -> Won | Declined:
+        """Our bid for an offer that `peer` sent to us alone, firm for LEASE_MS, with a slot reserved.
+
+        Raises MessageRefused.
+        """
+        offer = open_envelope(frame, Offer, network=self._sealer.network, now=now)
+        # Its own offer: a slot is held for who asks.
+        require(offer.sender == peer, Decision.REJECT, Reason.WRONG_SENDER)
+        check_terms(offer)
+        job_id = offer.body.job_id
+        if offer.body.model_root not in self._offerings:
+            return Declined(Abort(job_id, AbortCode.MODEL_UNAVAILABLE, "the model is not served here", 0))
+        if not self._may_bid(offer, now):
+            return Declined(Abort(job_id, AbortCode.BUSY, "it takes no such job now", 0))
+        lease = self._admission.lease(offer.sender, now)
+        if isinstance(lease, Busy):
+            return Declined(Abort(job_id, AbortCode.BUSY, lease.detail, lease.until))
+        return self._make_bid(offer, now, addresses, lease, LEASE_MS)
+
+    def _may_bid(self, offer: Envelope[Offer], now: int) -> bool:
         offering = self._offerings.get(offer.body.model_root)
-        is_full = self.draining or running >= self._slots
-        if offering is None or is_full or offer.body.max_tokens >= offering.context:
-            return None
+        if offering is None or not self.takes_jobs or offer.body.max_tokens >= offering.context:
+            return False
         self._forget_expired(now)
-        if self._consumers[offer.sender] >= MAX_PER_CONSUMER:
-            return None
+        return self._consumers[offer.sender] < MAX_PER_CONSUMER
+
+    def _make_bid(
+        self,
+        offer: Envelope[Offer],
+        now: int,
+        addresses: Sequence[str],
+        lease: Lease | None,
+        lifetime_ms: int = BID_LIFETIME_MS,
+    ) -> Won:
+        offering, slots = self._offerings[offer.body.model_root], self._admission.statistics()
+        free = max(self.slots - slots.running - slots.reserved, 0)
+        factor = factor_milli(offering.price_curve, load_milli(self.slots, free))
         body = Bid(
             job_id=offer.body.job_id,
             offer_digest=offer.digest,
-            input_token_price=offering.input_token_price,
-            output_token_price=offering.output_token_price,
+            input_token_price=scaled_price(offering.input_token_price, factor),
+            output_token_price=scaled_price(offering.output_token_price, factor),
             latency_ms=self._latency_ms,
             addresses=tuple(addresses),
+            quantisation=offering.quantisation,
+            region=offering.region,
         )
-        bid = self._sealer.seal(body, now, lifetime_ms=BID_LIFETIME_MS)
-        self._outstanding[bid.digest] = Won(offer, bid, offering.name)
+        bid = self._sealer.seal(body, now, lifetime_ms=lifetime_ms)
+        won = self._outstanding[bid.digest] = Won(offer, bid, offering.name, lease)
         self._consumers[offer.sender] += 1
-        return bid
+        return won
 
-    def take(self, frame: bytes, now: int, *, running: int) -> Won | Declined:
-        """Judge the first frame of a job's stream; a bid can be awarded once. Raises MessageRefused."""
+    def take_back(self, quoted: Won) -> None:
+        """A quote's consumer has gone: it will not be awarded, and its slot is free."""
+        self._forget(quoted.bid.digest)
+        self.release(quoted)
+
+    def take(self, frame: bytes, now: int) -> Won | Declined:
+        """Judge an award; a bid can be awarded once. Its job has a slot until `release`. Raises MessageRefused."""
         award = open_envelope(frame, Award, network=self._sealer.network, now=now)
         known = self._outstanding.get(award.body.bid_digest)
         # From the consumer that the bid answers: bids are public, and whoever heard ours must not be able to use it up.
@@ -135,11 +207,22 @@ class BidBook:
         job_id = award.body.job_id
         if known is None:
             return Declined(Abort(job_id, AbortCode.TIMEOUT, "there is no such bid, or it expired"))
-        if self.draining:
-            return Declined(Abort(job_id, AbortCode.BUSY, "the provider is shutting down"))
-        if running >= self._slots:
-            return Declined(Abort(job_id, AbortCode.BUSY, "all slots are taken by now"))
-        return known
+        if not self.takes_jobs:
+            self.release(known)
+            why = "the provider is shutting down" if self.draining else "the provider cannot store jobs"
+            return Declined(Abort(job_id, AbortCode.BUSY, why))
+        if known.lease is not None and self._admission.begin(known.lease, now):
+            return known
+        lease = self._admission.lease(award.sender, now, returns=False)
+        if isinstance(lease, Busy):
+            return Declined(Abort(job_id, AbortCode.BUSY, lease.detail, lease.until))
+        self._admission.begin(lease, now)
+        return replace(known, lease=lease)
+
+    def release(self, won: Won) -> None:
+        """The job is over, and its slot free."""
+        if won.lease is not None:
+            self._admission.release(won.lease)
 
     def measured(self, latency_ms: int) -> None:
         """A job had its first token after so many milliseconds: later bids promise accordingly."""

@@ -24,6 +24,8 @@ class CatalogueModel:
     """Longest sequence, tokens."""
     parameters: int
     """Number of weights."""
+    licence_bps: int = 0
+    """What its owner is due, in ten-thousandths of the compute's price."""
 
 
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
@@ -45,3 +47,10 @@ CATALOGUE: Final[Mapping[str, CatalogueModel]] = MappingProxyType(
     }
 )
 """By name."""
+
+_LICENCES: Final = {model.root: model.licence_bps for model in CATALOGUE.values()}
+
+
+def licence_bps(root: bytes) -> int:
+    """What the owner of a model is due, in ten-thousandths of the compute's price; 0 for a model that is not here."""
+    return _LICENCES.get(root, 0)

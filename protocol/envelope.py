@@ -15,7 +15,7 @@ from aci_p2p.protocol import cbor, wire
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.hashing import digest
 from aci_p2p.protocol.identity import SIGNATURE_BYTES, BadSignature, KeyPair, NodeId
-from aci_p2p.protocol.messages import KIND_OF, KINDS, MAX_INPUT_BYTES, Kind
+from aci_p2p.protocol.messages import KIND_OF, KINDS, Kind
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 from aci_p2p.protocol.wire import Bytes, EnumOf, Node, Text, Uint, Wire
 
@@ -52,7 +52,7 @@ class Header:
     """Unix milliseconds."""
     expires_at: Annotated[int, Wire(7, Uint())]
     """Unix milliseconds; worthless from then on."""
-    body: Annotated[bytes, Wire(8, Bytes(MAX_INPUT_BYTES + 65_536, minimum=1))]
+    body: Annotated[bytes, Wire(8, Bytes(max(rules.max_bytes for rules in KINDS.values()), minimum=1))]
     """The message in CBOR."""
     signature: Annotated[bytes, Wire(9, Bytes(SIGNATURE_BYTES))]
     """Ed25519 over the domain and the map of fields 1 to 8."""

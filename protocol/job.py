@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, Final, TypeAlias, TypeVar
 
 from aci_p2p.protocol.envelope import Envelope, Sealer, kind_of, open_envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.lifecycle import FINAL_STATES, LIMITS, TRANSITIONS, Party, State, Trigger, advance
-from aci_p2p.protocol.messages import (
-    KINDS,
-    MAX_DETAIL_BYTES,
-    Abort,
-    AbortCode,
-    BidSummary,
-    Conversation,
-    Kind,
-    Offer,
-)
+from aci_p2p.protocol.messages import KINDS, MAX_DETAIL_BYTES, Abort, AbortCode, BidSummary, Conversation, Kind, Offer
 from aci_p2p.protocol.selection import Ranking
 from aci_p2p.protocol.validation import Decision, Reason, require
 
 JOB_PROTOCOL: Final = "/aci/job/1.0.0"
 """Stream protocol of a job between consumer and provider, from award to receipt."""
+
+WAITING: Final = (State.REVEALED, State.PENDING)
+"""States in which a job waits without a stream, for hours."""
 
 B = TypeVar("B")
 
@@ -45,7 +40,7 @@ class JobRecord:
     peer: NodeId | None
     """The other side, once there is one."""
     price: int
-    """What the job costs, base units; 0 until the answer is complete."""
+    """What the job costs, base units: at the consumer all that it has promised, at the provider its own share."""
     blame: Party
     """Who failed, if anybody did."""
     detail: str
@@ -56,27 +51,54 @@ class JobRecord:
     """The consumer's signed receipt; empty until receipted."""
 
 
+class PaymentState(Enum):
+    """How far a payment is."""
+
+    RUNNING = "running"
+    """The provider still works for it: the next voucher takes its place."""
+    OWED = "owed"
+    """It is final at the consumer, which tells the provider until that has answered."""
+    SETTLED = "settled"
+    """Both sides hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Payment:
+    """What one provider of a job is paid, as it is stored beside the job."""
+
+    job_id: bytes
+    """32 bytes."""
+    role: Party
+    """CONSUMER or PROVIDER: which side we are."""
+    peer: NodeId
+    """The other side."""
+    amount: int
+    """Promised by the consumer, base units."""
+    statement: bytes
+    """The consumer's signed voucher or receipt."""
+    state: PaymentState
+    """How far it is; at the provider always SETTLED."""
+
+
 def recovered(job: JobRecord, now: int) -> JobRecord | None:
     """The job's record after a restart, if it changes: an interrupted one ends, as its table allows."""
-    state, detail, blame = job.state, job.detail, job.blame
-    if state is State.PENDING:
-        return settled(job, now)
-    if state is State.RECEIPTED:
-        state = advance(state, Trigger.RECORD)
-    elif (state, Trigger.CANCEL) in TRANSITIONS:
-        state, detail = advance(state, Trigger.CANCEL), "the node stopped"
-    elif state is State.REVEALED:
-        state, detail, blame = advance(state, Trigger.TIMEOUT), "the node stopped before the receipt", Party.CONSUMER
-    else:
-        return None
-    return replace(job, state=state, updated_at=now, blame=blame, detail=detail)
+    if job.state in WAITING:
+        return timed_out(job, now)
+    if job.state is State.RECEIPTED:
+        return replace(job, state=advance(job.state, Trigger.RECORD), updated_at=now)
+    if (job.state, Trigger.CANCEL) in TRANSITIONS:
+        return replace(job, state=advance(job.state, Trigger.CANCEL), updated_at=now, detail="the node stopped")
+    return None
 
 
-def settled(job: JobRecord, now: int) -> JobRecord | None:
-    """The job's record when nobody has challenged it in time; None when it stays."""
-    if job.state is not State.PENDING or now < job.updated_at + LIMITS[State.PENDING].timeout_ms:
+def timed_out(job: JobRecord, now: int) -> JobRecord | None:
+    """The record of a job that waited for as long as it may, without a stream; None when it stays."""
+    if job.state not in WAITING or now < job.updated_at + LIMITS[job.state].timeout_ms:
         return None
-    return replace(job, state=advance(State.PENDING, Trigger.TIMEOUT), updated_at=now)
+    state = advance(job.state, Trigger.TIMEOUT)
+    if job.state is State.PENDING:
+        return replace(job, state=state, updated_at=now)
+    return replace(job, state=state, updated_at=now, blame=LIMITS[job.state].blame, detail="no receipt came")
 
 
 # Effects, performed by the shell in order.
@@ -88,6 +110,8 @@ class Persist:
 
     record: JobRecord
     """Replaces the job's former record."""
+    payments: tuple[Payment, ...] = ()
+    """Replace the former ones to the same peers, in the same transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +123,23 @@ class Broadcast:
 
 
 @dataclass(frozen=True, slots=True)
+class AskForQuotes:
+    """Ask the best of the providers whose prices are known for a firm quote; answered by `QuotesAsked`."""
+
+    offer: Envelope[Offer]
+    """What they are asked about."""
+    exclude: frozenset[NodeId]
+    """Whom not to ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseQuotes:
+    """The quotes that did not win are not needed any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class OpenStream:
-    """Open the job's stream to a provider; answered by `StreamEnded` if that fails."""
+    """Open the job's stream to a provider, or take the one of its quote; answered by `StreamEnded` if that fails."""
 
     provider: NodeId
     """Whom to dial."""
@@ -148,6 +187,18 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedOver:
+    """A provider failed, and another is sought to go on; for people who watch."""
+
+    provider: NodeId
+    """Who failed."""
+    problem: str
+    """How, in words."""
+    tokens: int
+    """Output tokens that had come by then."""
+
+
+@dataclass(frozen=True, slots=True)
 class Deliver:
     """A part of the answer for the user."""
 
@@ -171,6 +222,18 @@ class StartGeneration:
     """Thousandths; 0 is greedy."""
     seed: bytes
     """Sampling seed, 32 bytes."""
+    accepted: tuple[int, ...]
+    """Output tokens of others, behind which it goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldGeneration:
+    """Produce nothing more until `ResumeGeneration`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeGeneration:
+    """Go on producing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +243,7 @@ class StopGeneration:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The job is done and its record is PENDING."""
+    """The job is done: the consumer has its answer, and the provider has revealed its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +257,19 @@ class Failed:
 Effect: TypeAlias = (
     Persist
     | Broadcast
+    | AskForQuotes
+    | ReleaseQuotes
     | OpenStream
     | Send
     | CloseStream
     | SetTimer
     | BidSeen
     | Chosen
+    | FailedOver
     | Deliver
     | StartGeneration
+    | HoldGeneration
+    | ResumeGeneration
     | StopGeneration
     | Finished
     | Failed
@@ -251,6 +319,12 @@ class Job:
         self._detail = ""
         self._proof_bytes = b""
         self._receipt_bytes = b""
+        self._record: JobRecord | None = None
+
+    @property
+    def record(self) -> JobRecord | None:
+        """What is stored of the job; None before its first transition."""
+        return self._record
 
     @property
     def state(self) -> State:
@@ -259,7 +333,7 @@ class Job:
 
     @property
     def price(self) -> int:
-        """What the job costs, base units; 0 until its answer is complete."""
+        """What the job costs so far, base units, as its record has it."""
         return self._price
 
     @property
@@ -276,23 +350,22 @@ class Job:
         """Model root and other side, for the record."""
         raise NotImplementedError
 
-    def _advance(self, trigger: Trigger, now: int) -> list[Effect]:
-        """Move, and store the move; the timer of the new state is set behind it."""
+    def _advance(self, trigger: Trigger, now: int, payments: tuple[Payment, ...] = ()) -> list[Effect]:
+        """Move, and store the move with what is promised by it; the timer of the new state is set behind it."""
         self._state = advance(self._state, trigger)
-        effects: list[Effect] = [self._persist(now)]
+        effects: list[Effect] = [self._persist(now, payments)]
         if not self.over:
             effects.append(SetTimer(now + LIMITS[self._state].timeout_ms))
         return effects
 
-    def _persist(self, now: int) -> Persist:
+    def _persist(self, now: int, payments: tuple[Payment, ...]) -> Persist:
         root, peer = self._identity()
-        return Persist(
-            JobRecord(
-                job_id=self.job_id, role=self.role, state=self._state, updated_at=now, model_root=root, peer=peer,
-                price=self._price, blame=self._blame, detail=self._detail, proof=self._proof_bytes,
-                receipt=self._receipt_bytes,
-            )
+        self._record = JobRecord(
+            job_id=self.job_id, role=self.role, state=self._state, updated_at=now, model_root=root, peer=peer,
+            price=self._price, blame=self._blame, detail=self._detail, proof=self._proof_bytes,
+            receipt=self._receipt_bytes,
         )  # fmt: skip
+        return Persist(self._record, payments)
 
     def _send(self, body: Any, now: int) -> Send:  # noqa: ANN401 - any message class
         return Send(self._sealer.seal(body, now).data)

@@ -20,6 +20,7 @@ class State(Enum):
     AWARDED = "awarded"
     ACCEPTED = "accepted"
     STREAMING = "streaming"
+    UNPAID = "unpaid"
     COMMITTED = "committed"
     REVEALED = "revealed"
     RECEIPTED = "receipted"
@@ -53,6 +54,10 @@ class Trigger(Enum):
     """The provider has the prompt, and it opens the commitments."""
     TOKENS = "tokens"
     """A part of the answer."""
+    HOLD = "hold"
+    """The provider stops: as much as it risks is not paid for."""
+    VOUCHER = "voucher"
+    """The consumer promises to pay for what has come so far."""
     COMMIT = "commit"
     """The provider commits to its output."""
     REVEAL = "reveal"
@@ -69,8 +74,10 @@ class Trigger(Enum):
     """Validators find for the provider."""
     CANCEL = "cancel"
     """One side gives the job up without blame."""
+    FAIL_OVER = "fail over"
+    """The provider vanished or could not go on; the next may go on from what has come."""
     PROVIDER_FAILS = "provider fails"
-    """The provider broke the protocol, vanished or could not go on."""
+    """The provider broke the protocol, vanished or could not go on, and nobody takes its place."""
     CONSUMER_FAILS = "consumer fails"
     """The consumer broke the protocol or vanished."""
     TIMEOUT = "timeout"
@@ -108,17 +115,20 @@ LIMITS: Final[dict[State, Limit]] = {
     State.DRAFT: Limit(60 * _SECOND, Party.CONSUMER, State.EXPIRED),
     State.OFFERED: Limit(10 * _SECOND, Party.CONSUMER, State.EXPIRED),
     State.AWARDED: Limit(5 * _SECOND, Party.PROVIDER, State.OFFERED),
-    State.ACCEPTED: Limit(10 * _SECOND, Party.CONSUMER, State.CONSUMER_FAULT),
+    State.ACCEPTED: Limit(5 * _SECOND, Party.CONSUMER, State.CONSUMER_FAULT),
     State.STREAMING: Limit(60 * _SECOND, Party.PROVIDER, State.PROVIDER_FAULT),
+    State.UNPAID: Limit(10 * _SECOND, Party.CONSUMER, State.CONSUMER_FAULT),
     State.COMMITTED: Limit(10 * _SECOND, Party.PROVIDER, State.PROVIDER_FAULT),
-    State.REVEALED: Limit(10 * _SECOND, Party.CONSUMER, State.CONSUMER_FAULT),
+    State.REVEALED: Limit(_HOUR, Party.CONSUMER, State.CONSUMER_FAULT),
     State.RECEIPTED: Limit(60 * _SECOND, Party.NOBODY, State.PENDING),
     State.PENDING: Limit(CHALLENGE_WINDOW_MS, Party.NOBODY, State.FINAL),
     State.CHALLENGED: Limit(CHALLENGE_WINDOW_MS, Party.VALIDATORS, State.INCONCLUSIVE),
 }
 """OFFERED: the longest bid window (`market.MAX_BID_WINDOW_MS`); an offer's own deadline may end it earlier.
 AWARDED: a round trip between continents takes under one second, a busy node under four.
-STREAMING: a large model loads and reads a long prompt within a minute; then each part of the answer renews it."""
+ACCEPTED: the slot is held for a prompt that is ready; the largest takes four seconds at a megabit a second.
+STREAMING: a large model loads and reads a long prompt within a minute; then each part of the answer renews it.
+REVEALED: the provider has done its work and holds no slot; a consumer that stopped may come back and settle."""
 
 _PATH: Final[dict[tuple[State, Trigger], State]] = {
     (State.DRAFT, Trigger.OFFER): State.OFFERED,
@@ -128,6 +138,9 @@ _PATH: Final[dict[tuple[State, Trigger], State]] = {
     (State.AWARDED, Trigger.DECLINE): State.OFFERED,
     (State.ACCEPTED, Trigger.INPUT): State.STREAMING,
     (State.STREAMING, Trigger.TOKENS): State.STREAMING,
+    (State.STREAMING, Trigger.VOUCHER): State.STREAMING,
+    (State.STREAMING, Trigger.HOLD): State.UNPAID,
+    (State.UNPAID, Trigger.VOUCHER): State.STREAMING,
     (State.STREAMING, Trigger.COMMIT): State.COMMITTED,
     (State.COMMITTED, Trigger.REVEAL): State.REVEALED,
     (State.REVEALED, Trigger.RECEIPT): State.RECEIPTED,
@@ -136,17 +149,22 @@ _PATH: Final[dict[tuple[State, Trigger], State]] = {
     (State.CHALLENGED, Trigger.UPHOLD): State.UPHELD,
     (State.CHALLENGED, Trigger.DISMISS): State.DISMISSED,
 }
-_RUNNING: Final = (State.AWARDED, State.ACCEPTED, State.STREAMING, State.COMMITTED, State.REVEALED)
+_SERVED: Final = (State.ACCEPTED, State.STREAMING, State.UNPAID, State.COMMITTED)
+"""States in which a provider works for the job."""
 
 TRANSITIONS: Final[dict[tuple[State, Trigger], State]] = {
     **_PATH,
-    **{(state, Trigger.CANCEL): State.CANCELLED for state in (State.DRAFT, State.OFFERED, *_RUNNING[:-1])},
-    **{(state, Trigger.PROVIDER_FAILS): State.PROVIDER_FAULT for state in _RUNNING[1:-1]},
-    **{(state, Trigger.CONSUMER_FAILS): State.CONSUMER_FAULT for state in _RUNNING},
+    **{
+        (state, Trigger.CANCEL): State.CANCELLED
+        for state in (State.DRAFT, State.OFFERED, State.AWARDED, *_SERVED, State.REVEALED)
+    },
+    **{(state, Trigger.FAIL_OVER): State.OFFERED for state in _SERVED if state is not State.UNPAID},
+    **{(state, Trigger.PROVIDER_FAILS): State.PROVIDER_FAULT for state in (State.OFFERED, *_SERVED)},
+    **{(state, Trigger.CONSUMER_FAILS): State.CONSUMER_FAULT for state in (State.AWARDED, *_SERVED)},
     **{(state, Trigger.TIMEOUT): limit.leads_to for state, limit in LIMITS.items()},
 }
-"""The whole table; a pair that is missing is illegal. A vanished provider is replaced while AWARDED (DECLINE), and
-at fault later; once it has revealed, only the consumer can fail."""
+"""The whole table; a pair that is missing is illegal. A provider that vanishes is replaced, before it has accepted
+(DECLINE) and later (FAIL_OVER); once one has revealed, only the consumer can fail."""
 
 FINAL_STATES: Final = frozenset(State) - LIMITS.keys()
 """States that nothing leaves."""

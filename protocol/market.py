@@ -20,6 +20,20 @@ MAX_BID_WINDOW_MS: Final = 10 * SECOND
 """Longest time that a consumer may wait for bids, milliseconds; longer holds providers' slots for nothing."""
 
 
+def check_terms(offer: Envelope[Offer]) -> None:
+    """What holds of every offer, wherever it comes from. Raises MessageRefused."""
+    body = offer.body
+    job_id = derive_job_id(offer.sender, body.input_commitment, body.nonce_commitment)
+    # The job belongs to who offers it.
+    require(body.job_id == job_id, Decision.REJECT, Reason.BAD_JOB_ID)
+    # Asks for something.
+    require(body.max_tokens > 0 and body.input_turns > 0, Decision.REJECT, Reason.MALFORMED)
+    # Waits for bids while the offer lives, and not for long.
+    window = body.bid_deadline - offer.header.issued_at
+    require(0 < window <= MAX_BID_WINDOW_MS, Decision.REJECT, Reason.BAD_DEADLINE)
+    require(body.bid_deadline <= offer.header.expires_at, Decision.REJECT, Reason.BAD_DEADLINE)
+
+
 class Opener(Protocol):
     """Checks and reads an envelope."""
 
@@ -63,19 +77,14 @@ class MarketView:
         # Not seen before, and its consumer does not flood.
         self._replay.check(offer.header, now)
         body = offer.body
-        job_id = derive_job_id(offer.sender, body.input_commitment, body.nonce_commitment)
-        # The job belongs to who offers it.
-        require(body.job_id == job_id, Decision.REJECT, Reason.BAD_JOB_ID)
-        # Asks for something.
-        require(body.max_tokens > 0 and body.input_turns > 0, Decision.REJECT, Reason.MALFORMED)
-        # Waits for bids while the offer lives, and not for long.
-        window = body.bid_deadline - offer.header.issued_at
-        require(0 < window <= MAX_BID_WINDOW_MS, Decision.REJECT, Reason.BAD_DEADLINE)
-        require(body.bid_deadline <= offer.header.expires_at, Decision.REJECT, Reason.BAD_DEADLINE)
-        # One offer for a job: a second would let the consumer change its terms under the bids.
-        require(body.job_id not in self._known, Decision.IGNORE, Reason.REPLAYED)
+        check_terms(offer)
+        known = self._known.get(body.job_id)
+        # Newer than what is known of this job: its consumer asks again when a provider has failed.
+        newer = known is None or offer.header.sequence > known.offer.header.sequence
+        require(newer, Decision.IGNORE, Reason.REPLAYED)
         self._replay.remember(offer.header)
         self._forget_expired(now)
+        self._known.pop(body.job_id, None)
         self._known[body.job_id] = _Known(offer)
         return offer
 

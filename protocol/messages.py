@@ -1,7 +1,7 @@
 """The messages of the market and of a job, and what each kind may claim.
 
-Offers and bids go over gossip; the rest goes over the direct stream between consumer and provider, except records,
-which live in the DHT. All of them travel in signed envelopes (`aci_p2p.protocol.envelope`).
+Offers, bids and asks go over gossip; the rest goes over the direct stream between consumer and provider, except
+records, which live in the DHT. All of them travel in signed envelopes (`aci_p2p.protocol.envelope`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,27 @@ from enum import IntEnum
 from typing import Annotated, Any, Final, TypeAlias
 
 from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.publications import (
+    ADDRESSES,
+    MAX_LATENCY_MS,
+    NAME,
+    TOKEN_PRICE,
+    Ask,
+    CapabilityRecord,
+    Engine,
+    NodeRecord,
+)
+from aci_p2p.protocol.terms import (
+    FEE,
+    LABEL,
+    MAX_EXPERIENCE,
+    MAX_PASSED,
+    SUCCESS_MILLI_MAX,
+    PassedOver,
+    Price,
+    SelectionTerms,
+    Verification,
+)
 from aci_p2p.protocol.wire import DIGEST, Amount, Bytes, EnumOf, ListOf, Node, Struct, Text, Uint, Wire
 
 NONCE_BYTES: Final = 32
@@ -27,37 +48,25 @@ MAX_INPUT_BYTES: Final = 512 << 10
 """UTF-8 bytes of all turns of a prompt; 128 Ki tokens at four bytes each."""
 MAX_INPUT_TURNS: Final = 1_024
 """Turns of a conversation."""
-MAX_ADDRESSES: Final = 8
-"""Multiaddrs that a node may claim."""
-MAX_ADDRESS_BYTES: Final = 256
-"""Characters of one multiaddr."""
-MAX_NAME_BYTES: Final = 128
-"""Bytes of a model, engine, device or role name."""
+KEM_KEY_BYTES: Final = 1_216
+"""A public key of MLKEM768-X25519: 1,184 bytes of ML-KEM-768, then 32 of X25519."""
+SEAL_BYTES: Final = 1_136
+"""What a sealed message has beyond its text: the encapsulated key, 1,120 bytes, and a tag of 16."""
+MAX_OPENING_BYTES: Final = MAX_INPUT_BYTES + 5 * MAX_TOKENS + 32_768
+"""Bytes of an opening: the largest prompt and output so far, and 16 for each turn, which take half of the rest."""
 MAX_DETAIL_BYTES: Final = 512
 """Bytes of an explanation to a peer."""
 MAX_TEMPERATURE_MILLI: Final = 10_000
 """Thousandths; above 10 every distribution is flat."""
 MAX_BIDS: Final = 64
 """Bids that a consumer weighs for one offer; more providers than any job needs."""
-MAX_LATENCY_MS: Final = 3_600_000
-"""An hour: beyond any promise worth making."""
-MAX_PRICE_STEPS: Final = 8
-"""Steps of a price curve: finer ones than eighths mean nothing for a handful of slots."""
-LOAD_MILLI_MAX: Final = 1_000
-"""Thousandths of a provider's slots that are in use: all."""
-MAX_FACTOR_MILLI: Final = 100_000
-"""Thousandths; a price a hundred times the one of an idle provider turns everyone away."""
-MAX_SLOTS: Final = 1 << 16
-"""Jobs that a provider runs at once."""
+MAX_SHARES: Final = 8
+"""Providers that one job may have, one after the other; more failures mean that something else is wrong."""
 MAX_ENVELOPE_BYTES: Final = 4_096
 """Bytes of an envelope carried inside another message (an offer or a proof)."""
 
-NAME: Final = Text(MAX_NAME_BYTES)
 NONCE: Final = Bytes(NONCE_BYTES)
-ADDRESSES: Final = ListOf(Text(MAX_ADDRESS_BYTES), MAX_ADDRESSES)
 TEMPERATURE: Final = Uint(MAX_TEMPERATURE_MILLI)
-TOKEN_PRICE: Final = Amount(12)
-"""Below 2^96 base units a token, 79 billion ACI: the dearest bid for the largest job is still an amount."""
 
 
 class Kind(IntEnum):
@@ -76,6 +85,9 @@ class Kind(IntEnum):
     PROOF = 11
     NODE_RECORD = 12
     CAPABILITY_RECORD = 13
+    ASK = 14
+    VOUCHER = 15
+    SETTLED = 16
 
 
 class AbortCode(IntEnum):
@@ -134,6 +146,10 @@ class Offer:
     """Longest promised time to the first token, milliseconds."""
     bid_deadline: Annotated[int, Wire(11, Uint())]
     """Bids are weighed until then, Unix milliseconds."""
+    verification: Annotated[Verification, Wire(12, EnumOf(Verification))]
+    """How the answer is to be checked."""
+    priority_fee: Annotated[int, Wire(13, FEE)]
+    """What the consumer adds to the price, to be served before others, base units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +168,10 @@ class Bid:
     """Expected time from award to first token, milliseconds."""
     addresses: Annotated[tuple[str, ...], Wire(6, ADDRESSES)]
     """Where the provider may be dialled."""
+    quantisation: Annotated[str, Wire(7, LABEL)]
+    """Weight format that it computes with."""
+    region: Annotated[str, Wire(8, LABEL)]
+    """Where it says that it is; empty: it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +182,8 @@ class Award:
     """The job."""
     bid_digest: Annotated[bytes, Wire(2, DIGEST)]
     """Digest of the chosen bid's envelope."""
+    accepted_tokens: Annotated[int, Wire(3, Uint(MAX_TOKENS))]
+    """Output tokens that the consumer has from providers that failed: the winner goes on behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +196,8 @@ class Accept:
     """Digest of the award's envelope."""
     provider_nonce: Annotated[bytes, Wire(3, NONCE)]
     """The provider's part of the sampling seed."""
+    kem_key: Annotated[bytes, Wire(4, Bytes(KEM_KEY_BYTES))]
+    """To which the prompt is sealed; made for this job alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,17 +219,27 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
+class Opening:
     """The prompt and the openings of the offer's commitments, to the winner alone."""
+
+    conversation: Annotated[Conversation, Wire(1, Struct(Conversation))]
+    """What the model is asked."""
+    salt: Annotated[bytes, Wire(2, NONCE)]
+    """Opens `input_commitment`."""
+    consumer_nonce: Annotated[bytes, Wire(3, NONCE)]
+    """Opens `nonce_commitment`; the consumer's part of the sampling seed."""
+    accepted: Annotated[tuple[int, ...], Wire(4, ListOf(Uint(MAX_TOKEN_ID), MAX_TOKENS))]
+    """Output tokens so far, of providers that failed; as many as the award says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """The prompt, sealed to the winner."""
 
     job_id: Annotated[bytes, Wire(1, DIGEST)]
     """The job."""
-    conversation: Annotated[Conversation, Wire(2, Struct(Conversation))]
-    """What the model is asked."""
-    salt: Annotated[bytes, Wire(3, NONCE)]
-    """Opens `input_commitment`."""
-    consumer_nonce: Annotated[bytes, Wire(4, NONCE)]
-    """Opens `nonce_commitment`; the consumer's part of the sampling seed."""
+    sealed: Annotated[bytes, Wire(2, Bytes(MAX_OPENING_BYTES + SEAL_BYTES, minimum=SEAL_BYTES))]
+    """An `Opening` in CBOR, sealed to the key of the ACCEPT (`sealing.seal_opening`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +254,8 @@ class Tokens:
     """Token ids."""
     text: Annotated[str, Wire(4, Text(MAX_CHUNK_TEXT_BYTES))]
     """Their text, whole characters only."""
+    input_tokens: Annotated[int, Wire(5, Uint(MAX_TOKEN_ID))]
+    """Prompt tokens, chat template included: what is due for reading them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,20 +278,6 @@ class Reveal:
     """Opens the commitment."""
     proof: Annotated[bytes, Wire(3, Bytes(MAX_ENVELOPE_BYTES, minimum=1))]
     """The proof's signed envelope."""
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """What ran the model, in the provider's own words."""
-
-    name: Annotated[str, Wire(1, NAME)]
-    """Back end and version."""
-    profile: Annotated[str, Wire(2, NAME)]
-    """Numeric profile, such as `fp32-ref`."""
-    device: Annotated[str, Wire(3, NAME)]
-    """Hardware in words."""
-    quantisation: Annotated[str, Wire(4, NAME)]
-    """Weight format computed with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +314,8 @@ class Proof:
     """As in the accept."""
     engine: Annotated[Engine, Wire(15, Struct(Engine))]
     """What ran the model."""
+    first_token: Annotated[int, Wire(16, Uint(MAX_TOKENS))]
+    """Position of the first output token of its own; those before came from providers that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,30 +330,91 @@ class BidSummary:
     """Most that the job can cost under this bid, base units."""
     latency_ms: Annotated[int, Wire(4, Uint(MAX_LATENCY_MS))]
     """Promised time to the first token, milliseconds."""
+    stake: Annotated[int, Wire(5, Amount())]
+    """What the provider has at stake, base units."""
+    success_milli: Annotated[int, Wire(6, Uint(SUCCESS_MILLI_MAX))]
+    """How likely it is to answer, by the consumer's own experience; thousandths."""
+    experience: Annotated[int, Wire(7, Uint(MAX_EXPERIENCE))]
+    """How much experience that is; thousandths of a job."""
+    quantisation: Annotated[str, Wire(8, LABEL)]
+    """As in the bid."""
+    region: Annotated[str, Wire(9, LABEL)]
+    """As in the bid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One provider's part of an answer, and what it is paid for it."""
+
+    provider: Annotated[NodeId, Wire(1, Node())]
+    """Who produced it."""
+    bid_digest: Annotated[bytes, Wire(2, DIGEST)]
+    """Digest of its bid's envelope, which fixes the prices."""
+    input_tokens: Annotated[int, Wire(3, Uint(MAX_TOKEN_ID))]
+    """Prompt tokens that it read, chat template included."""
+    first_token: Annotated[int, Wire(4, Uint(MAX_TOKENS))]
+    """Output tokens of others that it read behind the prompt: where its own begin."""
+    output_tokens: Annotated[int, Wire(5, Uint(MAX_TOKENS))]
+    """Output tokens of its own that were accepted."""
+    charges: Annotated[Price, Wire(6, Struct(Price))]
+    """What it is owed, item by item."""
+
+    @property
+    def price(self) -> int:
+        """What it is owed in all, base units."""
+        return self.charges.total
+
+
+SHARE: Final = Struct(Share)
+
+
+@dataclass(frozen=True, slots=True)
+class Voucher:
+    """The consumer's promise to pay for what has come so far; each takes the place of the one before."""
+
+    job_id: Annotated[bytes, Wire(1, DIGEST)]
+    """The job."""
+    share: Annotated[Share, Wire(2, SHARE)]
+    """What has come of this provider."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The consumer's statement that it has the answer, what it owes, and how it chose."""
+    """The consumer's statement that it has the answer, what it owes to whom, and how it chose."""
 
     job_id: Annotated[bytes, Wire(1, DIGEST)]
     """The job."""
-    provider: Annotated[NodeId, Wire(2, Node())]
-    """Who answered."""
-    offer_digest: Annotated[bytes, Wire(3, DIGEST)]
+    offer_digest: Annotated[bytes, Wire(2, DIGEST)]
     """Digest of the offer's envelope."""
-    proof_digest: Annotated[bytes, Wire(4, DIGEST)]
+    proof_digest: Annotated[bytes, Wire(3, DIGEST)]
     """Digest of the proof's envelope."""
-    input_tokens: Annotated[int, Wire(5, Uint(MAX_TOKEN_ID))]
-    """Prompt tokens paid for."""
-    output_tokens: Annotated[int, Wire(6, Uint(MAX_TOKENS))]
-    """Output tokens paid for."""
-    price: Annotated[int, Wire(7, Amount())]
-    """What the job costs, base units."""
-    rule: Annotated[str, Wire(8, NAME)]
+    shares: Annotated[tuple[Share, ...], Wire(4, ListOf(SHARE, MAX_SHARES))]
+    """Of each provider in the order of the answer; the last has proved it."""
+    price: Annotated[int, Wire(5, Amount())]
+    """What the job costs, base units: the sum of the shares."""
+    rule: Annotated[str, Wire(6, NAME)]
     """Name and version of the selection rule."""
-    bids: Annotated[tuple[BidSummary, ...], Wire(9, ListOf(Struct(BidSummary), MAX_BIDS))]
+    bids: Annotated[tuple[BidSummary, ...], Wire(7, ListOf(Struct(BidSummary), MAX_BIDS))]
     """What was weighed, in order of arrival."""
+    terms: Annotated[SelectionTerms, Wire(8, Struct(SelectionTerms))]
+    """What the bids were held to."""
+    passed: Annotated[tuple[PassedOver, ...], Wire(9, ListOf(Struct(PassedOver), MAX_PASSED))]
+    """Who was chosen before the provider, and does not have the job; in order."""
+
+    @property
+    def provider(self) -> NodeId | None:
+        """Who has proved the answer."""
+        return self.shares[-1].provider if self.shares else None
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The provider has stored what it is owed."""
+
+    job_id: Annotated[bytes, Wire(1, DIGEST)]
+    """The job."""
+    amount: Annotated[int, Wire(2, Amount())]
+    """The most that it holds the consumer's signature for, base units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,54 +427,8 @@ class Abort:
     """Why."""
     detail: Annotated[str, Wire(3, Text(MAX_DETAIL_BYTES))]
     """The same in words, for people."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRecord:
-    """Where a node is and what it runs."""
-
-    addresses: Annotated[tuple[str, ...], Wire(1, ADDRESSES)]
-    """Dialable multiaddrs."""
-    roles: Annotated[tuple[str, ...], Wire(2, ListOf(NAME, 8))]
-    """`provider`, `consumer`, `bootstrap`, `validator`."""
-    software: Annotated[str, Wire(3, NAME)]
-    """Program and version."""
-
-
-@dataclass(frozen=True, slots=True)
-class PriceStep:
-    """From some load on, a provider asks for more or less than when it is idle."""
-
-    load_milli: Annotated[int, Wire(1, Uint(LOAD_MILLI_MAX))]
-    """Thousandths of its slots in use, from which on the factor holds."""
-    factor_milli: Annotated[int, Wire(2, Uint(MAX_FACTOR_MILLI))]
-    """Thousandths of the prices when idle."""
-
-
-@dataclass(frozen=True, slots=True)
-class CapabilityRecord:
-    """One model that a provider serves. With 0 slots it takes earlier ones back: the model is served no more."""
-
-    model_root: Annotated[bytes, Wire(1, DIGEST)]
-    """Weights root."""
-    model_name: Annotated[str, Wire(2, NAME)]
-    """The provider's name for it."""
-    context: Annotated[int, Wire(3, Uint(1 << 32))]
-    """Longest sequence, tokens."""
-    engine: Annotated[Engine, Wire(4, Struct(Engine))]
-    """What runs it, and in which quantisation."""
-    input_token_price: Annotated[int, Wire(5, TOKEN_PRICE)]
-    """Base units for each prompt token when idle; indicative, a bid is firm."""
-    output_token_price: Annotated[int, Wire(6, TOKEN_PRICE)]
-    """Base units for each output token when idle; indicative, a bid is firm."""
-    slots: Annotated[int, Wire(7, Uint(MAX_SLOTS))]
-    """Jobs it runs at once."""
-    addresses: Annotated[tuple[str, ...], Wire(8, ADDRESSES)]
-    """Where the provider may be dialled."""
-    free_slots: Annotated[int, Wire(9, Uint(MAX_SLOTS))]
-    """Of them, those not in use when the record was signed."""
-    price_curve: Annotated[tuple[PriceStep, ...], Wire(10, ListOf(Struct(PriceStep), MAX_PRICE_STEPS))]
-    """How the prices change with the load: ascending, above 0; none: they do not."""
+    retry_at: Annotated[int, Wire(4, Uint())] = 0
+    """BUSY: when to ask again, Unix milliseconds; 0: not told."""
 
 
 Body: TypeAlias = (
@@ -406,6 +445,9 @@ Body: TypeAlias = (
     | Proof
     | NodeRecord
     | CapabilityRecord
+    | Ask
+    | Voucher
+    | Settled
 )
 """Every message that travels in an envelope."""
 
@@ -433,16 +475,19 @@ KINDS: Final[dict[Kind, KindRules]] = {
     Kind.OFFER: KindRules(Offer, 1_024, 60 * SECOND),
     Kind.BID: KindRules(Bid, 4_096, 60 * SECOND),
     Kind.AWARD: KindRules(Award, 1_024, 60 * SECOND),
-    Kind.ACCEPT: KindRules(Accept, 1_024, 60 * SECOND),
-    Kind.INPUT: KindRules(Input, MAX_INPUT_BYTES + 65_536, 60 * SECOND),
+    Kind.ACCEPT: KindRules(Accept, 2_048, 60 * SECOND),
+    Kind.INPUT: KindRules(Input, MAX_OPENING_BYTES + 65_536, 60 * SECOND),
     Kind.TOKENS: KindRules(Tokens, MAX_CHUNK_TEXT_BYTES + 8_192, 60 * SECOND),
     Kind.COMMIT: KindRules(Commit, 1_024, 60 * SECOND),
     Kind.REVEAL: KindRules(Reveal, MAX_ENVELOPE_BYTES + 1_024, 60 * SECOND),
-    Kind.RECEIPT: KindRules(Receipt, 16_384, 10 * _YEAR),
+    Kind.RECEIPT: KindRules(Receipt, 32_768, 10 * _YEAR),
     Kind.ABORT: KindRules(Abort, 2_048, 60 * SECOND),
     Kind.PROOF: KindRules(Proof, MAX_ENVELOPE_BYTES, 10 * _YEAR),
     Kind.NODE_RECORD: KindRules(NodeRecord, 4_096, RECORD_LIFETIME_MS),
     Kind.CAPABILITY_RECORD: KindRules(CapabilityRecord, 4_096, RECORD_LIFETIME_MS),
+    Kind.ASK: KindRules(Ask, 4_096, 60 * SECOND),
+    Kind.VOUCHER: KindRules(Voucher, 1_024, 10 * _YEAR),
+    Kind.SETTLED: KindRules(Settled, 1_024, 60 * SECOND),
 }
 """Sizes bound memory before decoding; lifetimes bound how long a replay must be remembered."""
 

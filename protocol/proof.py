@@ -21,15 +21,7 @@ from aci_p2p.protocol.commitments import (
 )
 from aci_p2p.protocol.envelope import Envelope, open_envelope
 from aci_p2p.protocol.errors import RemoteError
-from aci_p2p.protocol.messages import (
-    MAX_ENVELOPE_BYTES,
-    MAX_TOKEN_ID,
-    MAX_TOKENS,
-    NONCE,
-    Conversation,
-    Offer,
-    Proof,
-)
+from aci_p2p.protocol.messages import MAX_ENVELOPE_BYTES, MAX_TOKEN_ID, MAX_TOKENS, NONCE, Conversation, Offer, Proof
 from aci_p2p.protocol.pricing import max_input_tokens
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.protocol.wire import Bytes, ListOf, Struct, Text, Uint, Wire
@@ -76,7 +68,7 @@ class ProofFile:
     tokens: Annotated[tuple[int, ...], Wire(8, ListOf(Uint(MAX_TOKEN_ID), MAX_TOKENS))]
     """Output token ids."""
     text: Annotated[str, Wire(9, Text(MAX_ANSWER_BYTES))]
-    """The answer."""
+    """Text of the prover's own tokens: all of the answer, unless providers before it failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +86,9 @@ class VerifiedProof:
         """What the proof shows, in words."""
         body, engine = self.proof.body, self.proof.body.engine
         how = f"at temperature {body.temperature_milli / 1000:g}" if body.temperature_milli else "greedily"
+        own = f"the tokens from {body.first_token + 1} on of" if body.first_token else "this answer of"
         return (
-            f"provider {self.proof.sender} signed this answer of {body.output_tokens} tokens and cannot deny it",
+            f"provider {self.proof.sender} signed {own} {body.output_tokens} tokens and cannot deny it",
             f"consumer {self.offer.sender} asked for it: the prompt in the file is the one its offer committed to",
             f"the provider states that it ran the model with weights root {body.model_root.hex()}",
             f"the provider states that it ran it on {engine.name} ({engine.profile}, {engine.device}), {how}",
@@ -144,6 +137,7 @@ def check_offer_match(proof: Proof, offer: Envelope[Offer]) -> None:
         (proof.input_commitment == asked.input_commitment, "it commits to another prompt"),
         (proof.temperature_milli == asked.temperature_milli, "it was sampled at another temperature"),
         (proof.output_tokens <= asked.max_tokens, "it has more tokens than were asked for"),
+        (proof.first_token <= proof.output_tokens, "its own part begins behind its end"),
         (0 < proof.input_tokens <= max_input_tokens(asked), "it counts more prompt tokens than the prompt can have"),
     ):
         if not holds:

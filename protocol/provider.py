@@ -1,7 +1,8 @@
-"""The provider's side of a job: accept, run the prompt, stream, commit, reveal, collect the receipt. Sans-I/O."""
+"""The provider's side of a job: accept, run the prompt, stream while it is paid, commit, reveal. Sans-I/O."""
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -25,12 +26,17 @@ from aci_p2p.protocol.job import (
     Failed,
     Finished,
     FrameArrived,
+    HoldGeneration,
     Job,
+    Payment,
+    PaymentState,
+    ResumeGeneration,
     StartGeneration,
     StopGeneration,
     StreamEnded,
     TimerFired,
 )
+from aci_p2p.protocol.leg import VOUCHER_TOKENS
 from aci_p2p.protocol.lifecycle import LIMITS, Party, State, Trigger, advance
 from aci_p2p.protocol.messages import (
     Abort,
@@ -39,17 +45,20 @@ from aci_p2p.protocol.messages import (
     Award,
     Bid,
     Commit,
-    Engine,
     Finish,
     Input,
     Kind,
     Offer,
+    Opening,
     Proof,
-    Receipt,
     Reveal,
+    Share,
     Tokens,
+    Voucher,
 )
-from aci_p2p.protocol.pricing import max_input_tokens, price
+from aci_p2p.protocol.pricing import max_input_tokens, share_of
+from aci_p2p.protocol.publications import Engine
+from aci_p2p.protocol.sealing import Binding, OpeningKey
 from aci_p2p.protocol.text import printable
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, require
 
@@ -78,6 +87,8 @@ class ProviderSecrets:
     """Our part of the sampling seed."""
     salt: bytes = field(repr=False)
     """Hides the output in our commitment until we reveal."""
+    kem_seed: bytes = field(repr=False)
+    """Makes the key to which the prompt is sealed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,8 @@ class Produced:
     """Token ids."""
     text: str
     """Their text, whole characters only."""
+    input_tokens: int
+    """Prompt tokens, chat template included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +142,38 @@ class ProviderJob(Job):
         self._offer = offer
         self._bid = bid
         self._secrets = secrets
+        self._opening_key: tuple[OpeningKey, Binding] | None = None
+        self._opening: Opening | None = None
         self._seed = b""
+        self._accepted: tuple[int, ...] = ()
+        self._accepted_tokens = 0
         self._tokens: list[int] = []
         self._text: list[str] = []
-        self._proof: Envelope[Proof] | None = None
+        self._held: deque[Produced] = deque()
+        self._ended: GenerationEnded | None = None
+        self._paid = 0
+        self._input_tokens = 0
 
     @property
     def job_id(self) -> bytes:
         """32 bytes, from the offer."""
         return self._offer.body.job_id
+
+    @property
+    def paid(self) -> int:
+        """What was promised while it ran, base units."""
+        return self._share(self._paid).price if self._paid else 0
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen on the stream: what is owed is settled elsewhere."""
+        return super().over or self._state is State.REVEALED
+
+    @property
+    def opening(self) -> Opening:
+        """The prompt as it was sealed to us; only once it has come."""
+        assert self._opening is not None  # callers come after it
+        return self._opening
 
     def handle(self, event: ProviderEvent, now: int) -> list[Effect]:  # noqa: PLR0911 - one for each event
         """React to an event at `now` (Unix milliseconds). Events after the end, or out of place, have no effect."""
@@ -146,11 +182,13 @@ class ProviderJob(Job):
         match event:
             case FrameArrived(data):
                 return self._on_frame(data, now)
-            case Produced(tokens, text) if self._state is State.STREAMING and (tokens or text):
-                return self._on_produced(tokens, text, now)
-            case GenerationEnded(finish, input_tokens, engine) if self._state is State.STREAMING:
-                return self._on_end(finish, input_tokens, engine, now)
-            case GenerationFailed(code, detail) if self._state is not State.REVEALED:
+            case Produced(tokens, text) if self._state in _WORKING and (tokens or text):
+                self._held.append(event)
+                return self._send_held(now) if self._state is State.STREAMING else []
+            case GenerationEnded() if self._state in _WORKING:
+                self._ended = event
+                return self._send_held(now) if self._state is State.STREAMING else []
+            case GenerationFailed(code, detail):
                 return self._on_failure(code, detail, now)
             case StreamEnded(detail):
                 return self._consumer_fails(detail, now)
@@ -181,8 +219,8 @@ class ProviderJob(Job):
                 return self._on_award(frame, now)
             case Input():
                 return self._on_input(frame.body, now)
-            case Receipt():
-                return self._on_receipt(frame, now)
+            case Voucher():
+                return self._on_voucher(frame, now)
             case _:
                 return self._on_abort(frame.body, now)
 
@@ -191,11 +229,22 @@ class ProviderJob(Job):
         require(award.body.bid_digest == self._bid.digest, Decision.REJECT, Reason.WRONG_JOB)
         # While the bid is firm.
         require(now < self._bid.header.expires_at, Decision.IGNORE, Reason.EXPIRED)
+        # Leaves something to do, or an answer to be proved.
+        require(award.body.accepted_tokens <= self._offer.body.max_tokens, Decision.REJECT, Reason.TOO_MANY_TOKENS)
+        self._accepted_tokens = award.body.accepted_tokens
         awarded = self._advance(Trigger.AWARD, now)
-        accept = Accept(self.job_id, award.digest, self._secrets.nonce)
+        ours, key = self._sealer, OpeningKey(self._secrets.kem_seed)
+        binding = Binding(ours.network, self.job_id, self._offer.sender, ours.node_id, award.digest)
+        self._opening_key = key, binding
+        accept = Accept(self.job_id, award.digest, self._secrets.nonce, key.public)
         return [*awarded, *self._advance(Trigger.ACCEPT, now), self._send(accept, now)]
 
-    def _on_input(self, opening: Input, now: int) -> list[Effect]:
+    def _on_input(self, frame: Input, now: int) -> list[Effect]:
+        assert self._opening_key is not None  # made when we accepted
+        key, binding = self._opening_key
+        # Sealed to us, for this job.
+        opening = self._opening = key.open(frame.sealed, binding)
+        self._opening_key = None
         offer = self._offer.body
         # The prompt and the nonce that the offer committed to, of the size it declared.
         holds = (
@@ -203,8 +252,10 @@ class ProviderJob(Job):
             and nonce_commitment(opening.consumer_nonce) == offer.nonce_commitment
             and input_bytes(opening.conversation) == offer.input_bytes
             and len(opening.conversation.turns) == offer.input_turns
+            and len(opening.accepted) == self._accepted_tokens
         )
         require(holds, Decision.REJECT, Reason.BAD_COMMITMENT)
+        self._accepted = opening.accepted
         self._seed = derive_seed(opening.consumer_nonce, self._secrets.nonce, self.job_id)
         run = StartGeneration(
             conversation=opening.conversation,
@@ -212,22 +263,65 @@ class ProviderJob(Job):
             max_tokens=offer.max_tokens,
             temperature_milli=offer.temperature_milli,
             seed=self._seed,
+            accepted=opening.accepted,
         )
         return [*self._advance(Trigger.INPUT, now), run]
 
-    def _on_produced(self, tokens: tuple[int, ...], text: str, now: int) -> list[Effect]:
-        part = Tokens(self.job_id, len(self._tokens), tokens, text)
-        self._tokens += tokens
-        self._text.append(text)
-        # Not stored: the state stays, and only the proof is owed for.
-        _, timer = self._advance(Trigger.TOKENS, now)
-        return [timer, self._send(part, now)]
+    def _send_held(self, now: int) -> list[Effect]:
+        """Send what the model has produced, as long as no more than we risk is unpaid."""
+        effects: list[Effect] = []
+        while self._held and len(self._tokens) - self._paid < VOUCHER_TOKENS:
+            effects += self._send_part(self._held.popleft(), now)
+        if self._held:
+            return [*effects, *self._advance(Trigger.HOLD, now), HoldGeneration()]
+        if self._ended:
+            return [*effects, *self._on_end(self._ended, now)]
+        return effects
 
-    def _on_end(self, finish: Finish, input_tokens: int, engine: Engine, now: int) -> list[Effect]:
+    def _send_part(self, part: Produced, now: int) -> list[Effect]:
+        index = self._accepted_tokens + len(self._tokens)
+        frame = Tokens(self.job_id, index, part.tokens, part.text, part.input_tokens)
+        self._tokens += part.tokens
+        self._text.append(part.text)
+        self._input_tokens = part.input_tokens
+        # Not stored: the state stays, and what is owed is stored with the voucher.
+        _, timer = self._advance(Trigger.TOKENS, now)
+        return [timer, self._send(frame, now)]
+
+    def _on_voucher(self, voucher: Envelope[Voucher], now: int) -> list[Effect]:
+        share = voucher.body.share
+        # For more than was promised before, and no more than we have sent.
+        require(self._paid < share.output_tokens <= len(self._tokens), Decision.REJECT, Reason.BAD_VOUCHER)
+        # For us, at the prices of our bid.
+        require(share == self._share(share.output_tokens), Decision.REJECT, Reason.BAD_VOUCHER)
+        self._paid = share.output_tokens
+        self._price = share.price
+        payment = Payment(
+            self.job_id, Party.PROVIDER, self._offer.sender, share.price, voucher.data, PaymentState.SETTLED
+        )
+        was_held = self._state is State.UNPAID
+        effects = self._advance(Trigger.VOUCHER, now, (payment,))
+        if was_held:
+            effects.append(ResumeGeneration())
+        return effects + self._send_held(now)
+
+    def _share(self, output_tokens: int) -> Share:
+        """What we are owed when so many of our tokens are paid for."""
+        return share_of(
+            self._offer.body,
+            self._bid,
+            input_tokens=self._input_tokens,
+            first_token=self._accepted_tokens,
+            output_tokens=output_tokens,
+        )
+
+    def _on_end(self, ended: GenerationEnded, now: int) -> list[Effect]:
         offer = self._offer.body
-        tokens_hash = tokens_digest(self.job_id, self._tokens)
+        tokens = (*self._accepted, *self._tokens)
+        tokens_hash = tokens_digest(self.job_id, tokens)
         text_hash = text_digest(self.job_id, "".join(self._text))
-        self._proof = self._sealer.seal(
+        self._input_tokens = ended.input_tokens
+        proof = self._sealer.seal(
             Proof(
                 job_id=self.job_id,
                 consumer=self._offer.sender,
@@ -235,48 +329,28 @@ class ProviderJob(Job):
                 bid_digest=self._bid.digest,
                 model_root=offer.model_root,
                 input_commitment=offer.input_commitment,
-                input_tokens=input_tokens,
-                output_tokens=len(self._tokens),
+                input_tokens=ended.input_tokens,
+                output_tokens=len(tokens),
                 tokens_hash=tokens_hash,
                 text_hash=text_hash,
-                finish=finish,
+                finish=ended.finish,
                 temperature_milli=offer.temperature_milli,
                 seed=self._seed,
                 provider_nonce=self._secrets.nonce,
-                engine=engine,
+                engine=ended.engine,
+                first_token=self._accepted_tokens,
             ),
             now,
         )
-        self._proof_bytes = self._proof.data
-        used = {"input_tokens": input_tokens, "output_tokens": len(self._tokens)}
-        self._price = price(self._bid.body, **used)
+        self._proof_bytes = proof.data
+        self._price = self._share(len(self._tokens)).price
         salt, provider = self._secrets.salt, self._sealer.node_id
         commitment = output_commitment(self.job_id, provider, output_root(tokens_hash, text_hash), salt)
         committed = [*self._advance(Trigger.COMMIT, now), self._send(Commit(self.job_id, commitment), now)]
-        revealed = [*self._advance(Trigger.REVEAL, now), self._send(Reveal(self.job_id, salt, self._proof.data), now)]
-        return [*committed, *revealed]
-
-    def _on_receipt(self, receipt: Envelope[Receipt], now: int) -> list[Effect]:
-        body, proof = receipt.body, self._proof
-        assert proof is not None  # a receipt is allowed only once we have revealed
-        # Signs for our proof, under this offer, and owes what our bid says.
-        holds = (
-            body.provider == self._sealer.node_id
-            and body.offer_digest == self._offer.digest
-            and body.proof_digest == proof.digest
-            and body.price == self._price
-            and body.input_tokens == proof.body.input_tokens
-            and body.output_tokens == proof.body.output_tokens
-        )
-        require(holds, Decision.REJECT, Reason.BAD_COMMITMENT)
-        self._receipt_bytes = receipt.data
-        receipted = self._advance(Trigger.RECEIPT, now)
-        return [*receipted, *self._advance(Trigger.RECORD, now), CloseStream(), Finished()]
+        revealed = [*self._advance(Trigger.REVEAL, now), self._send(Reveal(self.job_id, salt, proof.data), now)]
+        return [*committed, *revealed, CloseStream(), Finished()]
 
     def _on_failure(self, code: AbortCode, detail: str, now: int) -> list[Effect]:
-        if self._state is State.REVEALED:
-            # The answer is out; without a receipt the job counts against the consumer, whoever closes first.
-            return self._consumer_fails("no receipt before the end", now)
         farewell: list[Effect] = [self._abort(code, detail, now)]
         if self._state is State.OFFERED:
             return self._leave(JobAborted(detail), farewell)
@@ -289,9 +363,8 @@ class ProviderJob(Job):
 
     def _on_abort(self, abort: Abort, now: int) -> list[Effect]:
         detail = printable(abort.detail) or abort.abort.name.lower().replace("_", " ")
-        # It may tire of waiting; whether we were too slow is not ours to say. Once the answer is out it owes a receipt.
-        blameless = abort.abort in (AbortCode.CANCELLED, AbortCode.TIMEOUT) and self._state is not State.REVEALED
-        if blameless:
+        # It may tire of waiting; whether we were too slow is not ours to say.
+        if abort.abort in (AbortCode.CANCELLED, AbortCode.TIMEOUT):
             self._detail = detail
             return self._end(Trigger.CANCEL, JobAborted(detail), now)
         return self._consumer_fails(detail, now)
@@ -325,9 +398,12 @@ class ProviderJob(Job):
         return [*self._advance(trigger, now), StopGeneration(), *(farewell or []), CloseStream(), Failed(error)]
 
 
+_WORKING: Final = (State.STREAMING, State.UNPAID)
+"""States in which the model may produce."""
 _ALLOWED: Final[dict[State, tuple[Kind, ...]]] = {
     State.OFFERED: (Kind.AWARD,),
     State.ACCEPTED: (Kind.INPUT, Kind.ABORT),
-    State.REVEALED: (Kind.RECEIPT, Kind.ABORT),
+    State.STREAMING: (Kind.VOUCHER, Kind.ABORT),
+    State.UNPAID: (Kind.VOUCHER, Kind.ABORT),
 }
 """What a consumer may send in each state; it may abort in any."""

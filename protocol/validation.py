@@ -42,9 +42,12 @@ class Reason(StrEnum):
     DUPLICATE_BID = "duplicate_bid"
     TOO_MANY_BIDS = "too_many_bids"
     BAD_COMMITMENT = "bad_commitment"
+    BAD_SEAL = "bad_seal"
     OUT_OF_ORDER = "out_of_order"
     TOO_MANY_TOKENS = "too_many_tokens"
+    BAD_VOUCHER = "bad_voucher"
     BAD_RECORD_KEY = "bad_record_key"
+    WRONG_MODEL = "wrong_model"
     VALIDATOR_FAILED = "validator_failed"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
@@ -43,23 +44,27 @@ from aci_p2p.protocol.messages import (
     Bid,
     BidSummary,
     Body,
-    CapabilityRecord,
     Commit,
     Conversation,
-    Engine,
     Finish,
     Input,
     Kind,
-    NodeRecord,
     Offer,
-    PriceStep,
+    Opening,
     Proof,
     Receipt,
     Reveal,
+    Settled,
+    Share,
     Tokens,
     Turn,
+    Voucher,
 )
+from aci_p2p.protocol.pricing import share_of
 from aci_p2p.protocol.proof import MAGIC, ProofFile, ProofInvalid, encode_proof, verify_proof
+from aci_p2p.protocol.publications import Ask, CapabilityRecord, Engine, NodeRecord, PriceStep
+from aci_p2p.protocol.sealing import Binding, OpeningKey, seal_opening
+from aci_p2p.protocol.terms import PassedOver, Passing, Price, SelectionTerms, Verification
 from aci_p2p.protocol.validation import MessageRefused
 
 SIGNATURE: Final = 9
@@ -72,7 +77,7 @@ KEYS: Final = {
     name: KeyPair(bytes([number]) * 32) for number, name in enumerate(("consumer", "provider", "stranger"), 1)
 }
 CONSUMER, PROVIDER, STRANGER = KEYS.values()
-SALT, CONSUMER_NONCE, PROVIDER_NONCE, OUTPUT_SALT, MODEL_ROOT = (bytes([n]) * 32 for n in range(0x11, 0x16))
+SALT, CONSUMER_NONCE, PROVIDER_NONCE, OUTPUT_SALT, MODEL_ROOT, KEM_SEED = (bytes([n]) * 32 for n in range(0x11, 0x17))
 CONVERSATION: Final = Conversation((Turn("system", "Be brief."), Turn("user", "Où est la gare ?")))
 ENGINE: Final = Engine("aci-numpy/0.1.0", "fp32-ref", "cpu x86_64", "none")
 TOKENS: Final = (11, 300, 4_000_000_000)
@@ -89,6 +94,7 @@ def generated() -> dict[str, str]:
         "vectors/commitments.json": _json(commitment_vectors()),
         "vectors/envelope.json": _json(envelope_vectors()),
         "vectors/proof.json": _json(proof_vectors()),
+        "vectors/sealing.json": _json(sealing_vectors()),
     }
 
 
@@ -110,8 +116,13 @@ def messages_cddl() -> str:
             _codes(Kind),
             _codes(AbortCode),
             _codes(Finish),
+            _codes(Verification),
+            _codes(Passing),
             "; Parts of messages.",
-            *map(wire.cddl_of, (Turn, Conversation, Engine, BidSummary)),
+            *map(
+                wire.cddl_of,
+                (Turn, Conversation, Opening, Engine, BidSummary, PriceStep, Price, Share, SelectionTerms, PassedOver),
+            ),
             *(
                 f"; Kind {kind.value}: an envelope of at most {rules.max_bytes} bytes that lives at most "
                 f"{rules.lifetime_ms} ms.\n{wire.cddl_of(rules.body)}"
@@ -275,6 +286,8 @@ def _offer() -> Envelope[Offer]:
         max_price=10**18,
         max_latency_ms=5_000,
         bid_deadline=NOW + 2_000,
+        verification=Verification.OPTIMISTIC,
+        priority_fee=3 * 10**12,
     )
     return Sealer(CONSUMER, NETWORK).seal(offer, NOW)
 
@@ -288,8 +301,14 @@ def _bid() -> Envelope[Bid]:
         output_token_price=5 * 10**12,
         latency_ms=300,
         addresses=(f"/ip4/192.0.2.1/tcp/4001/p2p/{PROVIDER.node_id}",),
+        quantisation="q4_0",
+        region="eu-west",
     )
     return Sealer(PROVIDER, NETWORK).seal(bid, NOW)
+
+
+def _award() -> Envelope[Award]:
+    return Sealer(CONSUMER, NETWORK).seal(Award(_offer().body.job_id, _bid().digest, 0), NOW)
 
 
 def _proof(offer: Envelope[Offer]) -> Proof:
@@ -310,6 +329,7 @@ def _proof(offer: Envelope[Offer]) -> Proof:
         seed=derive_seed(CONSUMER_NONCE, PROVIDER_NONCE, job_id),
         provider_nonce=PROVIDER_NONCE,
         engine=ENGINE,
+        first_token=0,
     )
 
 
@@ -318,32 +338,84 @@ def _messages() -> Iterator[Envelope[Any]]:
     consumer, provider = Sealer(CONSUMER, NETWORK), Sealer(PROVIDER, NETWORK)
     offer, bid = _offer(), _bid()
     job_id = offer.body.job_id
-    award = consumer.seal(Award(job_id, bid.digest), NOW)
+    award = _award()
     proof = provider.seal(_proof(offer), NOW)
     root = output_root(proof.body.tokens_hash, proof.body.text_hash)
-    summary = BidSummary(PROVIDER.node_id, bid.digest, 10**15, 300)
-    price = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * len(TOKENS)
+    summary = BidSummary(PROVIDER.node_id, bid.digest, 10**15, 300, 10**20, 980, 12_000, "q4_0", "eu-west")
+    terms = SelectionTerms(10**20, 10**14, 5 * 10**14, ("q4_0", "none"), ("eu-west",))
+    share = share_of(offer.body, bid, input_tokens=INPUT_TOKENS, first_token=0, output_tokens=len(TOKENS))
     theirs: list[Body] = [
-        Accept(job_id, award.digest, PROVIDER_NONCE),
-        Tokens(job_id, 0, TOKENS, TEXT),
+        Accept(job_id, award.digest, PROVIDER_NONCE, OpeningKey(KEM_SEED).public),
+        Tokens(job_id, 0, TOKENS, TEXT, INPUT_TOKENS),
         Commit(job_id, output_commitment(job_id, PROVIDER.node_id, root, OUTPUT_SALT)),
         Reveal(job_id, OUTPUT_SALT, proof.data),
+        Settled(job_id, share.price),
         NodeRecord(("/ip4/192.0.2.1/tcp/4001",), ("provider",), "aci-p2p/0.1.0"),
         CapabilityRecord(
             MODEL_ROOT, "SmolLM2-135M-Instruct", 8_192, ENGINE, 10**12, 0, 4, (), 1, (PriceStep(500, 1_250),)
         ),
+        Ask(
+            MODEL_ROOT,
+            "SmolLM2-135M-Instruct",
+            ENGINE,
+            8_192,
+            10**12,
+            4 * 10**12,
+            (PriceStep(500, 1_250),),
+            4,
+            1,
+            300,
+            "eu-west",
+            (f"/ip4/192.0.2.1/tcp/4001/p2p/{PROVIDER.node_id}",),
+        ),
     ]
     ours: list[Body] = [
-        Input(job_id, CONVERSATION, SALT, CONSUMER_NONCE),
+        Input(job_id, SEALED),
+        Voucher(job_id, share),
         Receipt(
-            job_id, PROVIDER.node_id, offer.digest, proof.digest, INPUT_TOKENS, len(TOKENS), price, "price-latency/1",
-            (summary,),
+            job_id, offer.digest, proof.digest, (share,), share.price, "expected-cost/1", (summary,), terms,
+            (PassedOver(STRANGER.node_id, Passing.DECLINED),),
         ),
         Abort(job_id, AbortCode.CANCELLED, "the consumer cancelled"),
     ]  # fmt: skip
     yield from (offer, bid, award, proof)
     yield from (provider.seal(body, NOW) for body in theirs)
     yield from (consumer.seal(body, NOW) for body in ours)
+
+
+def _binding(award: Envelope[Award]) -> Binding:
+    return Binding(NETWORK, award.body.job_id, CONSUMER.node_id, PROVIDER.node_id, award.digest)
+
+
+def _sealed(award: Envelope[Award]) -> bytes:
+    """The prompt, sealed: as in the present vectors if that opens, for no two sealings are alike."""
+    opening, key, binding = Opening(CONVERSATION, SALT, CONSUMER_NONCE, ()), OpeningKey(KEM_SEED), _binding(award)
+    with suppress(OSError, ValueError, KeyError, MessageRefused):
+        sealed = bytes.fromhex(json.loads((SPEC / "vectors" / "sealing.json").read_text(encoding="utf-8"))["sealed"])
+        if key.open(sealed, binding) == opening:
+            return sealed
+    return seal_opening(opening, key.public, binding)
+
+
+SEALED: Final = _sealed(_award())
+"""Of one sealing, for all vectors."""
+
+
+def sealing_vectors() -> dict[str, Any]:
+    """A prompt sealed to the provider's key, with all that it takes to open it."""
+    award = _award()
+    return {
+        "kem_seed": KEM_SEED.hex(),
+        "kem_key": OpeningKey(KEM_SEED).public.hex(),
+        "network": NETWORK,
+        "job_id": award.body.job_id.hex(),
+        "consumer": CONSUMER.node_id.public_key.hex(),
+        "provider": PROVIDER.node_id.public_key.hex(),
+        "award_digest": award.digest.hex(),
+        "info": _binding(award).info().hex(),
+        "opening": cbor.encode(wire.to_value(Opening(CONVERSATION, SALT, CONSUMER_NONCE, ()))).hex(),
+        "sealed": SEALED.hex(),
+    }
 
 
 def _resigned(value: dict[int, Value], kind: str = "ABORT", network: str = NETWORK) -> bytes:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from aci_p2p.cli.filed import items
 from aci_p2p.cli.output import write_text
 from aci_p2p.cli.verify import describe, model_name
 from aci_p2p.consumer import Offered
 from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
 from aci_p2p.protocol.messages import BidSummary
-from aci_p2p.protocol.pricing import format_amount
+from aci_p2p.protocol.pricing import format_amount, total_of
 from aci_p2p.protocol.proof import encode_proof, verify_proof
 from aci_p2p.protocol.text import printable_lines
 
@@ -128,6 +129,7 @@ def summary(answer: Answer, show: Show) -> dict[str, object]:
         "tokens": list(answer.tokens),
         "price": format_amount(receipt.price),
         "price_base_units": str(receipt.price),
+        "charges": items(total_of(receipt.shares)),
         "bids": [
             {
                 "provider": str(bid.provider),

@@ -24,8 +24,8 @@ _OUTPUT_FAILS: Final = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """The reader of our output closed it early, or the file that it goes to cannot take it."""
 
 _COMMANDS: Final = (
-    "config", "demo", "doctor", "infer", "join", "keys", "models", "peers", "providers", "simulate", "status",
-    "verify",
+    "config", "demo", "doctor", "infer", "jobs", "join", "keys", "market", "models", "peers", "price", "providers",
+    "simulate", "status", "verify", "why",
 )  # fmt: skip
 
 _EPILOG: Final = """\b
@@ -34,6 +34,9 @@ Examples:
   aci-p2p join                                 serve a model
   aci-p2p infer "Hello!"                       ask it
   aci-p2p verify answer.aciproof               check an answer offline
+  aci-p2p jobs                                 what was asked and served
+  aci-p2p why JOB                              why a job's provider was chosen
+  aci-p2p market                               what providers ask
   aci-p2p status                               how the running node is doing
   aci-p2p doctor                               what is wrong, and what to do
   aci-p2p config show                          what is set, and where

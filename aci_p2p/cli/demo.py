@@ -136,7 +136,8 @@ def _conclude(answer: Answer, show: Show, plan: _Plan, console: Console) -> None
         print_json({**summary(answer, show), "proof_file": str(plan.proof)})
         return
     receipt = answer.receipt.body
-    paid = f"{format_amount(receipt.price)} for {receipt.input_tokens} + {receipt.output_tokens} tokens"
+    tokens = f"{receipt.shares[-1].input_tokens} + {len(answer.tokens)}"
+    paid = f"{format_amount(receipt.price)} for {tokens} tokens"
     console.print(f"  [dim]{speed_line(show.timing)}; loading the weights included[/]")
     console.print(f"\n[bold]Receipt[/]  {paid}; signed by the consumer")
     file = escape(shlex.quote(str(plan.proof)))

@@ -29,6 +29,7 @@ Examples:
   aci-p2p infer --bootstrap /ip4/192.0.2.1/tcp/9400/p2p/12D3KooW... "What is the capital of France?"
   echo "Tell me a story" | aci-p2p infer --bootstrap ADDRESS --temperature 0.8 -
   aci-p2p infer --bootstrap ADDRESS --max-price 0.001 --proof a.aciproof "Hello!"
+  aci-p2p infer --bootstrap ADDRESS --min-stake 1000 --provider-region eu-west "Hello!"
 """
 
 
@@ -49,8 +50,9 @@ class _Request:
 @click.argument("prompt")
 @configured(*CLIENT)
 @click.option("--proof", type=click.Path(path_type=Path, dir_okay=False), help="Where to save the proof.")
+@click.option("--verification", default="optimistic", show_default=True, help="How the answer is checked.")
 @json_option
-def command(prompt: str, given: Given, proof: Path | None, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
+def command(prompt: str, given: Given, proof: Path | None, verification: str, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
     """Ask a model of the network PROMPT ('-' reads it from standard input), stream the answer, save its proof.
 
     Without --bootstrap the network is joined through the node that runs on this machine (aci-p2p join), if one does,
@@ -60,7 +62,18 @@ def command(prompt: str, given: Given, proof: Path | None, as_json: bool) -> Non
     config, ask = client_beside(loaded), loaded.config.client
     _check_reachable(config)
     text = _read_prompt() if prompt == "-" else prompt
-    requirements = Requirements(ask.max_price, ask.max_latency_ms, ask.bid_window_ms)
+    requirements = Requirements(
+        max_price=ask.max_price,
+        max_latency_ms=ask.max_latency_ms,
+        bid_window_ms=ask.bid_window_ms,
+        min_provider_stake=ask.min_provider_stake,
+        verification=verification,
+        priority_fee=ask.priority_fee,
+        latency_value=ask.latency_value,
+        retry_cost=ask.retry_cost,
+        quantisations=ask.quantisations,
+        regions=ask.regions,
+    )
     request = _Request(text, ask.model, ask.max_tokens, ask.temperature, requirements, proof, as_json)
 
     # What can be refused here is refused before anybody is dialled.

@@ -22,7 +22,8 @@ FOLDERS: Final = ("home", "state", "runtime", "model_store")
 NODE: Final = (*FOLDERS, "network", "key", "bootstrap", "offline", "p2p.*", "provider.*", "log.*")
 """Settings of a node that runs until it is stopped."""
 CLIENT: Final = (
-    *FOLDERS, "network", "bootstrap", "offline", "p2p.relay_client", "p2p.hole_punching", "p2p.mdns", "client.*",
+    *FOLDERS, "network", "bootstrap", "offline", "stakes", "p2p.relay_client", "p2p.hole_punching", "p2p.mdns",
+    "client.*",
 )  # fmt: skip
 """Settings of a node that lives for one question."""
 

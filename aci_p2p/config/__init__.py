@@ -4,14 +4,17 @@ from aci_p2p.config.changes import Change, Changes, apply, compare
 from aci_p2p.config.node import (
     DEFAULT_BID_WINDOW_MS,
     DEFAULT_INPUT_PRICE,
+    DEFAULT_LATENCY_VALUE,
     DEFAULT_MAX_TOKENS,
     DEFAULT_NETWORK,
     DEFAULT_OUTPUT_PRICE,
+    DEFAULT_RETRY_COST,
     DEFAULT_SLOTS,
     ClientConfig,
     LogConfig,
     NodeConfig,
     ProviderConfig,
+    parse_stakes,
 )
 from aci_p2p.config.paths import default_home, make_private_folder
 from aci_p2p.config.settings import SETTINGS, Config, Setting, default_config
@@ -20,9 +23,11 @@ from aci_p2p.config.sources import ConfigError, Loaded, Origin, load, unknown_va
 __all__ = [
     "DEFAULT_BID_WINDOW_MS",
     "DEFAULT_INPUT_PRICE",
+    "DEFAULT_LATENCY_VALUE",
     "DEFAULT_MAX_TOKENS",
     "DEFAULT_NETWORK",
     "DEFAULT_OUTPUT_PRICE",
+    "DEFAULT_RETRY_COST",
     "DEFAULT_SLOTS",
     "SETTINGS",
     "Change",
@@ -42,5 +47,6 @@ __all__ = [
     "default_home",
     "load",
     "make_private_folder",
+    "parse_stakes",
     "unknown_variables",
 ]

@@ -11,6 +11,7 @@ from typing import Final, cast
 
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.pricing import format_amount, parse_amount
+from aci_p2p.protocol.publications import LOAD_MILLI_MAX, MAX_FACTOR_MILLI, PriceStep
 
 NONE: Final = "none"
 """What stands for an empty list, or for leaving a setting to the node, in flags and variables."""
@@ -174,6 +175,43 @@ class Amount(Kind):
         """ACI as text, without the unit."""
         assert isinstance(value, int)  # the table says so
         return format_amount(value).removesuffix(" ACI")
+
+
+class Curve(Kind):
+    """Steps of a price curve, as a load and a factor each."""
+
+    name = "steps of load:factor, such as 0.5:1.25,0.9:2"
+    metavar = "LOAD:FACTOR,..."
+
+    def from_text(self, text: str) -> object:
+        """Separated by blanks or commas; `none` is no step."""
+        parts = text.replace(",", " ").split()
+        return () if [part.lower() for part in parts] == [NONE] else tuple(self._step(part) for part in parts)
+
+    def from_toml(self, value: object, folder: Path) -> object:  # noqa: ARG002 - no paths
+        """The same, in a string."""
+        if not isinstance(value, str):
+            raise self.refusal()
+        return self.from_text(value)
+
+    def to_toml(self, value: object) -> str:
+        """A string."""
+        return _quoted(str(self.to_json(value)))
+
+    def to_json(self, value: object) -> object:
+        """As text."""
+        steps = cast("tuple[PriceStep, ...]", _items(value))
+        return ",".join(f"{step.load_milli / 1_000:g}:{step.factor_milli / 1_000:g}" for step in steps)
+
+    def _step(self, text: str) -> PriceStep:
+        try:
+            load, factor = (Decimal(part) * 1_000 for part in text.split(":"))
+            whole = load % 1 == 0 == factor % 1
+        except (ArithmeticError, ValueError):
+            raise self.refusal() from None
+        if not (whole and 0 < load <= LOAD_MILLI_MAX and 0 <= factor <= MAX_FACTOR_MILLI):
+            raise self.refusal()
+        return PriceStep(int(load), int(factor))
 
 
 class Switch(Kind):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -11,9 +12,13 @@ from aci_p2p.config.paths import default_home, runtime_folder, socket_path, stat
 from aci_p2p.network.config import NetworkConfig
 from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
-from aci_p2p.protocol.messages import MAX_LATENCY_MS, MAX_TEMPERATURE_MILLI, MAX_TOKENS
-from aci_p2p.protocol.pricing import ONE_ACI
+from aci_p2p.protocol.messages import MAX_TEMPERATURE_MILLI, MAX_TOKENS
+from aci_p2p.protocol.pricing import MAX_TOKEN_PRICE, ONE_ACI, ascends, parse_amount
+from aci_p2p.protocol.publications import MAX_LATENCY_MS, MAX_PRICE_STEPS, PriceStep
+from aci_p2p.protocol.terms import MAX_LABEL_BYTES
+from aci_p2p.protocol.text import printable
 
 DEFAULT_LISTEN: Final = "/ip4/0.0.0.0/tcp/9400"
 """All interfaces, on a port that firewalls can be opened for."""
@@ -35,14 +40,41 @@ DEFAULT_MAX_TOKENS: Final = 256
 """Output tokens; a long paragraph."""
 DEFAULT_BID_WINDOW_MS: Final = 1_000
 """Milliseconds to wait for bids when not all of them are known to come: five gossip hops between continents."""
+PRICINGS: Final = ("fixed", "auto")
+"""Prices stay as they are set, or follow how busy the node is, between a floor and a ceiling."""
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 """From most to least."""
 LOG_FORMATS: Final = ("text", "logfmt", "json")
 """One line for each event: for people, as key=value pairs, as JSON documents."""
 
+DEFAULT_LATENCY_VALUE: Final = ONE_ACI // 10_000
+"""Base units that a second of waiting is worth: a tenth of what a long paragraph costs."""
+DEFAULT_RETRY_COST: Final = 5 * DEFAULT_LATENCY_VALUE
+"""Base units that a provider's failure costs: the five seconds until another has taken over."""
+
 _NETWORK_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _KEY_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """What `KeyRing` takes; the control socket and the address cache are named after it, too."""
+
+
+def check_labels(*labels: str) -> None:
+    """Raises LocalError on a quantisation or a region that a bid cannot carry."""
+    for label in labels:
+        if len(label.encode()) > MAX_LABEL_BYTES or printable(label) != label:
+            msg = f"{label!r} is longer than {MAX_LABEL_BYTES} bytes, or cannot be printed"
+            raise LocalError(msg)
+
+
+def parse_stakes(stakes: Sequence[str]) -> dict[NodeId, int]:
+    """Read stakes, each `<peer id>=<amount in ACI>`; base units by provider. Raises LocalError."""
+    table: dict[NodeId, int] = {}
+    for text in stakes:
+        peer, equals, amount = text.partition("=")
+        if not equals:
+            msg = f"{text!r} is no stake"
+            raise LocalError(msg, hint="write it as <peer id>=<amount in ACI>, such as 12D3KooW...=1000")
+        table[NodeId.parse(peer)] = parse_amount(amount)
+    return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +91,24 @@ class ProviderConfig:
     """Base units (10^-18 ACI) for each output token."""
     slots: int = DEFAULT_SLOTS
     """Jobs at once."""
+    price: str = "fixed"
+    """What becomes of these prices: one of PRICINGS."""
+    price_floor: int | None = None
+    """Least base units for each output token, if the price follows the load; None: half of the one above."""
+    price_ceiling: int | None = None
+    """Most base units for each output token, if the price follows the load; None: twice the one above."""
+    price_curve: tuple[PriceStep, ...] = ()
+    """By how much the prices rise or fall while so much of the slots is in use; none: they do not."""
+    asks: bool = True
+    """Publish standing asks: up to one each 20 s for a model, whether anybody wants it or not; else only bid."""
     preload: bool = True
     """Load the models at the start, not at the first job."""
     threads: int | None = None
     """Threads of the executor; None: one less than the machine has cores."""
     grace_s: int = DEFAULT_GRACE_S
     """Seconds for running jobs to end when the node is stopped; what runs then still is handed back."""
+    region: str = ""
+    """Where the node is, as its asks and bids say it; empty: they do not say."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that cannot work."""
@@ -74,9 +118,26 @@ class ProviderConfig:
         if not 1 <= self.slots <= MAX_SLOTS or not 1 <= (self.threads or 1) <= MAX_SLOTS or self.threads == 0:
             msg = f"slots and threads are between 1 and {MAX_SLOTS}"
             raise LocalError(msg)
+        check_labels(self.region)
         if self.input_token_price < 0 or self.output_token_price < 0:
             msg = "prices are not negative"
             raise LocalError(msg)
+        floor, ceiling = self.price_bounds
+        if not 0 <= floor <= ceiling <= MAX_TOKEN_PRICE:
+            msg = "the price floor is above the price ceiling, or no price at all"
+            raise LocalError(msg, hint="give both --price-floor and --price-ceiling, around --output-price")
+        if self.price not in PRICINGS:
+            msg = f"{self.price!r} is no way to set prices"
+            raise LocalError(msg, hint=f"one of {', '.join(PRICINGS)}")
+        if not ascends(self.price_curve) or len(self.price_curve) > MAX_PRICE_STEPS:
+            msg = f"a price curve has at most {MAX_PRICE_STEPS} steps, at loads that ascend from above 0"
+            raise LocalError(msg)
+
+    @property
+    def price_bounds(self) -> tuple[int, int]:
+        """Floor and ceiling of the price of an output token, base units."""
+        price, floor, ceiling = self.output_token_price, self.price_floor, self.price_ceiling
+        return price // 2 if floor is None else floor, 2 * price if ceiling is None else ceiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +156,18 @@ class ClientConfig:
     """Longest promised time to the first token, milliseconds."""
     bid_window_ms: int = DEFAULT_BID_WINDOW_MS
     """Longest wait for bids, milliseconds."""
+    min_provider_stake: int = 0
+    """Least stake of a provider, base units (10^-18 ACI)."""
+    priority_fee: int = 0
+    """What is paid to be served before others, base units (10^-18 ACI)."""
+    latency_value: int = DEFAULT_LATENCY_VALUE
+    """What a second until the first token is worth, base units (10^-18 ACI)."""
+    retry_cost: int = DEFAULT_RETRY_COST
+    """What a provider's failure costs, base units (10^-18 ACI)."""
+    quantisations: tuple[str, ...] = ()
+    """Weight formats that will do; none: any."""
+    regions: tuple[str, ...] = ()
+    """Regions that will do; none: any."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that an offer cannot carry."""
@@ -109,7 +182,8 @@ class ClientConfig:
         if not 0 <= self.temperature <= MAX_TEMPERATURE_MILLI / 1_000:
             msg = f"the temperature is between 0 and {MAX_TEMPERATURE_MILLI // 1_000}"
             raise LocalError(msg)
-        if self.max_price < 0:
+        check_labels(*self.quantisations, *self.regions)
+        if min(self.max_price, self.min_provider_stake, self.priority_fee, self.latency_value, self.retry_cost) < 0:
             msg = "prices are not negative"
             raise LocalError(msg)
 
@@ -159,12 +233,15 @@ class NodeConfig:
     """Directory of the control socket; None: below `home`, or the XDG runtime directory."""
     offline: bool = False
     """Contact nobody that is not named: only `bootstrap`, and who dials us."""
+    stakes: tuple[str, ...] = ()
+    """Stakes of providers, each `<peer id>=<amount in ACI>`; who is not named has none."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on a network id that topics and envelopes cannot carry, and on what names no key."""
         if not _NETWORK_ID.fullmatch(self.network):
             msg = f"{self.network!r} is not a network id"
             raise LocalError(msg, hint="use at most 32 lower-case letters, digits and -, such as aci-main")
+        parse_stakes(self.stakes)
         if not _KEY_NAME.fullmatch(self.key):
             msg = f"{self.key!r} is not a key name"
             raise LocalError(msg, hint="use at most 64 letters, digits, - and _")

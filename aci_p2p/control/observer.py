@@ -11,6 +11,7 @@ from typing import Final, cast
 import trio
 
 from aci_p2p.control.journal import Journal
+from aci_p2p.control.market import read_market
 from aci_p2p.control.process import process_figures
 from aci_p2p.control.providers import find_providers
 from aci_p2p.control.report import (
@@ -80,6 +81,7 @@ class Observer:
             "status": lambda _: self.status(),
             "peers": lambda _: self.peers(),
             "clocks": lambda _: self.clocks(),
+            "market": lambda model_root: read_market(self._node, model_root),
             "providers": lambda model_root: find_providers(self._node, model_root),
         }
 

@@ -10,7 +10,7 @@ from aci_p2p.control.wire import BadRequest
 from aci_p2p.node import Node
 from aci_p2p.protocol.hashing import DIGEST_BYTES
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import CapabilityRecord
+from aci_p2p.protocol.publications import CapabilityRecord
 from aci_p2p.protocol.text import printable
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from aci_p2p.network.model import LAN, ROUGH, WIDE_AREA, Nat, NetworkModel, Place
     from aci_p2p.testing.rehearsal import open_scenario, run_scenario
     from aci_p2p.testing.running import run
-    from aci_p2p.testing.simulator.invariants import InvariantBroken
+    from aci_p2p.testing.simulator.invariant import InvariantBroken
     from aci_p2p.testing.simulator.scenario import PlannedJob, PlannedOutcome, Scenario
     from aci_p2p.testing.simulator.scenario_file import load_scenario
     from aci_p2p.testing.swarm import Swarm, open_swarm
@@ -21,7 +21,7 @@ _HOMES = {
     "aci_p2p.network.model": ("LAN", "ROUGH", "WIDE_AREA", "Nat", "NetworkModel", "Place"),
     "aci_p2p.testing.rehearsal": ("open_scenario", "run_scenario"),
     "aci_p2p.testing.running": ("run",),
-    "aci_p2p.testing.simulator.invariants": ("InvariantBroken",),
+    "aci_p2p.testing.simulator.invariant": ("InvariantBroken",),
     "aci_p2p.testing.simulator.scenario": ("PlannedJob", "PlannedOutcome", "Scenario"),
     "aci_p2p.testing.simulator.scenario_file": ("load_scenario",),
     "aci_p2p.testing.swarm": ("Swarm", "open_swarm"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from typing import Final, Literal
 
 import trio
 
-from aci_p2p.client import Requirements
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.request import NoBids
 from aci_p2p.testing.simulator.casting import cast, toy_model
 from aci_p2p.testing.simulator.scenario import MAX_LATENCY_MS, PlannedJob, PlannedOutcome, Scenario
 from aci_p2p.testing.swarm import Swarm, open_swarm
+from aci_p2p.testing.swarm_node import CHEAPEST
 from aci_p2p.testing.toy_model import ToyExecutor
 
 MAX_NODES: Final = 64
@@ -75,8 +77,13 @@ async def _outcome(swarm: Swarm, scenario: Scenario, job: PlannedJob) -> Planned
             job.prompt,
             max_tokens=job.max_tokens,
             model=toy_model(job.model).root.hex(),
-            requirements=Requirements(job.max_price, MAX_LATENCY_MS, scenario.bid_window_ms),
+            requirements=replace(
+                CHEAPEST, max_price=job.max_price, max_latency_ms=MAX_LATENCY_MS, bid_window_ms=scenario.bid_window_ms
+            ),
         )
+    except NoBids:
+        # Whether it was offered before it failed is no part of an outcome.
+        return PlannedOutcome.failed(NoBids.code)
     except AciError as error:
         return PlannedOutcome.failed(error.code)
     provider = [node.node_id for node in swarm.providers].index(answer.provider)
@@ -89,6 +96,7 @@ def _check(scenario: Scenario, network: str) -> None:
         "random jobs: it plans none": not scenario.jobs,
         "faults: a test does to its nodes what it likes": bool(scenario.faults),
         "adversaries": bool(scenario.adversaries),
+        "standing asks: which of them a consumer knows is a matter of moments": scenario.asks,
         f"{scenario.model_count} models: they serve one": scenario.model_count > 1,
         f"{scenario.nodes} nodes: {MAX_NODES} at most": scenario.nodes > MAX_NODES,
         "a network of its own: sockets are as fast as they are": network == "libp2p"

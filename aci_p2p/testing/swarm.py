@@ -10,7 +10,7 @@ import hashlib
 import struct
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -30,14 +30,18 @@ from aci_p2p.network.memory import MemoryHub
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.node import open_libp2p
 from aci_p2p.protocol.bidding import MAX_OUTSTANDING
+from aci_p2p.protocol.envelope import kind_of
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
+from aci_p2p.protocol.lifecycle import State
+from aci_p2p.protocol.messages import Kind
+from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.tasks import open_background
 from aci_p2p.testing.ledger import Ledger
 from aci_p2p.testing.running import repeatable_scheduling
 from aci_p2p.testing.severable import Cables
 from aci_p2p.testing.simulator.casting import INPUT_SHARE
-from aci_p2p.testing.simulator.invariants import Invariant, InvariantBroken
+from aci_p2p.testing.simulator.invariant import Invariant, InvariantBroken
 from aci_p2p.testing.swarm_node import Surroundings, SwarmNode
 from aci_p2p.testing.toy_model import ToyExecutor, ToyModel
 
@@ -76,6 +80,8 @@ class Trace:
     def note(self, kind: str, source: NodeId, target: NodeId, data: bytes) -> None:
         """Something happens, at this moment of trio's clock."""
         when = struct.pack(">dI", trio.current_time(), len(data))
+        if kind == "frame" and _is_sealed(data):
+            data = b""
         self._hash.update(b"".join((when, kind.encode(), source.public_key, target.public_key, data)))
 
     @property
@@ -84,11 +90,24 @@ class Trace:
         return self._hash.hexdigest()
 
 
+def _is_sealed(frame: bytes) -> bool:
+    """Whether a frame holds a sealed prompt, whose bytes differ each time."""
+    with suppress(MessageRefused):
+        return kind_of(frame) is Kind.INPUT
+    return False
+
+
 class Swarm:
     """Nodes that have found each other. Made by `open_swarm`."""
 
-    def __init__(self, around: Surroundings, nursery: trio.Nursery, hub: MemoryHub | None, trace: Trace | None) -> None:
-        """`nursery` runs the nodes; `hub` is None over libp2p; `trace` hashes what happens on the hub."""
+    def __init__(
+        self, around: Surroundings, nursery: trio.Nursery, hub: MemoryHub | None, trace: Trace | None, *, asks: bool
+    ) -> None:
+        """`nursery` runs the nodes; `hub` is None over libp2p; `trace` hashes what happens on the hub.
+
+        `asks`: whether providers publish standing asks.
+        """
+        self._asks = asks
         self.seed = around.seed
         """What fixes keys, nonces and choices."""
         self.clock = around.clock
@@ -176,7 +195,9 @@ class Swarm:
         await trio.sleep(hours * HOUR_S + seconds)
 
     async def rendezvous(self, timeout_s: float = RENDEZVOUS_S) -> None:
-        """Wait until every running consumer has found all running providers, and they hear it. Raises TooSlowError."""
+        """Wait until every running consumer has found all running providers, they hear it, and it knows what
+        they ask, if they publish that. Raises TooSlowError.
+        """
         with trio.fail_after(timeout_s):
             async with trio.open_nursery() as nursery:
                 for consumer in self.consumers:
@@ -186,8 +207,10 @@ class Swarm:
     async def _find_providers(self, consumer: SwarmNode) -> None:
         wanted = {provider.node_id for provider in self.providers if provider.is_up}
         while True:
-            found = await consumer.node.find_providers(self.model_root)
-            if wanted <= {record.sender for record in found} & set(consumer.node.network.peers):
+            node = consumer.node
+            found = {record.sender for record in await node.find_providers(self.model_root)}
+            asking = {ask.sender for ask in node.asks.book.view(self.model_root, node.clock())}
+            if wanted <= found & set(node.network.peers) and (wanted <= asking or not self._asks):
                 return
             await trio.sleep(LOOK_S)
 
@@ -206,11 +229,19 @@ class Swarm:
     def _left_over(self) -> list[str]:
         """What running nodes still have to do."""
         left: list[str] = []
+        there = {node.node_id for node in self.running}
+        left += [
+            f"job {payment.job_id.hex()[:8]} is not settled with {payment.peer.short}"
+            for consumer, payment in self.ledger.unsettled()
+            if {consumer, payment.peer} <= there
+        ]
         for node in self.running:
             streams = node.node.network.statistics().streams
             left += [
                 f"job {job.job_id.hex()[:8]} of {node.name} is {job.state.value}"
                 for job in self.ledger.unfinished(node.name)
+                # Who has answered only waits for its receipt, and what is owed was looked at above.
+                if job.state is not State.REVEALED
             ]
             if streams:
                 left.append(f"{node.name} has {streams} streams")
@@ -222,7 +253,7 @@ class Swarm:
     def assert_invariants(self) -> None:
         """Check what must hold at any moment. Raises InvariantBroken.
 
-        States follow the table; nobody is paid twice or without a receipt; both sides agree; queues are bounded.
+        States follow the table; nobody is paid twice or without a promise; both sides agree; queues are bounded.
         """
         self.ledger.check()
         for node in self.running:
@@ -261,6 +292,7 @@ async def open_swarm(
     model_root: bytes | None = None,
     prices: Sequence[int] = (),
     slots: int = DEFAULT_SLOTS,
+    asks: bool = False,
 ) -> AsyncGenerator[Swarm]:
     """A swarm within the block: real nodes that have found each other.
 
@@ -269,7 +301,8 @@ async def open_swarm(
     "libp2p" for loopback sockets and real time. `executor` replaces the toy model, or sets its speed and its faults
     (`lambda number: nullcontext(ToyExecutor(...))`); `model_root` is the root of what it serves. `prices`: base units
     for each output token, by provider; by default, and behind their end, each is dearer than the one before. `slots`:
-    jobs that a provider runs at once.
+    jobs that a provider runs at once. With `asks` providers publish standing asks; an hour of virtual time then takes
+    some seconds.
 
     Raises LocalError for parts that do not fit together, TooSlowError when the nodes do not find each other.
     """
@@ -300,10 +333,10 @@ async def open_swarm(
             model_root=model_root or model.root,
         )
         async with open_background() as nursery:
-            swarm = Swarm(around, nursery, hub, trace if hub else None)
+            swarm = Swarm(around, nursery, hub, trace if hub else None, asks=asks)
             for number in range(providers):
                 price = prices[number] if number < len(prices) else FIRST_PRICE + number * PRICE_STEP
-                config = _config(folder, f"provider-{number}", _serving(price, slots))
+                config = _config(folder, f"provider-{number}", _serving(price, slots, asks=asks))
                 swarm.providers.append(SwarmNode(config.key, config, around, partial(executor or open_toy, number)))
             for number in range(consumers):
                 config = _config(folder, f"consumer-{number}")
@@ -329,9 +362,9 @@ def _config(folder: Path, name: str, provider: ProviderConfig | None = None) -> 
     return NodeConfig(home=folder / name, network=NETWORK, key=name, own_key=True, provider=provider)
 
 
-def _serving(price: int, slots: int) -> ProviderConfig:
+def _serving(price: int, slots: int, *, asks: bool) -> ProviderConfig:
     return ProviderConfig(
-        models=(MODEL,), input_token_price=price // INPUT_SHARE, output_token_price=price, slots=slots
+        models=(MODEL,), input_token_price=price // INPUT_SHARE, output_token_price=price, slots=slots, asks=asks
     )
 
 
@@ -340,6 +373,8 @@ async def _begin(swarm: Swarm) -> None:
     for node in swarm.nodes:
         await swarm.start(node)
     await swarm.rendezvous()
+    # What that has started is under way a moment later.
+    await trio.sleep(LOOK_S)
     for node in swarm.nodes:
         node.idle_tasks = node.tasks
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import trio
 
-from aci_p2p.client import ACI, Answer, AnswerStream
+from aci_p2p.client import ACI, Answer, AnswerStream, Requirements
 from aci_p2p.clock import Clock
 from aci_p2p.config import NodeConfig
 from aci_p2p.executor import Executor
@@ -21,11 +21,13 @@ from aci_p2p.keys import KeyRing
 from aci_p2p.node import Node, NodeParts, OpenNetwork, open_node
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import SEED_BYTES, NodeId
-from aci_p2p.protocol.job import JobRecord
+from aci_p2p.protocol.job import JobRecord, Payment
 from aci_p2p.store import Store, open_store
 from aci_p2p.tasks import Notice
 from aci_p2p.testing.ledger import Ledger, WatchedStore
 
+CHEAPEST: Final = Requirements(latency_value=0, retry_cost=0)
+"""Whoever is cheapest answers, whatever has happened before: what tests expect."""
 DEFAULT_MAX_TOKENS: Final = 64
 """Longest answer to `ask` for: two seconds of the toy model at most."""
 
@@ -139,6 +141,7 @@ class SwarmNode:
     ) -> AsyncGenerator[AnswerStream]:
         """Run one inference from here, streaming, as `ACI.stream` does. Raises NodeDown when the node goes down."""
         options.setdefault("model", self._around.model_root.hex())
+        options.setdefault("requirements", CHEAPEST)
         with self._using() as node:
             async with ACI(node) as aci, aci.stream(prompt=prompt, max_tokens=max_tokens, **options) as stream:
                 yield stream
@@ -169,8 +172,8 @@ class SwarmNode:
         make = partial(WatchedStore, is_dead=lambda: self._is_dead, stored=self._stored)
         return open_store(path, node, threads=self._around.threads, make=make)
 
-    def _stored(self, records: Sequence[JobRecord]) -> None:
-        self._around.ledger.stored(self.name, records)
+    def _stored(self, records: Sequence[JobRecord], payments: Sequence[Payment]) -> None:
+        self._around.ledger.stored(self.name, self.node_id, records, payments)
         if self._countdown:
             self._countdown -= 1
             if not self._countdown:

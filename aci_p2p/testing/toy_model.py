@@ -33,7 +33,7 @@ from aci_p2p.executor import (
     Sampling,
     TokenChunk,
 )
-from aci_p2p.executor.sampling import check_sampling, choose
+from aci_p2p.executor.sampling import check_accepted, check_sampling, choose
 from aci_p2p.protocol.hashing import digest
 
 VOCABULARY: Final = 256
@@ -92,10 +92,12 @@ class ToyModel:
             logits[END] += _END_BONUS
         return logits
 
-    def answer(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[Step]:
-        """The answer to a prompt, token by token."""
-        state = hashlib.sha256(self.root + bytes(prompt))
-        for index in range(max_tokens):
+    def answer(
+        self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, accepted: Sequence[int] = ()
+    ) -> Iterator[Step]:
+        """The answer to a prompt, token by token; what comes behind the `accepted` ones, of `max_tokens` in all."""
+        state = hashlib.sha256(self.root + bytes(prompt) + bytes(accepted))
+        for index in range(len(accepted), max_tokens):
             token = choose(self._spread(state.digest()), sampling, index)
             state.update(token.to_bytes(1))
             if token == END:
@@ -138,9 +140,9 @@ class ToyExecutor(Executor):
     ) -> None:
         """`model` is the one that it claims to run; its lies are found by running that again (`forward`).
 
-        `fail_after`: tokens of every answer after which the executor dies; None: never. `runs`: what it runs in truth,
-        another model or a rounded one. `stop_after`: tokens after which it says that the model ended; None: where it
-        does.
+        `fail_after`: tokens that it makes of every answer, after which it dies; None: never. `runs`: what it runs in
+        truth, another model or a rounded one. `stop_after`: tokens after which it says that the model ended; None:
+        where it does.
         """
         self._model = model
         self._pace_s = 1 / tokens_per_second
@@ -156,6 +158,7 @@ class ToyExecutor(Executor):
     @asynccontextmanager
     async def generate(self, model: str, request: GenerationRequest) -> AsyncGenerator[Generation]:
         check_sampling(request.sampling)
+        check_accepted(request.accepted, VOCABULARY, (END,), request.max_tokens)
         prompt = self._model.encode(request.messages)
         if len(prompt) + request.max_tokens > CONTEXT:
             msg = f"the prompt takes {len(prompt)} tokens, the context is {CONTEXT}"
@@ -168,13 +171,20 @@ class ToyExecutor(Executor):
             self._counts.running -= 1
 
     async def _chunks(self, prompt: Sequence[int], request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        for index, step in enumerate(self._runs.answer(prompt, request.max_tokens, request.sampling)):
+        accepted = request.accepted
+        if len(accepted) == request.max_tokens or END in accepted:
+            finish = FinishReason.STOP if END in accepted else FinishReason.LENGTH
+            yield TokenChunk(len(accepted), (), "", finish)
+            return
+        steps = self._runs.answer(prompt, request.max_tokens, request.sampling, accepted)
+        for made, step in enumerate(steps):
             await trio.sleep(self._pace_s)
-            if index == self._fail_after:
+            if made == self._fail_after:
                 msg = "the executor died"
                 raise ExecutorFailed(msg)
             self._counts.produced += 1
-            if index + 1 == self._stop_after:
+            index = len(accepted) + made
+            if made + 1 == self._stop_after:
                 yield TokenChunk(index, (step.token,), step.text, FinishReason.STOP)
                 return
             yield TokenChunk(index, (step.token,), step.text, step.finish)

@@ -17,7 +17,20 @@ from aci_p2p.protocol.proof import encode_proof
 from tests.cli.conftest import Cli, one_line
 from tests.protocol.driver import ConsumerBench
 
-COMMANDS = ("config", "demo", "doctor", "infer", "join", "keys", "models", "peers", "status", "verify")
+COMMANDS = (
+    "config",
+    "demo",
+    "doctor",
+    "infer",
+    "join",
+    "keys",
+    "market",
+    "models",
+    "peers",
+    "price",
+    "status",
+    "verify",
+)
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWQYEUcREAwzfuWtPCqbKXBJdFvuwtTjguvxN2uUzEQCMD"
 
 

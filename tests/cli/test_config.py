@@ -239,7 +239,7 @@ def test_a_node_reads_its_configuration_again(
             "--json",
         )
         answer = json.loads(cli(*ask, "Hello!", env={"ACI_CONFIG": os.devnull}).stdout)
-        assert int(answer["price_base_units"]) == answer["input_tokens"] * 5 * 10**17
+        assert int(answer["price_base_units"]) == answer["input_tokens"] * 5 * 10**17 * 5 // 4
 
         for text, words in (
             ("slots = 3", f"the configuration is not taken, the old one stays: {file}:1: slots: there is no such"),

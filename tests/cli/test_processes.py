@@ -125,9 +125,9 @@ def test_a_paid_answer_is_shown_though_its_proof_cannot_be_saved(
 def test_what_a_consumer_is_told(cli: Cli, start: Start, tiny_home: Path) -> None:
     provider = start("join", *LOOPBACK)
     ask = ("infer", "--bootstrap", wait_for(provider, "listening on "), "--model", "tiny", "--max-tokens", "5")
-    assert "dearer than the maximum price by" in one_line(cli(*ask, "--max-price", "0.0000001", "Hello!"), 4)
+    assert "ACI under the cheapest of 1 providers" in one_line(cli(*ask, "--max-price", "0.0000001", "Hello!"), 4)
     assert "slower than the maximum latency by" in one_line(cli(*ask, "--max-latency", "1", "Hello!"), 4)
-    assert "nobody bid within 0.2 s" in one_line(
+    assert "no provider has the model" in one_line(
         cli("infer", "--bootstrap", ask[2], "--model", "ab" * 32, "--bid-window", "200", "Hello!"), 4
     )
     long = cli(*ask, "-", stdin="word " * 3_000)
@@ -168,10 +168,10 @@ def test_a_node_that_serves_nothing_is_not_to_be_asked(start: Start) -> None:
 
 
 def test_a_second_provider_joins_through_the_first(cli: Cli, start: Start, tiny_home: Path, tmp_path: Path) -> None:
-    first = wait_for(start("join", *LOOPBACK), "listening on ")
+    first = wait_for(start("join", *LOOPBACK, "--no-asks"), "listening on ")
     other = tmp_path / "other"
     ModelStore(other / "models").add_directory(write_tiny_model(tmp_path / "tiny2"), "tiny")
-    second = start("join", *LOOPBACK, "--bootstrap", first, "--output-price", "0.000001", at=other)
+    second = start("join", *LOOPBACK, "--bootstrap", first, "--output-price", "0.000001", "--no-asks", at=other)
     assert wait_for(second, "joined: ") == "connected to 1 of 1 nodes given"
     answer = json.loads(
         cli("infer", "--bootstrap", first, "--model", "tiny", "--max-tokens", "3", "--json", "Hello!").stdout

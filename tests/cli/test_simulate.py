@@ -62,7 +62,7 @@ def test_planned_jobs_run_in_the_simulator_and_on_real_nodes(cli: Cli, tmp_path:
         '{consumer = 0, at_s = 20.0, prompt = "Why?", max_tokens = 4}',
         '{consumer = 0, at_s = 21.0, prompt = "[b]", model = 1}',
     )
-    file.write_text(f"nodes = 3\nhours = 0.02\njobs = [{', '.join(jobs)}]\n")
+    file.write_text(f"nodes = 3\nhours = 0.02\nasks = false\njobs = [{', '.join(jobs)}]\n")
     simulated, real = (
         cli("simulate", "--scenario", str(file)),
         cli("simulate", "--scenario", str(file), "--real", "memory"),
@@ -104,7 +104,7 @@ def test_a_page_that_cannot_be_written(cli: Cli) -> None:
 def test_the_strategies_are_listed(cli: Cli) -> None:
     listing = cli("simulate", "--strategies").stdout
     assert "payment refusal" in listing
-    assert "before there are vouchers" in listing
+    assert "escrow on chain" in listing
 
 
 def test_what_strategies_gain_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aci_p2p.config import SETTINGS, Setting, kinds
+from aci_p2p.protocol.identity import KeyPair
 
+PEERS = [KeyPair(bytes([number]) * 32).node_id for number in (1, 2)]
 SPECIAL = {
     "client.temperature": ("0.5", "1.25"),
     "log.format": ("logfmt", "json"),
@@ -15,11 +17,16 @@ SPECIAL = {
     "p2p.low_water": ("7", "8"),
     "p2p.high_water": ("1000", "1001"),
     "home": ("/a", "/b"),
+    "stakes": (f"{PEERS[0]}=1,{PEERS[1]}=0.5", f"{PEERS[1]}=2"),
+    "provider.price": ("auto", "fixed"),
+    "provider.price_curve": ("0.5:1.25,0.9:2", "0.75:1.001"),
+    "provider.price_floor": ("0.000001", "0.000002"),
+    "provider.price_ceiling": ("0.5", "2"),
     "bootstrap": ("/dnsaddr/boot.example,/dns4/boot.example/tcp/9400", "/ip6/::1/tcp/1"),
     "p2p.listen": ("/ip4/127.0.0.1/tcp/0,/ip6/::/tcp/9400", "/ip4/127.0.0.1/tcp/1"),
     "p2p.announce": ("/dns4/node.example/tcp/9400,/ip4/192.0.2.1/tcp/1", "/ip6/2001:db8::1/tcp/1"),
 }
-"""Where the first or second value of its kind would be refused."""
+"""Where the first or second value of its kind would be refused, or there are none."""
 
 
 @dataclass(frozen=True, slots=True)

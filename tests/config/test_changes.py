@@ -14,6 +14,12 @@ LIVE = {
     "provider.models",
     "provider.input_token_price",
     "provider.output_token_price",
+    "provider.price",
+    "provider.price_floor",
+    "provider.price_ceiling",
+    "provider.price_curve",
+    "provider.asks",
+    "provider.region",
     "provider.slots",
     "provider.grace_s",
 }

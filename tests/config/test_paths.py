@@ -12,7 +12,10 @@ from aci_p2p.config.paths import SOCKET_PATH_MAX
 from aci_p2p.protocol.errors import LocalError
 
 
-def test_folders_of_the_xdg_specification(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_the_xdg_specification(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Short, as homes are: a socket's path has a hundred characters.
+    home = Path("/home/somebody")
+    monkeypatch.setenv("HOME", str(home))
     node = NodeConfig(key="node")
     assert node.home == home / ".local/share/aci-p2p"
     assert node.address_cache_path == home / ".local/state/aci-p2p/addresses-node.json"

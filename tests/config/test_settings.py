@@ -5,17 +5,33 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from aci_p2p.cli.options import Given, configured
-from aci_p2p.config import SETTINGS, Config, NodeConfig, Setting, default_config, kinds, load
+from aci_p2p.config import (
+    SETTINGS,
+    ClientConfig,
+    Config,
+    NodeConfig,
+    ProviderConfig,
+    Setting,
+    default_config,
+    kinds,
+    load,
+    parse_stakes,
+)
 from aci_p2p.config.settings import build, fields_without_setting
 from aci_p2p.network import NetworkConfig
+from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.identity import KeyPair
+from aci_p2p.protocol.pricing import ONE_ACI
 from tests.config.samples import ALL, Sample
 
+PEER = str(KeyPair(bytes(32)).node_id)
 IDS = [setting.key for setting in SETTINGS]
 
 
@@ -193,3 +209,31 @@ def test_the_readme_names_settings_that_there_are() -> None:
         assert line.startswith(f"{setting.name} = ")
         assert setting.section == section
         assert setting.flag.split()[0] == flag
+
+
+def test_stakes_are_read_as_a_table() -> None:
+    one, other = (KeyPair(bytes([number]) * 32).node_id for number in (1, 2))
+    assert parse_stakes((f"{one}=1000", f"{other}=0.5")) == {one: 1_000 * ONE_ACI, other: ONE_ACI // 2}
+    assert not parse_stakes(())
+
+
+@pytest.mark.parametrize("text", ["", "=5", "12D3KooW=5", PEER, f"{PEER}=x"])
+def test_what_is_no_stake(text: str) -> None:
+    with pytest.raises(LocalError):
+        NodeConfig(stakes=(text,))
+
+
+@pytest.mark.parametrize("label", ["x" * 33, "\x1b[31m", "\u00fc" * 17])
+def test_labels_that_no_bid_can_carry(label: str) -> None:
+    with pytest.raises(LocalError, match="longer than 32 bytes"):
+        ProviderConfig(region=label)
+    with pytest.raises(LocalError, match="longer than 32 bytes"):
+        ClientConfig(regions=("eu", label))
+    assert ProviderConfig(region="\u00fc" * 16).region
+
+
+@pytest.mark.parametrize("name", ["min_provider_stake", "priority_fee", "latency_value", "retry_cost"])
+def test_nothing_asked_for_is_negative(name: str) -> None:
+    changes: dict[str, Any] = {name: -1}
+    with pytest.raises(LocalError, match="not negative"):
+        replace(ClientConfig(), **changes)

@@ -16,7 +16,7 @@ from aci_p2p.network import Network
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 from tests.protocol.driver import ENGINE, NETWORK, NOW, PRICES
 
 ROOT: Final = bytes([5]) * 32

@@ -19,7 +19,7 @@ from aci_p2p.dht.address_cache import (
     CachedPeer,
 )
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import MAX_ADDRESS_BYTES, MAX_ADDRESSES
+from aci_p2p.protocol.publications import MAX_ADDRESS_BYTES, MAX_ADDRESSES
 from tests.protocol.driver import NOW
 
 PEER: Final = KeyPair(bytes([1]) * 32).node_id

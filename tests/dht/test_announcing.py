@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from aci_p2p.dht.announcing import CHANGE_GAP_S, JITTER, REANNOUNCE_S, RETRY_S, SPREAD_GAP_S, Announcer, is_material
-from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord, PriceStep
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord, PriceStep
 from tests.protocol.driver import ENGINE, PRICES
 
 NODE: Final = NodeRecord(("/a",), ("provider",), "aci-p2p/1")

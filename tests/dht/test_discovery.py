@@ -19,7 +19,7 @@ from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.errors import LocalError, ResourceError
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 from tests.dht.driver import HOUR_S, OTHER_ROOT, ROOT, RULES, OpenPeers, clock, dead, open_peer
 from tests.protocol.driver import NETWORK
 

@@ -11,7 +11,8 @@ from aci_p2p.dht import exchange
 from aci_p2p.dht.exchange import BURST, MAX_NODES, MIN_GAP_S, RATE, RecordExchange, exchange_topic
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import CapabilityRecord, Commit, NodeRecord, PriceStep
+from aci_p2p.protocol.messages import Commit
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord, PriceStep
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import ENGINE, NETWORK, NOW, PRICES
 

@@ -14,7 +14,8 @@ from aci_p2p.network.checks import RECORD_NAMESPACE
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER, RECORD_SECONDS
 from aci_p2p.protocol.envelope import MAX_SKEW_MS, Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import KINDS, MAX_ADDRESSES, CapabilityRecord, Kind, NodeRecord
+from aci_p2p.protocol.messages import KINDS, Kind
+from aci_p2p.protocol.publications import MAX_ADDRESSES, CapabilityRecord, NodeRecord
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import ENGINE, NETWORK, NOW, PRICES
 

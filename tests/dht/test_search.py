@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from aci_p2p.dht.search import PATIENCE_S
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import NodeRecord
+from aci_p2p.protocol.publications import NodeRecord
 from tests.dht.driver import OTHER_ROOT, ROOT, OpenPeers
 
 

@@ -7,6 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,21 @@ async def test_samples_do_not_depend_on_the_batch(store: ModelStore) -> None:
     async with open_process_executor(store) as executor:
         for number in (0, 4):
             assert await answer(executor, messages_of(VECTORS["cases"][number]), sampling) == together[number]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(800, bytes(range(32)))], ids=["greedy", "sampled"])
+async def test_answers_go_on_from_wherever_they_were_cut(store: ModelStore, sampling: Sampling) -> None:
+    emoji = [Message("user", "Repeat this, nothing else: 😀👩‍👩‍👧🇪🇺🎉漢字é😀🚀🌍🎈")]
+    async with open_process_executor(store) as executor:
+        for messages in (emoji, messages_of(VECTORS["cases"][0])):
+            request = GenerationRequest(messages, VECTORS["max_tokens"], sampling)
+            async with executor.generate(DEFAULT_MODEL, request) as generation:
+                whole = [chunk async for chunk in generation]
+            tokens = [token for chunk in whole for token in chunk.tokens]
+            for split in {1, 2, 9, 40, len(tokens) - 1} & {*range(1, len(tokens))}:
+                continued = replace(request, accepted=tuple(tokens[:split]))
+                async with executor.generate(DEFAULT_MODEL, continued) as generation:
+                    assert [chunk async for chunk in generation] == whole[split:]
 
 
 async def test_forward_confirms_the_answers(store: ModelStore) -> None:

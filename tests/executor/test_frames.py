@@ -39,7 +39,7 @@ DIGESTS = st.binary(min_size=32, max_size=32)
 TURNS = st.lists(st.builds(Turn, NAMES.filter(lambda name: len(name.encode()) <= 64), NAMES), max_size=3).map(tuple)
 MESSAGES: st.SearchStrategy[Request | Reply] = st.one_of(
     st.builds(Load, NUMBERS, NAMES),
-    st.builds(Generate, NUMBERS, NAMES, TURNS, NUMBERS, NUMBERS, st.binary(max_size=32), NUMBERS),
+    st.builds(Generate, NUMBERS, NAMES, TURNS, NUMBERS, NUMBERS, st.binary(max_size=32), NUMBERS, st.binary()),
     st.builds(Encode, NUMBERS, NAMES, TURNS),
     st.builds(Forward, NUMBERS, NAMES, st.binary(max_size=40), NUMBERS),
     st.builds(Cancel, NUMBERS),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,19 @@ async def test_everything_that_an_executor_does(store: ModelStore) -> None:
         assert (statistics.running, statistics.waiting, statistics.produced, statistics.restarts) == (0, 0, 40, 0)
 
 
+async def test_an_answer_goes_on_in_another_worker(store: ModelStore) -> None:
+    async with open_process_executor(store) as executor:
+        whole = await collect(executor, request(count=20))
+    async with open_process_executor(store) as executor:
+        for split in (1, 10, 19):
+            wanted = replace(request(count=20), accepted=tuple(tokens_of(whole)[:split]))
+            async with executor.generate("tiny", wanted) as generation:
+                assert generation.input_tokens == len(await executor.encode("tiny", wanted.messages))
+                assert [chunk async for chunk in generation] == whole[split:]
+        with pytest.raises(LocalError, match="none of the model's"):
+            await collect(executor, replace(request(), accepted=(len(vocabulary()),)))
+
+
 async def test_many_at_once_get_what_they_would_alone(store: ModelStore) -> None:
     texts = ["the", "a" * 150, "abc", "ll the", "漢字", "b" * 70]
     async with open_process_executor(store, threads=2) as executor:
@@ -163,6 +177,9 @@ async def test_refused_without_a_worker(store: ModelStore, monkeypatch: pytest.M
             await executor.encode("tiny", [Message("user", "a")] * 5000)
         with pytest.raises(PromptTooLong):
             await collect(executor, request("é" * (5 << 20)))
+        for accepted in ((-1,), (1 << 32,), (5,) * 11):
+            with pytest.raises(LocalError, match="cannot"):
+                await collect(executor, replace(request(), accepted=accepted))
         for tokens, start in (([], 0), ([1], 1), ([1], -1), ([-1], 0), ([1 << 32], 0)):
             with pytest.raises(LocalError, match="cannot compute"):
                 await executor.forward("tiny", tokens, start=start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from aci_p2p.executor.parallel import Array, Team
 from aci_p2p.executor.reference import PREFILL_CHUNK, KeyValueCache, LlamaModel, Stop
 from aci_p2p.executor.scheduling import Flag, Scheduler
 from aci_p2p.executor.store import ModelStore
-from tests.executor.tiny import CONTEXT, byte_characters, vocabulary, write_tiny_model
+from tests.executor.tiny import CONTEXT, END, byte_characters, vocabulary, write_tiny_model
 
 SEED = bytes(32)
 
@@ -46,6 +47,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
     for seed, name in enumerate(("one", "two", "three")):
         store.add_directory(write_tiny_model(folder / name, seed=seed))
     return store
+
+
+def packed(tokens: Sequence[int]) -> bytes:
+    """Token ids as frames hold them."""
+    return np.array(tokens, "<u4").tobytes()
 
 
 class Node:
@@ -61,11 +67,19 @@ class Node:
         self.scheduler.start(request, self.flags[request.job])
 
     def generate(
-        self, job: int, text: str, count: int = 8, *, credit: int = 1000, model: str = "one", temperature: int = 2000
+        self,
+        job: int,
+        text: str,
+        count: int = 8,
+        *,
+        credit: int = 1000,
+        model: str = "one",
+        temperature: int = 2000,
+        accepted: Sequence[int] = (),
     ) -> None:
         """Hot and with a seed by default: tiny models repeat themselves when greedy."""
-        turns = (Turn("user", text),)
-        self.start(Generate(job, model, turns, count, temperature, SEED if temperature else b"", credit))
+        turns, seed = (Turn("user", text),), SEED if temperature else b""
+        self.start(Generate(job, model, turns, count, temperature, seed, credit, packed(accepted)))
 
     def run(self, steps: int = 1000) -> int:
         """Step until nothing is left to do; the number of steps."""
@@ -77,8 +91,11 @@ class Node:
     def of(self, job: int) -> list[Reply]:
         return [reply for reply in self.replies if reply.job == job]
 
+    def chunks(self, job: int) -> list[Chunk]:
+        return [reply for reply in self.of(job) if isinstance(reply, Chunk)]
+
     def tokens(self, job: int) -> list[int]:
-        return [token for reply in self.of(job) if isinstance(reply, Chunk) for token in reply.tokens]
+        return [token for chunk in self.chunks(job) for token in chunk.tokens]
 
     def failed(self, job: int) -> Failed:
         (failed,) = [reply for reply in self.of(job) if isinstance(reply, Failed)]
@@ -189,6 +206,62 @@ def test_greedy(node: Node) -> None:
     node.start(Forward(3, "one", np.array([*prompt, *node.tokens(1)[:-1]], "<u4").tobytes(), len(prompt) - 1))
     node.run()
     assert rows_of(node, 3).argmax(-1).tolist() == node.tokens(1)
+
+
+@pytest.mark.parametrize("temperature", [0, 2000])
+def test_an_answer_goes_on_from_wherever_it_was_cut(node: Node, temperature: int) -> None:
+    """What was produced by one generation and the rest by another are the chunks of one that nothing interrupted."""
+    count = 40
+    node.generate(100, "the", count, temperature=temperature)
+    node.run()
+    whole = node.chunks(100)
+    assert len(whole) > count // 2
+    for split in range(1, len(whole)):
+        node.generate(split, "the", count, temperature=temperature, accepted=node.tokens(100)[:split])
+        node.run()
+        assert node.of(split)[0] == Accepted(split, prompt_length(node, "the"))
+        assert node.chunks(split) == [replace(chunk, job=split) for chunk in whole[split:]]
+
+
+def test_characters_that_were_cut_come_whole(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "aé漢😀👩‍👩‍👧🇪🇺"
+    output = [vocabulary()[byte_characters()[byte]] for byte in text.encode()]
+
+    def choose(_logits: object, _sampling: object, index: int) -> int:
+        return output[index]
+
+    monkeypatch.setattr(scheduling, "choose", choose)
+    for split in range(len(output)):
+        node.generate(split, "the", len(output), accepted=output[:split])
+        node.run()
+        before = text.encode()[:split].decode(errors="ignore")
+        assert before + "".join(chunk.text for chunk in node.chunks(split)) == text
+
+
+@pytest.mark.parametrize("accepted", [[300], [END, 5], [5] * 9])
+def test_what_cannot_be_continued(node: Node, accepted: list[int]) -> None:
+    node.generate(1, "the", 8, accepted=accepted)
+    assert node.failed(1).code == "local"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "ending"), [([5, END], Ending.STOP), ([5] * 8, Ending.LENGTH), ([END], Ending.STOP)]
+)
+def test_a_whole_output_only_ends(node: Node, accepted: list[int], ending: Ending) -> None:
+    node.generate(1, "the", 8, accepted=accepted)
+    assert node.of(1) == [
+        Accepted(1, prompt_length(node, "the")), Chunk(1, len(accepted), (), "", ending), Ended(1),
+    ]  # fmt: skip
+    node.run()
+
+
+def test_the_whole_output_must_fit_the_context(node: Node) -> None:
+    room = CONTEXT - prompt_length(node, "the")
+    node.generate(1, "the", room, accepted=[5] * (room - 1))
+    node.generate(2, "the", room + 1, accepted=[5] * (room - 1))
+    assert node.failed(2).code == "prompt_too_long"
+    node.run()
+    assert [chunk.index for chunk in node.chunks(1)] == [room - 1]
 
 
 def rows_of(node: Node, job: int) -> Array:

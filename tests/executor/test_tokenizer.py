@@ -274,6 +274,12 @@ def test_valid_text_comes_in_whole_characters(chat: ChatTokenizer, text: str) ->
     assert [chunk for chunk in chunks if chunk] == list(text)
 
 
+@given(st.lists(st.integers(0, SIZE + 3), max_size=40), st.integers(0, 40))
+def test_text_goes_on_behind_accepted_tokens(chat: ChatTokenizer, ids: list[int], split: int) -> None:
+    accepted, rest = ids[:split], ids[split:]
+    assert spoken(chat.detokenizer(accepted), rest) == spoken(chat.detokenizer(), ids)[len(accepted) :]
+
+
 def test_an_incomplete_character_is_replaced_at_the_end(chat: ChatTokenizer) -> None:
     ids = [vocabulary()[byte_characters()[byte]] for byte in "a😀".encode()[:-1]]
     assert spoken(chat.detokenizer(), ids) == ["a", "", "", "", "\ufffd"]
@@ -314,6 +320,9 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sentencepiece_text(sentencepiece: Path, text: str) -> None:
     plain = Tokenizer.from_file(str(sentencepiece / "tokenizer.json"))
     ids = plain.encode(text.replace(" ", "\u2581"), add_special_tokens=False).ids
-    chunks = spoken(ChatTokenizer(sentencepiece, len(SENTENCEPIECE)).detokenizer(), ids)
+    llama2 = ChatTokenizer(sentencepiece, len(SENTENCEPIECE))
+    chunks = spoken(llama2.detokenizer(), ids)
     assert "".join(chunks) == plain.decode(ids) == text.removeprefix(" ")
     assert "\ufffd" not in "".join(chunks)
+    for split in range(len(ids)):
+        assert spoken(llama2.detokenizer(ids[:split]), ids[split:]) == chunks[split:]

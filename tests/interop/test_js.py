@@ -12,7 +12,7 @@ from aci_p2p.clock import system_clock
 from aci_p2p.dht import node_key
 from aci_p2p.network import Network, Stream
 from aci_p2p.network.libp2p import yamux
-from aci_p2p.protocol.messages import NodeRecord
+from aci_p2p.protocol.publications import NodeRecord
 from tests.interop.conftest import OpenTrader
 from tests.interop.driver import ECHO, Gossip, JsNode, Trader, eventually, until
 

@@ -26,7 +26,7 @@ from aci_p2p.network.libp2p.secure import RawChannel, Security
 from aci_p2p.network.libp2p.yamux import Yamux, YamuxStream
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import MAX_ADDRESSES
+from aci_p2p.protocol.publications import MAX_ADDRESSES
 from aci_p2p.tasks import open_background
 from tests.network.driver import (
     ECHO,

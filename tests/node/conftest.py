@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,11 +80,12 @@ class ScriptedExecutor(Executor):
     async def generate(self, model: str, request: GenerationRequest) -> AsyncGenerator[Generation]:
         self.running += 1
         try:
-            yield ScriptedGeneration(self._chunks(request), self.input_tokens)
+            async with aclosing(self._chunks(request)) as chunks:
+                yield ScriptedGeneration(chunks, self.input_tokens)
         finally:
             self.running -= 1
 
-    async def _chunks(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+    async def _chunks(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk]:
         words = self.text.split(" ")[: request.max_tokens]
         for index, word in enumerate(words):
             await trio.sleep(self.pace)
@@ -104,6 +105,11 @@ class ScriptedExecutor(Executor):
 
     def statistics(self) -> ExecutorStatistics:
         return ExecutorStatistics(self.running, 0, 0, 0)
+
+
+def due(compute: int) -> int:
+    """What a job costs whose tokens cost `compute` base units: a quarter more, for verification."""
+    return compute + -(-compute // 4)
 
 
 OpenTestNode = Callable[..., AbstractAsyncContextManager[Node]]
@@ -133,6 +139,7 @@ def open_test_node(hub: MemoryHub, tmp_path: Path) -> OpenTestNode:
         executor: ScriptedExecutor | None = None,
         price: int = 100,
         slots: int = 2,
+        asks: bool = True,
     ) -> AsyncGenerator[Node]:
         @asynccontextmanager
         async def open_executor() -> AsyncGenerator[Executor]:
@@ -144,7 +151,9 @@ def open_test_node(hub: MemoryHub, tmp_path: Path) -> OpenTestNode:
 
         provider = None
         if executor is not None:
-            provider = ProviderConfig(models=(MODEL,), input_token_price=1, output_token_price=price, slots=slots)
+            provider = ProviderConfig(
+                models=(MODEL,), input_token_price=1, output_token_price=price, slots=slots, asks=asks
+            )
         config = NodeConfig(home=tmp_path / name, network="aci-test", bootstrap=tuple(bootstrap), provider=provider)
         parts = NodeParts(
             open_network=open_network, open_executor=open_executor, clock=virtual_clock, entropy=entropy, threads=False

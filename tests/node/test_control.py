@@ -382,7 +382,7 @@ async def through_json(report: object) -> Any:  # noqa: ANN401 - a document
 async def test_what_a_node_says_of_itself(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
     executor = ScriptedExecutor(text=" ".join(["word"] * 100), pace=0.1)
     async with (
-        open_test_node("provider", executor=executor) as provider,
+        open_test_node("provider", executor=executor, asks=False) as provider,
         open_test_node("consumer", provider.addresses[:1]) as consumer,
         ACI(consumer) as aci,
         trio.open_nursery() as nursery,
@@ -452,7 +452,7 @@ def check_status(status: StatusReport, provider: str, consumer: str) -> None:
 
 async def test_rates_are_of_the_last_minute(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
     async with (
-        open_test_node("provider", executor=ScriptedExecutor()) as provider,
+        open_test_node("provider", executor=ScriptedExecutor(), asks=False) as provider,
         open_test_node("consumer", provider.addresses[:1]) as consumer,
         ACI(consumer) as aci,
         trio.open_nursery() as nursery,

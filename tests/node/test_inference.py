@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ from trio.testing import MockClock
 
 from aci_p2p import (
     ACI,
+    ImpossibleJob,
     JobCancelled,
     NoBids,
     Node,
@@ -35,7 +37,7 @@ from aci_p2p.protocol.job import JOB_PROTOCOL, BidSeen, Chosen, Deliver
 from aci_p2p.protocol.lifecycle import Party, State
 from aci_p2p.protocol.messages import Award, Bid, Offer
 from aci_p2p.protocol.proof import ProofInvalid, encode_proof
-from tests.node.conftest import ROOT, OpenTestNode, ScriptedExecutor
+from tests.node.conftest import ROOT, OpenTestNode, ScriptedExecutor, due
 
 if TYPE_CHECKING:
     from trio import TaskStatus
@@ -58,7 +60,7 @@ async def test_answer_with_proof_and_receipt(autojump_clock: MockClock, open_tes
         assert answer.text == "one two three four"
         assert answer.tokens == (0, 1, 2, 3)
         assert answer.provider == provider.node_id
-        assert answer.receipt.body.price == 10 * 1 + 4 * 7
+        assert answer.receipt.body.price == due(10 * 1 + 4 * 7)
         assert (await aci.verify_proof(answer.proof)).proof.sender == provider.node_id
         data = encode_proof(answer.proof)
         with pytest.raises(ProofInvalid):
@@ -75,7 +77,7 @@ async def test_answer_with_proof_and_receipt(autojump_clock: MockClock, open_tes
         for node, role in ((provider, Party.PROVIDER), (consumer, Party.CONSUMER)):
             record = await node.store.get_job(job_id, role)
             assert record is not None
-            assert (record.price, record.blame) == (38, Party.NOBODY)
+            assert (record.price, record.blame) == (due(38), Party.NOBODY)
             assert record.receipt == answer.receipt.data
         assert provider.provider is not None
         assert provider.provider.statistics().finished == 1
@@ -94,7 +96,7 @@ async def test_the_prompt_is_as_long_as_the_executor_says(
     ):
         answer = await aci.inference(model=MODEL, prompt="count", max_tokens=10)
         assert (await aci.verify_proof(answer.proof)).proof.body.input_tokens == 37
-        assert answer.receipt.body.price == 37 * 1 + 4 * 7
+        assert answer.receipt.body.price == due(37 * 1 + 4 * 7)
 
 
 async def test_a_client_with_its_own_node(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
@@ -313,10 +315,12 @@ async def test_provider_shutting_down_hands_its_job_back(
 
 async def test_nobody_bids(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
     async with (
-        open_test_node("bootstrap") as bootstrap,
-        open_test_node("consumer", bootstrap.addresses[:1]) as consumer,
+        open_test_node("provider", executor=ScriptedExecutor()) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
         ACI(consumer) as aci,
     ):
+        assert provider.provider is not None
+        provider.provider._book.draining = True
         with pytest.raises(NoBids, match="nobody bid within 1 s") as caught:
             await aci.inference(model=MODEL, prompt="count")
         assert caught.value.bids == 0
@@ -324,14 +328,87 @@ async def test_nobody_bids(autojump_clock: MockClock, open_test_node: OpenTestNo
         assert mine.state is State.EXPIRED
 
 
-async def test_every_bid_is_too_dear(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+async def test_a_model_that_nobody_has_is_not_offered(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with (
+        open_test_node("bootstrap") as bootstrap,
+        open_test_node("consumer", bootstrap.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with pytest.raises(ImpossibleJob, match="no provider has the model") as caught:
+            await aci.inference(model=MODEL, prompt="count")
+        assert (caught.value.code, caught.value.bids, caught.value.exit_code) == ("impossible_job", 0, 4)
+        assert not await consumer.store.jobs()
+
+
+@pytest.mark.parametrize(
+    ("requirements", "why"),
+    [
+        (Requirements(max_price=10), " ACI under the cheapest of 1 providers, which may cost 0.000000000000032192 ACI"),
+        (Requirements(min_provider_stake=8), "the largest of 1 is 0 ACI, 0.000000000000000008 ACI below"),
+        (Requirements(quantisations=("q4_0",)), "no provider computes in q4_0: there is none"),
+    ],
+)
+async def test_what_nobody_offers_fails_at_once(
+    autojump_clock: MockClock, open_test_node: OpenTestNode, requirements: Requirements, why: str
+) -> None:
     async with (
         open_test_node("provider", executor=ScriptedExecutor(), price=100) as provider,
         open_test_node("consumer", provider.addresses[:1]) as consumer,
         ACI(consumer) as aci,
     ):
+        await consumer.find_providers(ROOT)
+        before = trio.current_time()
+        with pytest.raises(ImpossibleJob, match=re.escape(why)):
+            await aci.inference(model=MODEL, prompt="count", requirements=requirements)
+        assert trio.current_time() - before < 0.2
+
+
+async def test_a_region_that_no_bid_names(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor()) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        with pytest.raises(NoBids, match="in region unknown, not eu-west") as caught:
+            await aci.inference(model=MODEL, prompt="count", requirements=Requirements(regions=("eu-west",)))
+        assert caught.value.bids == 1
+
+
+def test_only_optimistic_verification_is_offered() -> None:
+    assert Requirements().verification == "optimistic"
+    with pytest.raises(LocalError, match="'immediate' is not how answers are verified"):
+        Requirements(verification="immediate")
+
+
+async def test_experience_outlives_the_node(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    executor = ScriptedExecutor()
+    async with open_test_node("provider", executor=executor) as provider:
+        async with open_test_node("consumer", provider.addresses[:1]) as consumer, ACI(consumer) as aci:
+            await aci.inference(model=MODEL, prompt="count")
+            executor.fail_at = 1
+            with pytest.raises(ProviderFault):
+                await aci.inference(model=MODEL, prompt="count")
+            # An answer for next to nothing and a failure, which have begun to fade.
+            now = virtual_clock()
+            seen = consumer.reputation.standing(provider.node_id, ROOT, now)
+            assert (seen.success_milli, seen.experience) == (679, 1_249)
+        async with open_test_node("consumer", provider.addresses[:1]) as consumer:
+            assert consumer.reputation.standing(provider.node_id, ROOT, now) == seen
+        assert not len(provider.reputation)
+
+
+async def test_every_bid_is_too_dear(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor(), price=1) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        # It asks for more than it has announced.
+        assert provider.provider is not None
+        (offering,) = provider.provider._book.offerings
+        provider.provider._book.offer((replace(offering, output_token_price=100),), slots=2)
         with pytest.raises(NoBids, match="dearer than the maximum price by") as caught:
-            await aci.inference(model=MODEL, prompt="count", requirements=Requirements(max_price=10))
+            await aci.inference(model=MODEL, prompt="count", requirements=Requirements(max_price=1_000))
         assert caught.value.bids == 1
 
 
@@ -398,7 +475,7 @@ async def test_an_executor_error_does_not_harm_the_next_job(
 async def test_a_stranger_cannot_use_up_a_bid(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
     def award(bid: Envelope[Bid]) -> bytes:
         stranger = Sealer(KeyPair(bytes(range(32))), "aci-test")
-        return stranger.seal(Award(bid.body.job_id, bid.digest), virtual_clock()).data
+        return stranger.seal(Award(bid.body.job_id, bid.digest, 0), virtual_clock()).data
 
     async with (
         open_test_node("provider", executor=ScriptedExecutor()) as provider,
@@ -409,8 +486,8 @@ async def test_a_stranger_cannot_use_up_a_bid(autojump_clock: MockClock, open_te
         assert provider.provider is not None
         real = provider.provider._book.bid
 
-        def robbed(offer: Envelope[Offer], now: int, *, running: int, addresses: Sequence[str]) -> Envelope[Bid] | None:
-            bid = real(offer, now, running=running, addresses=addresses)
+        def robbed(offer: Envelope[Offer], now: int, **options: Any) -> Envelope[Bid] | None:  # noqa: ANN401
+            bid = real(offer, now, **options)
             if bid is not None:
                 nursery.start_soon(rob, award(bid))
             return bid

@@ -23,6 +23,7 @@ from aci_p2p.protocol.job import (
     Effect,
     FrameArrived,
     JobRecord,
+    Payment,
     Persist,
     Send,
     SetTimer,
@@ -66,7 +67,7 @@ class Log(Store):
         self.entries: list[object] = []
         self.before_commit: Callable[[], None] = lambda: None
 
-    async def put_jobs(self, records: Sequence[JobRecord]) -> None:
+    async def put_jobs(self, records: Sequence[JobRecord], payments: Sequence[Payment] = ()) -> None:
         await trio.lowlevel.checkpoint()
         self.before_commit()
         self.entries.append([record.state for record in records])

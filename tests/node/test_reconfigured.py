@@ -11,7 +11,7 @@ from trio.testing import MockClock
 from aci_p2p import ACI, NoBids, ProviderConfig, Requirements
 from aci_p2p.executor import ModelInfo, ModelUnavailable
 from aci_p2p.protocol.errors import LocalError
-from tests.node.conftest import MODEL, ROOT, OpenTestNode, ScriptedExecutor
+from tests.node.conftest import MODEL, ROOT, OpenTestNode, ScriptedExecutor, due
 
 WINDOW = Requirements(bid_window_ms=200)
 OTHER_ROOT = bytes([9]) * 32
@@ -34,14 +34,14 @@ async def test_prices_slots_and_models(autojump_clock: MockClock, open_test_node
         open_test_node("consumer", provider.addresses[:1]) as consumer,
         ACI(consumer) as aci,
     ):
-        assert (await aci.inference(model=ROOT.hex(), prompt="count")).receipt.body.price == 10 + 4 * 100
+        assert (await aci.inference(model=ROOT.hex(), prompt="count")).receipt.body.price == due(10 + 4 * 100)
         config = provider.config.provider
         assert config
         dearer = replace(config, input_token_price=2, output_token_price=200, slots=3)
         await provider.provide(dearer)
         assert provider.config.provider == dearer
         answer = await aci.inference(model=ROOT.hex(), prompt="count")
-        assert answer.receipt.body.price == 20 + 4 * 200
+        assert answer.receipt.body.price == due(20 + 4 * 200)
         assert provider.provider
         (record,) = provider.provider.capabilities()
         assert (record.input_token_price, record.output_token_price, record.slots) == (2, 200, 3)
@@ -65,7 +65,7 @@ async def test_what_cannot_be_served_changes_nothing(autojump_clock: MockClock, 
             with pytest.raises(LocalError, match=words):
                 await provider.provide(ProviderConfig(models=models, slots=9))
         assert provider.config == before
-        assert (await aci.inference(model=ROOT.hex(), prompt="count")).receipt.body.price == 10 + 4 * 100
+        assert (await aci.inference(model=ROOT.hex(), prompt="count")).receipt.body.price == due(10 + 4 * 100)
 
 
 async def test_running_jobs_end_as_they_began(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
@@ -87,9 +87,9 @@ async def test_running_jobs_end_as_they_began(autojump_clock: MockClock, open_te
             await aci.inference(model=OTHER_ROOT.hex(), prompt="count", requirements=WINDOW)
         async for _ in stream:
             pass
-        assert stream.answer.receipt.body.price == 10 + 4 * 100
+        assert stream.answer.receipt.body.price == due(10 + 4 * 100)
         await trio.sleep(1)
-        assert (await aci.inference(model=OTHER_ROOT.hex(), prompt="count")).receipt.body.price == 10 + 4 * 999
+        assert (await aci.inference(model=OTHER_ROOT.hex(), prompt="count")).receipt.body.price == due(10 + 4 * 999)
 
 
 async def test_bootstrap_addresses_come_and_go(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:

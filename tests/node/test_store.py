@@ -242,6 +242,17 @@ def test_every_field_comes_back(shared_path: Path, jobs: list[JobRecord]) -> Non
     trio.run(main)
 
 
+async def test_the_latest_of_one_role_come_without_their_proofs(path: Path) -> None:
+    async with open_store(path, NODE) as store:
+        await store.put_jobs([record(number, updated_at=NOW + number) for number in range(5)])
+        await store.put_jobs([record(9, role=Party.PROVIDER, updated_at=NOW + 9)])
+        assert await store.recent(Party.CONSUMER, 2) == [
+            record(number, updated_at=NOW + number, proof=b"") for number in (4, 3)
+        ]
+    async with open_store(path, OTHER) as store:
+        assert not await store.recent(Party.CONSUMER, 2)
+
+
 async def test_jobs_come_latest_first(path: Path) -> None:
     async with open_store(path, NODE) as store:
         await store.put_jobs([record(number, updated_at=NOW + at) for number, at in enumerate((5, 9, 1))])
@@ -342,8 +353,8 @@ RECOVERED: Final[dict[State, tuple[State, str, Party]]] = {
     State.AWARDED: STOPPED,
     State.ACCEPTED: STOPPED,
     State.STREAMING: STOPPED,
+    State.UNPAID: STOPPED,
     State.COMMITTED: STOPPED,
-    State.REVEALED: (State.CONSUMER_FAULT, "the node stopped before the receipt", Party.CONSUMER),
     State.RECEIPTED: (State.PENDING, "as it was", Party.NOBODY),
 }
 """What a stop makes of a job: state, detail and blame. The other states stay."""
@@ -353,7 +364,7 @@ RECOVERED: Final[dict[State, tuple[State, str, Party]]] = {
 @pytest.mark.parametrize("state", State)
 async def test_recovery_after_a_stop(path: Path, state: State, role: Party) -> None:
     job = record(state=state, role=role, detail="as it was")
-    now = NOW + CHALLENGE_WINDOW_MS - 1
+    now = NOW + LIMITS[State.REVEALED].timeout_ms - 1
     async with open_store(path, NODE) as store:
         await store.put_jobs([job])
         changed = await store.recover(now)
@@ -371,12 +382,21 @@ async def test_recovery_after_a_stop(path: Path, state: State, role: Party) -> N
 
 
 async def test_recovery_leaves_no_job_running(path: Path) -> None:
-    waiting = {State.PENDING, State.CHALLENGED}
+    waiting = {State.REVEALED, State.PENDING, State.CHALLENGED}
     assert set(RECOVERED) == set(State) - FINAL_STATES - waiting
     async with open_store(path, NODE) as store:
         await store.put_jobs([record(number, state=state) for number, state in enumerate(State)])
         assert len(await store.recover(NOW)) == len(RECOVERED)
         assert {job.state for job in await store.jobs()} <= FINAL_STATES | waiting
+
+
+async def test_an_answer_waits_an_hour_for_its_receipt(path: Path) -> None:
+    limit = LIMITS[State.REVEALED].timeout_ms
+    async with open_store(path, NODE) as store:
+        await store.put_jobs([record(state=State.REVEALED, role=Party.PROVIDER)])
+        assert await store.settle(NOW + limit - 1) == []
+        (ended,) = await store.settle(NOW + limit)
+        assert (ended.state, ended.blame) == (State.CONSUMER_FAULT, Party.CONSUMER)
 
 
 async def test_a_job_is_final_when_its_challenge_window_is_over(path: Path) -> None:

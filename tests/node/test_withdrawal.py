@@ -24,7 +24,7 @@ async def test_a_model_that_is_gone(autojump_clock: MockClock, open_test_node: O
     ):
         with pytest.raises(ProviderFault, match="cannot serve the model any more"):
             await aci.inference(model=ROOT.hex(), prompt="count", requirements=WINDOW)
-        with pytest.raises(NoBids, match="nobody bid"):
+        with pytest.raises(NoBids, match="no provider has the model"):
             await aci.inference(model=ROOT.hex(), prompt="count", requirements=WINDOW)
         assert provider.provider
         assert provider.provider.statistics().outstanding == 0

@@ -6,7 +6,7 @@ A bench checks what must hold of every step, whatever a test is about: see `Benc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar, cast
 
@@ -17,11 +17,13 @@ from aci_p2p.protocol.commitments import (
     text_digest,
     tokens_digest,
 )
-from aci_p2p.protocol.consumer import BidArrived, ConsumerJob, JobRequest, JobSecrets, Start
+from aci_p2p.protocol.consumer import ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope, Sealer, kind_of, open_envelope
 from aci_p2p.protocol.errors import AciError
-from aci_p2p.protocol.identity import KeyPair
+from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import (
+    AskForQuotes,
+    Broadcast,
     CloseStream,
     Deliver,
     Effect,
@@ -30,6 +32,8 @@ from aci_p2p.protocol.job import (
     FrameArrived,
     JobRecord,
     OpenStream,
+    Payment,
+    PaymentState,
     Persist,
     Send,
     SetTimer,
@@ -48,19 +52,27 @@ from aci_p2p.protocol.messages import (
     Bid,
     Commit,
     Conversation,
-    Engine,
     Finish,
     Input,
     Kind,
     Offer,
+    Opening,
     Proof,
     Receipt,
     Reveal,
+    Share,
     Tokens,
     Turn,
+    Voucher,
 )
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
-from aci_p2p.protocol.selection import PriceThenLatency, SelectionRule
+from aci_p2p.protocol.publications import Engine
+from aci_p2p.protocol.request import JobRequest, JobSecrets
+from aci_p2p.protocol.round import BidArrived, QuotesAsked
+from aci_p2p.protocol.sealing import Binding, OpeningKey, seal_opening
+from aci_p2p.protocol.selection import ExpectedCost, Knowledge, SelectionRule
+from aci_p2p.protocol.settlement import read_statement, settle
+from aci_p2p.protocol.terms import ANY_PROVIDER, Price
 
 T = TypeVar("T")
 
@@ -73,8 +85,10 @@ RIVAL: Final = KeyPair(bytes([3]) * 32)
 STRANGER: Final = KeyPair(bytes([4]) * 32)
 MODEL_ROOT: Final = bytes([5]) * 32
 SECRETS: Final = JobSecrets(salt=bytes([6]) * 32, nonce=bytes([7]) * 32)
-PROVIDER_SECRETS: Final = ProviderSecrets(nonce=bytes([8]) * 32, salt=bytes([9]) * 32)
+PROVIDER_SECRETS: Final = ProviderSecrets(nonce=bytes([8]) * 32, salt=bytes([9]) * 32, kem_seed=bytes([10]) * 32)
+OPENING_KEY: Final = OpeningKey(PROVIDER_SECRETS.kem_seed)
 CONVERSATION: Final = Conversation((Turn("system", "Be brief."), Turn("user", "Où est la gare ?")))
+OPENING: Final = Opening(CONVERSATION, SECRETS.salt, SECRETS.nonce, ())
 ENGINE: Final = Engine("fake/1", "fp32-ref", "cpu", "none")
 REQUEST: Final = JobRequest(
     model_root=MODEL_ROOT,
@@ -85,6 +99,7 @@ REQUEST: Final = JobRequest(
     max_latency_ms=5_000,
     bid_window_ms=2_000,
     expected_bidders=frozenset(),
+    max_providers=1,
 )
 PARTS: Final = (((11, 12), "Tout "), ((13,), "droit"), ((), "."))
 """The answer of the fake model: tokens and text of each part."""
@@ -93,15 +108,18 @@ TEXT: Final = "".join(text for _, text in PARTS)
 INPUT_TOKENS: Final = 21
 PRICES: Final = {"input_token_price": 3 * 10**12, "output_token_price": 5 * 10**12}
 """Of the provider's bid, base units for each token."""
-PRICE: Final = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * len(TOKENS)
+COMPUTE: Final = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * len(TOKENS)
+CHARGES: Final = Price(COMPUTE, licence=0, verification=COMPUTE // 4, priority=0)
+PRICE: Final = COMPUTE + COMPUTE // 4
 
 STORED_BEFORE: Final = {
     Kind.AWARD: {State.AWARDED},
     Kind.ACCEPT: {State.ACCEPTED},
     Kind.INPUT: {State.STREAMING},
+    Kind.TOKENS: {State.STREAMING},
+    Kind.VOUCHER: {State.STREAMING},
     Kind.COMMIT: {State.COMMITTED},
     Kind.REVEAL: {State.REVEALED},
-    Kind.RECEIPT: {State.RECEIPTED},
     Kind.ABORT: FINAL_STATES | {State.OFFERED},
 }
 """The state that must be on disk before a message is sent: one of these must be the last that was stored."""
@@ -135,19 +153,20 @@ def opened(frame: bytes, body: type[T], now: int = NOW) -> T:
 
 def make_offer(sealer: Sealer | None = None, request: JobRequest = REQUEST) -> Envelope[Offer]:
     """An offer as a consumer's job makes it."""
-    job = ConsumerJob(sealer or Sealer(CONSUMER, NETWORK), request, SECRETS, PriceThenLatency())
+    job = ConsumerJob(sealer or Sealer(CONSUMER, NETWORK), request, SECRETS, ExpectedCost())
     job.handle(Start(), NOW)
     return job.offer
 
 
 def make_bid(
-    offer: Envelope[Offer], key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, **terms: object
+    offer: Envelope[Offer], key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, now: int = NOW, **terms: object
 ) -> Envelope[Bid]:
     """A bid for an offer."""
     bid = Bid(
-        job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=300, addresses=("/ip4/192.0.2.1",)
+        job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=300, addresses=("/ip4/192.0.2.1",),
+        quantisation="none", region="eu-west",
     )  # fmt: skip
-    return Sealer(key, NETWORK).seal(alter(bid, **terms), NOW, lifetime_ms=lifetime_ms)
+    return Sealer(key, NETWORK).seal(alter(bid, **terms), now, lifetime_ms=lifetime_ms)
 
 
 def make_proof(offer: Envelope[Offer], bid: Envelope[Bid], **changes: object) -> Proof:
@@ -169,6 +188,7 @@ def make_proof(offer: Envelope[Offer], bid: Envelope[Bid], **changes: object) ->
         seed=derive_seed(SECRETS.nonce, PROVIDER_SECRETS.nonce, job_id),
         provider_nonce=PROVIDER_SECRETS.nonce,
         engine=ENGINE,
+        first_token=0,
     )
     return alter(proof, **changes)
 
@@ -183,6 +203,7 @@ class Bench:
         self.now = NOW
         self.effects: list[Effect] = []
         self.records: list[JobRecord] = []
+        self.payments: dict[NodeId, Payment] = {}
         self.timer: int | None = None
         self.connected = job.role is Party.PROVIDER
 
@@ -233,6 +254,9 @@ class Bench:
                 assert (record.job_id, record.role, record.updated_at) == (self.job.job_id, self.job.role, self.now)
                 assert record.model_root == MODEL_ROOT
                 self.records.append(record)
+                for payment in effect.payments:
+                    assert (payment.job_id, payment.role) == (self.job.job_id, self.job.role)
+                    self.payments[payment.peer] = payment
                 state = record.state
             elif isinstance(effect, Send):
                 kind = kind_of(effect.data)
@@ -271,11 +295,13 @@ class ConsumerBench(Bench):
 
     job: ConsumerJob
 
-    def __init__(self, request: JobRequest = REQUEST, rule: SelectionRule | None = None) -> None:
+    def __init__(
+        self, request: JobRequest = REQUEST, rule: SelectionRule | None = None, knowledge: Knowledge | None = None
+    ) -> None:
         sealer = Sealer(CONSUMER, NETWORK)
-        super().__init__(ConsumerJob(sealer, request, SECRETS, rule or PriceThenLatency()), PROVIDER)
+        super().__init__(ConsumerJob(sealer, request, SECRETS, rule or ExpectedCost(), knowledge), PROVIDER)
 
-    def bid(self, key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, **terms: object) -> Envelope[Bid]:
+    def bid(self, key: KeyPair = PROVIDER, *, lifetime_ms: int = 60_000, **terms: Any) -> Envelope[Bid]:  # noqa: ANN401 - fields of a bid
         """A bid arrives; returned."""
         bid = make_bid(self.job.offer, key, lifetime_ms=lifetime_ms, **terms)
         self.feed(BidArrived(bid))
@@ -295,8 +321,9 @@ class ConsumerBench(Bench):
         return self
 
     def start(self) -> None:
-        """Broadcast the offer."""
+        """Make the offer, and broadcast it since nobody can be asked."""
         self.feed(Start())
+        self.feed(QuotesAsked(frozenset()))
 
     def award(self) -> None:
         """Take two bids and choose the provider's."""
@@ -308,26 +335,31 @@ class ConsumerBench(Bench):
         """The provider accepts."""
         award = next(effect.data for effect in reversed(self.effects) if isinstance(effect, Send))
         digest = open_envelope(award, Award, network=NETWORK, now=None).digest
-        accept = Accept(self.job.job_id, digest, PROVIDER_SECRETS.nonce)
+        accept = Accept(self.job.job_id, digest, PROVIDER_SECRETS.nonce, OPENING_KEY.public)
         return self.receive(alter(accept, **changes))
 
     def part(self, index: int, tokens: tuple[int, ...], text: str) -> list[Effect]:
         """A part of the answer comes."""
-        return self.receive(Tokens(self.job.job_id, index, tokens, text))
+        return self.receive(Tokens(self.job.job_id, index, tokens, text, INPUT_TOKENS))
 
-    def answer(self) -> None:
+    def answer(self, key: KeyPair = PROVIDER) -> None:
         """The whole answer comes, and its commitment."""
         index = 0
         for tokens, text in PARTS:
             self.part(index, tokens, text)
             index += len(tokens)
-        self.receive(Commit(self.job.job_id, self.commitment()))
+        self.receive(Commit(self.job.job_id, self.commitment(key)))
 
-    def commitment(self) -> bytes:
+    def serve(self, key: KeyPair) -> None:
+        """The whole answer comes from the holder of `key`, with commitment and proof."""
+        self.answer(key)
+        self.reveal(key=key)
+
+    def commitment(self, key: KeyPair = PROVIDER) -> bytes:
         """What the honest provider commits to."""
         job_id = self.job.job_id
         root = output_root(tokens_digest(job_id, TOKENS), text_digest(job_id, TEXT))
-        return output_commitment(job_id, PROVIDER.node_id, root, PROVIDER_SECRETS.salt)
+        return output_commitment(job_id, key.node_id, root, PROVIDER_SECRETS.salt)
 
     def reveal(
         self, *, key: KeyPair = PROVIDER, salt: bytes = PROVIDER_SECRETS.salt, **changes: object
@@ -353,7 +385,6 @@ class ProviderBench(Bench):
             State.OFFERED: self.award,
             State.ACCEPTED: self.input,
             State.STREAMING: self.generate,
-            State.REVEALED: self.receipt,
         }
         while self.job.state is not state:
             steps.pop(self.job.state)()
@@ -361,35 +392,50 @@ class ProviderBench(Bench):
 
     def award(self, **changes: object) -> list[Effect]:
         """The consumer's award comes."""
-        return self.receive(alter(Award(self.job.job_id, self.bid.digest), **changes))
+        return self.receive(alter(Award(self.job.job_id, self.bid.digest, 0), **changes))
 
-    def input(self, **changes: object) -> list[Effect]:
-        """The prompt comes."""
-        opening = Input(self.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce)
-        return self.receive(alter(opening, **changes))
+    def input(
+        self, *, key: bytes = OPENING_KEY.public, binding: dict[str, Any] | None = None, **changes: object
+    ) -> list[Effect]:
+        """The prompt comes, with changes of the opening and of what it is bound to."""
+        frames = [effect.data for effect in of(self.effects, Send) if kind_of(effect.data) is Kind.ACCEPT]
+        award = open_envelope(frames[0], Accept, network=NETWORK, now=None).body.award_digest if frames else bytes(32)
+        bound = Binding(NETWORK, self.job.job_id, CONSUMER.node_id, PROVIDER.node_id, award)
+        sealed = seal_opening(alter(OPENING, **changes), key, alter(bound, **(binding or {})))
+        return self.receive(Input(self.job.job_id, sealed))
 
     def generate(self) -> list[Effect]:
         """The model runs to its end."""
         for tokens, text in PARTS:
-            self.feed(Produced(tokens, text))
+            self.feed(Produced(tokens, text, INPUT_TOKENS))
         return self.feed(GenerationEnded(Finish.STOP, INPUT_TOKENS, ENGINE))
 
-    def receipt(self, **changes: object) -> list[Effect]:
-        """The consumer's receipt comes."""
-        reveal = next(effect.data for effect in reversed(self.effects) if isinstance(effect, Send))
-        proof = open_envelope(opened(reveal, Reveal).proof, Proof, network=NETWORK, now=None)
+    def share(self, output_tokens: int, **changes: object) -> Share:
+        """What the provider is owed for so many of its tokens."""
+        compute = 3 * 10**12 * INPUT_TOKENS + 5 * 10**12 * output_tokens
+        charges = Price(compute, licence=0, verification=compute // 4, priority=0)
+        return alter(Share(PROVIDER.node_id, self.bid.digest, INPUT_TOKENS, 0, output_tokens, charges), **changes)
+
+    def voucher(self, output_tokens: int, **changes: object) -> list[Effect]:
+        """A promise to pay for so many tokens comes."""
+        return self.receive(Voucher(self.job.job_id, self.share(output_tokens, **changes)))
+
+    def receipt(self, **changes: object) -> Envelope[Receipt]:
+        """The consumer's receipt."""
+        reveal = of(self.effects, Send)[-1].data
+        proof = open_envelope(opened(reveal, Reveal, self.now).proof, Proof, network=NETWORK, now=None)
         receipt = Receipt(
             job_id=self.job.job_id,
-            provider=PROVIDER.node_id,
             offer_digest=self.offer.digest,
             proof_digest=proof.digest,
-            input_tokens=INPUT_TOKENS,
-            output_tokens=len(TOKENS),
+            shares=(self.share(len(TOKENS)),),
             price=PRICE,
-            rule="price-latency/1",
+            rule="expected-cost/1",
             bids=(),
+            terms=ANY_PROVIDER,
+            passed=(),
         )
-        return self.receive(alter(receipt, **changes))
+        return self.peer.seal(alter(receipt, **changes), self.now)
 
 
 @dataclass(slots=True)
@@ -403,10 +449,15 @@ class Model:
     mute: bool = False
     """Whether it never ends."""
 
-    def events(self) -> list[Any]:
+    def events(self, accepted: int) -> list[Any]:
         """The events of one generation."""
         end = self.failure or GenerationEnded(Finish.STOP, INPUT_TOKENS, ENGINE)
-        return [*(Produced(*part) for part in self.parts), *([] if self.mute else [end])]
+        made, parts = 0, list[Produced]()
+        for tokens, text in self.parts:
+            made += len(tokens)
+            if made > accepted or (made == accepted and not tokens):
+                parts.append(Produced(tokens, text, INPUT_TOKENS))
+        return [*parts, *([] if self.mute else [end])]
 
 
 @dataclass(slots=True)
@@ -442,17 +493,20 @@ class Market:
     def run(self) -> Market:
         """Until nobody has anything left to do."""
         self._feed(self.consumer, Start())
-        for seller in self.sellers.values():
-            bid = make_bid(self.consumer.job.offer, seller.key, **seller.terms)
-            self._bids[seller.key.node_id.public_key] = bid
-            self._feed(self.consumer, BidArrived(bid))
         while self._step():
             pass
-        return self
+        return self._settle()
 
     def _step(self) -> bool:
         if self._queue:
             bench, event = self._queue.popleft()
+            if isinstance(event, Iterator):
+                # The model works while frames travel.
+                following = next(cast("Iterator[object]", event), None)
+                if following is None:
+                    return True
+                self._queue.append((bench, event))
+                event = following
             self._feed(bench, event)
             return True
         waiting = [bench for bench in (self.consumer, *self.providers) if bench.timer and not bench.job.over]
@@ -468,6 +522,13 @@ class Market:
         bench.now = self.now
         for effect in bench.feed(event):
             match effect:
+                case AskForQuotes():
+                    self._queue.append((bench, QuotesAsked(frozenset())))
+                case Broadcast(offer):
+                    for seller in self.sellers.values():
+                        bid = make_bid(offer, seller.key, now=self.now, **seller.terms)
+                        self._bids[seller.key.node_id.public_key] = bid
+                        self._queue.append((bench, BidArrived(bid)))
                 case OpenStream(node):
                     self._open(self.sellers[node])
                 case Send(data):
@@ -477,7 +538,7 @@ class Market:
                     self._hang_up(bench)
                 case StartGeneration():
                     model = self.sellers[bench.job._sealer.node_id].model
-                    self._queue.extend((bench, event) for event in model.events())
+                    self._queue.append((bench, iter(model.events(len(effect.accepted)))))
                 case _:
                     pass
 
@@ -502,7 +563,25 @@ class Market:
         """Close the stream: what waits for `bench` is dropped."""
         if self._stream is not None and bench in self._stream:
             self._stream = None
-            self._queue = deque((other, event) for other, event in self._queue if other is not bench)
+        self._queue = deque(
+            (other, event)
+            for other, event in self._queue
+            if other is not bench or not isinstance(event, FrameArrived | StreamEnded)
+        )
+
+    def _settle(self) -> Market:
+        """Every provider is told what it is owed."""
+        for payment in self.consumer.payments.values():
+            if payment.state is not PaymentState.OWED:
+                continue
+            (provider,) = (bench for bench in self.providers if bench.job._sealer.node_id == payment.peer)
+            statement = read_statement(payment.statement, payment.peer, network=NETWORK, now=self.now)
+            change = settle(statement, provider.last, provider.payments.get(CONSUMER.node_id), self.now)
+            if change is not None:
+                records, held = change
+                provider.records += records
+                provider.payments[CONSUMER.node_id] = held
+        return self
 
     @property
     def answer(self) -> str:

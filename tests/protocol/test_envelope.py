@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,19 +15,7 @@ from aci_p2p.protocol import cbor
 from aci_p2p.protocol.cbor import Value
 from aci_p2p.protocol.envelope import MAX_SKEW_MS, VERSION, Envelope, Sealer, kind_of, open_envelope
 from aci_p2p.protocol.errors import LocalError, RemoteError
-from aci_p2p.protocol.messages import (
-    KINDS,
-    MAX_INPUT_BYTES,
-    Abort,
-    AbortCode,
-    Award,
-    Commit,
-    Conversation,
-    Input,
-    Kind,
-    Proof,
-    Turn,
-)
+from aci_p2p.protocol.messages import KINDS, Abort, AbortCode, Award, Commit, Kind, Proof, Tokens
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import CONSUMER, NETWORK, NOW, PROVIDER
 from tests.protocol.strategies import messages as messages_of
@@ -53,7 +42,7 @@ def raw(
     fields: dict[str, Value] = {
         "version": 1, "kind": 10, "network": NETWORK, "sender": CONSUMER.node_id.public_key, "sequence": 5,
         "issued_at": NOW, "expires_at": NOW + LIFETIME,
-        "body": cbor.encode({1: BODY.job_id, 2: 2, 3: "not now"}),
+        "body": cbor.encode({1: BODY.job_id, 2: 2, 3: "not now", 4: 0}),
     }  # fmt: skip
     value: dict[int, Value] = dict(enumerate({**fields, **changes}.values(), 1)) | (extra or {})
     value[9] = CONSUMER.sign(digest(domain, signed_network.encode(), cbor.encode(value)))
@@ -116,7 +105,7 @@ def test_encoding() -> None:
     refuse(b"", Decision.REJECT, Reason.NOT_CANONICAL)
     refuse(raw() + b"\0", Decision.REJECT, Reason.NOT_CANONICAL)
     refuse(raw(body=b"\xff"), Decision.REJECT, Reason.NOT_CANONICAL)
-    refuse(raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: ""}) + b"\0"), Decision.REJECT, Reason.NOT_CANONICAL)
+    refuse(raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: "", 4: 0}) + b"\0"), Decision.REJECT, Reason.NOT_CANONICAL)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +116,7 @@ def test_encoding() -> None:
         raw(drop=9),
         raw(drop=1),
         raw(extra={10: 0}),
-        raw(kind=14),
+        raw(kind=99),
         raw(version=True),
         raw(version="1"),
         raw(network="x" * 33),
@@ -139,11 +128,11 @@ def test_encoding() -> None:
         raw(body=b""),
         raw(body=[]),
         raw(body=cbor.encode(1)),
-        raw(body=cbor.encode({1: BODY.job_id, 2: 2})),
-        raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: "", 4: 0})),
-        raw(body=cbor.encode({1: BODY.job_id, 2: 99, 3: ""})),
-        raw(body=cbor.encode({1: BODY.job_id[1:], 2: 2, 3: ""})),
-        raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: "x" * 513})),
+        raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: ""})),
+        raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: "", 4: 0, 5: 0})),
+        raw(body=cbor.encode({1: BODY.job_id, 2: 99, 3: "", 4: 0})),
+        raw(body=cbor.encode({1: BODY.job_id[1:], 2: 2, 3: "", 4: 0})),
+        raw(body=cbor.encode({1: BODY.job_id, 2: 2, 3: "x" * 513, 4: 0})),
     ],
 )
 def test_fields(data: bytes) -> None:
@@ -223,7 +212,8 @@ def test_signed_for_another_purpose() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("kind", 7), ("network", "aci-tess"), ("sender", PROVIDER.node_id.public_key), ("sequence", 6),
-     ("issued_at", NOW + 1), ("expires_at", NOW + LIFETIME - 1), ("body", cbor.encode({1: BODY.job_id, 2: 3, 3: ""}))],
+     ("issued_at", NOW + 1), ("expires_at", NOW + LIFETIME - 1),
+     ("body", cbor.encode({1: BODY.job_id, 2: 3, 3: "", 4: 0}))],
 )  # fmt: skip
 def test_every_field_is_signed(name: str, value: Value) -> None:
     changes: dict[str, Any] = {name: value}
@@ -302,22 +292,25 @@ def test_a_network_id_out_of_bounds() -> None:
         Sealer(CONSUMER, "é" * 16 + "x").seal(BODY, NOW)
 
 
-def test_what_would_be_too_large_is_not_sealed() -> None:
-    def opening(size: int) -> Input:
-        turns = (Turn("user", "x" * MAX_INPUT_BYTES), Turn("user", "x" * (size - MAX_INPUT_BYTES)))
-        return Input(bytes(32), Conversation(turns), bytes(32), bytes(32))
+def test_what_would_be_too_large_is_not_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kind has fields so large, so one gets a smaller envelope here."""
+    largest = 2_000
+    monkeypatch.setitem(KINDS, Kind.TOKENS, replace(KINDS[Kind.TOKENS], max_bytes=largest))
 
-    largest = KINDS[Kind.INPUT].max_bytes
-    over = largest - len(seal(opening(MAX_INPUT_BYTES + 60_000)).data)
-    assert len(seal(opening(MAX_INPUT_BYTES + 60_000 + over)).data) == largest
+    def part(size: int) -> Tokens:
+        return Tokens(bytes(32), 0, (), "x" * size, 1)
+
+    size = 1_000 + largest - len(seal(part(1_000)).data)
+    assert len(seal(part(size)).data) == largest
     with pytest.raises(LocalError, match=f"takes {largest + 1} bytes, {largest} at most"):
-        seal(opening(MAX_INPUT_BYTES + 60_000 + over + 1))
+        seal(part(size + 1))
 
 
 def test_statements_outlive_messages() -> None:
     year = 365 * 24 * 3_600 * 1_000
-    assert {kind for kind, rules in KINDS.items() if rules.lifetime_ms == 10 * year} == {Kind.PROOF, Kind.RECEIPT}
-    assert {rules.lifetime_ms for kind, rules in KINDS.items() if kind not in (Kind.PROOF, Kind.RECEIPT)} == {
+    kept = {Kind.PROOF, Kind.RECEIPT, Kind.VOUCHER}
+    assert {kind for kind, rules in KINDS.items() if rules.lifetime_ms == 10 * year} == kept
+    assert {rules.lifetime_ms for kind, rules in KINDS.items() if kind not in kept} == {
         60_000, 3 * 3_600_000,
     }  # fmt: skip
 

@@ -9,16 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aci_p2p.protocol.consumer import NoBids, PromptRefused, ProviderFault
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.job import Cancel, Chosen, FrameArrived, Send, StreamEnded, TimerFired
 from aci_p2p.protocol.lifecycle import Party, State
 from aci_p2p.protocol.messages import AbortCode, Award, Commit, Finish, Reveal
 from aci_p2p.protocol.proof import verify_proof
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced
+from aci_p2p.protocol.request import NoBids, PromptRefused, ProviderFault
 from tests.protocol.driver import (
     CONSUMER,
     ENGINE,
+    INPUT_TOKENS,
     NOW,
     PRICE,
     PROVIDER,
@@ -44,7 +45,7 @@ def test_the_cheapest_provider_answers() -> None:
     market = Market([Seller(RIVAL, terms=DEARER), Seller(PROVIDER), Seller(STRANGER, terms=DEAREST)]).run()
     (provider,) = market.providers
     assert market.answer == TEXT
-    assert (market.consumer.job.state, provider.job.state) == (State.PENDING, State.PENDING)
+    assert (market.consumer.last.state, provider.last.state) == (State.PENDING, State.PENDING)
     ours, theirs = market.consumer.last, provider.last
     assert (ours.price, ours.receipt, ours.job_id) == (theirs.price, theirs.receipt, theirs.job_id)
     assert ours.price == PRICE
@@ -157,7 +158,7 @@ def consumer_moves(bench: ConsumerBench, data: st.DataObject) -> dict[str, Calla
         "part": lambda: bench.part(number, (number,) * number, "x" * number),
         "commit": lambda: bench.receive(Commit(job.job_id, bench.commitment())),
         "reveal": lambda: bench.receive(Reveal(job.job_id, bytes(32), bytes([number]))),
-        "award": lambda: bench.receive(Award(job.job_id, bytes(32))),
+        "award": lambda: bench.receive(Award(job.job_id, bytes(32), 0)),
         "cancel": lambda: bench.feed(Cancel()),
         "start": bench.start,
     }
@@ -204,7 +205,8 @@ def test_any_events_at_a_provider(data: st.DataObject) -> None:
             "abort": lambda: bench.receive(abort(job, data.draw(st.sampled_from(AbortCode)))),
             "award": bench.award,
             "input": bench.input,
-            "produced": lambda: bench.feed(Produced((number,) * number, "é" * number)),  # noqa: B023
+            "voucher": lambda: bench.voucher(number),  # noqa: B023
+            "produced": lambda: bench.feed(Produced((number,) * number, "é" * number, INPUT_TOKENS)),  # noqa: B023
             "ended": lambda: bench.feed(GenerationEnded(Finish.STOP, number, ENGINE)),  # noqa: B023
             "failed": lambda: bench.feed(GenerationFailed(data.draw(st.sampled_from(AbortCode)), "why")),
             "cancel": lambda: bench.feed(Cancel()),
@@ -213,7 +215,6 @@ def test_any_events_at_a_provider(data: st.DataObject) -> None:
             State.OFFERED: bench.award,
             State.ACCEPTED: bench.input,
             State.STREAMING: bench.generate,
-            State.REVEALED: bench.receipt,
         }
         if job.state in honest:
             moves["honest"] = honest[job.state]

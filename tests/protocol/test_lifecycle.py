@@ -25,24 +25,32 @@ S, T = State, Trigger
 
 TABLE = {
     S.DRAFT: {T.OFFER: S.OFFERED, T.CANCEL: S.CANCELLED, T.TIMEOUT: S.EXPIRED},
-    S.OFFERED: {T.AWARD: S.AWARDED, T.NO_BID: S.REJECTED, T.CANCEL: S.CANCELLED, T.TIMEOUT: S.EXPIRED},
+    S.OFFERED: {
+        T.AWARD: S.AWARDED, T.NO_BID: S.REJECTED, T.CANCEL: S.CANCELLED, T.PROVIDER_FAILS: S.PROVIDER_FAULT,
+        T.TIMEOUT: S.EXPIRED,
+    },
     S.AWARDED: {
         T.ACCEPT: S.ACCEPTED, T.DECLINE: S.OFFERED, T.CANCEL: S.CANCELLED, T.CONSUMER_FAILS: S.CONSUMER_FAULT,
         T.TIMEOUT: S.OFFERED,
     },
     S.ACCEPTED: {
         T.INPUT: S.STREAMING, T.CANCEL: S.CANCELLED, T.PROVIDER_FAILS: S.PROVIDER_FAULT,
-        T.CONSUMER_FAILS: S.CONSUMER_FAULT, T.TIMEOUT: S.CONSUMER_FAULT,
+        T.CONSUMER_FAILS: S.CONSUMER_FAULT, T.FAIL_OVER: S.OFFERED, T.TIMEOUT: S.CONSUMER_FAULT,
     },
     S.STREAMING: {
-        T.TOKENS: S.STREAMING, T.COMMIT: S.COMMITTED, T.CANCEL: S.CANCELLED, T.PROVIDER_FAILS: S.PROVIDER_FAULT,
-        T.CONSUMER_FAILS: S.CONSUMER_FAULT, T.TIMEOUT: S.PROVIDER_FAULT,
+        T.TOKENS: S.STREAMING, T.VOUCHER: S.STREAMING, T.HOLD: S.UNPAID, T.COMMIT: S.COMMITTED,
+        T.CANCEL: S.CANCELLED, T.PROVIDER_FAILS: S.PROVIDER_FAULT, T.CONSUMER_FAILS: S.CONSUMER_FAULT,
+        T.FAIL_OVER: S.OFFERED, T.TIMEOUT: S.PROVIDER_FAULT,
+    },
+    S.UNPAID: {
+        T.VOUCHER: S.STREAMING, T.CANCEL: S.CANCELLED, T.PROVIDER_FAILS: S.PROVIDER_FAULT,
+        T.CONSUMER_FAILS: S.CONSUMER_FAULT, T.TIMEOUT: S.CONSUMER_FAULT,
     },
     S.COMMITTED: {
         T.REVEAL: S.REVEALED, T.CANCEL: S.CANCELLED, T.PROVIDER_FAILS: S.PROVIDER_FAULT,
-        T.CONSUMER_FAILS: S.CONSUMER_FAULT, T.TIMEOUT: S.PROVIDER_FAULT,
+        T.CONSUMER_FAILS: S.CONSUMER_FAULT, T.FAIL_OVER: S.OFFERED, T.TIMEOUT: S.PROVIDER_FAULT,
     },
-    S.REVEALED: {T.RECEIPT: S.RECEIPTED, T.CONSUMER_FAILS: S.CONSUMER_FAULT, T.TIMEOUT: S.CONSUMER_FAULT},
+    S.REVEALED: {T.RECEIPT: S.RECEIPTED, T.CANCEL: S.CANCELLED, T.TIMEOUT: S.CONSUMER_FAULT},
     S.RECEIPTED: {T.RECORD: S.PENDING, T.TIMEOUT: S.PENDING},
     S.PENDING: {T.CHALLENGE: S.CHALLENGED, T.TIMEOUT: S.FINAL},
     S.CHALLENGED: {T.UPHOLD: S.UPHELD, T.DISMISS: S.DISMISSED, T.TIMEOUT: S.INCONCLUSIVE},
@@ -71,10 +79,11 @@ def test_limits() -> None:
         S.DRAFT: (60_000, Party.CONSUMER),
         S.OFFERED: (10_000, Party.CONSUMER),
         S.AWARDED: (5_000, Party.PROVIDER),
-        S.ACCEPTED: (10_000, Party.CONSUMER),
+        S.ACCEPTED: (5_000, Party.CONSUMER),
         S.STREAMING: (60_000, Party.PROVIDER),
         S.COMMITTED: (10_000, Party.PROVIDER),
-        S.REVEALED: (10_000, Party.CONSUMER),
+        S.UNPAID: (10_000, Party.CONSUMER),
+        S.REVEALED: (3_600_000, Party.CONSUMER),
         S.RECEIPTED: (60_000, Party.NOBODY),
         S.PENDING: (CHALLENGE_WINDOW_MS, Party.NOBODY),
         S.CHALLENGED: (CHALLENGE_WINDOW_MS, Party.VALIDATORS),
@@ -152,8 +161,8 @@ def test_diagram() -> None:
     assert lines[:2] == ["stateDiagram-v2", "    [*] --> draft"]
     assert "    draft --> offered: offer" in lines
     assert "    awarded --> offered: decline, timeout 5 s (provider)" in lines
-    assert "    streaming --> streaming: tokens" in lines
-    assert "    accepted --> consumer_fault: consumer fails, timeout 10 s (consumer)" in lines
+    assert "    streaming --> streaming: tokens, voucher" in lines
+    assert "    accepted --> consumer_fault: consumer fails, timeout 5 s (consumer)" in lines
     assert "    challenged --> inconclusive: timeout 86400 s (validators)" in lines
     assert {line for line in lines if line.endswith("[*]")} == {f"    {state.value} --> [*]" for state in FINAL_STATES}
     arrows = {(source.value, target.value) for (source, _), target in TRANSITIONS.items()}

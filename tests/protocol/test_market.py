@@ -13,6 +13,7 @@ from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS, MarketView
 from aci_p2p.protocol.messages import MAX_BIDS, Bid, Kind, Offer
 from aci_p2p.protocol.replay import MAX_PER_SENDER, ReplayGuard
+from aci_p2p.protocol.terms import Verification
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import CONSUMER, NETWORK, NOW, PRICES, PROVIDER, RIVAL, STRANGER, alter
 
@@ -42,13 +43,18 @@ class Maker:
             max_price=10,
             max_latency_ms=10,
             bid_deadline=now + 2_000,
+            verification=Verification.OPTIMISTIC,
+            priority_fee=0,
         )
         return self.sealer.seal(alter(body, **changes), now, lifetime_ms=lifetime_ms)
 
     def bid(
         self, offer: Envelope[Offer], *, now: int = NOW, lifetime_ms: int = 60_000, **changes: object
     ) -> Envelope[Bid]:
-        body = Bid(job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=1, addresses=())
+        body = Bid(
+            job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=1, addresses=(),
+            quantisation="none", region="",
+        )  # fmt: skip
         return self.sealer.seal(alter(body, **changes), now, lifetime_ms=lifetime_ms)
 
 
@@ -86,10 +92,16 @@ def test_an_offer_seen_before(view: MarketView) -> None:
 
 def test_a_second_offer_for_a_job(view: MarketView) -> None:
     maker = Maker()
-    first = maker.offer()
-    view.check_offer(first.data, NOW)
-    refuse_offer(view, maker.offer(max_price=11).data, Decision.IGNORE, Reason.REPLAYED)
-    assert view.offer(first.body.job_id) == first
+    first, second = maker.offer(), maker.offer(max_price=11)
+    view.check_offer(second.data, NOW)
+    # The older one comes behind it, or again.
+    refuse_offer(view, first.data, Decision.IGNORE, Reason.REPLAYED)
+    assert view.offer(first.body.job_id) == second
+    third = maker.offer(max_price=12)
+    view.check_offer(third.data, NOW)
+    # Bids are for the terms that they name.
+    assert view.offer(first.body.job_id) == third
+    assert len(view) == 1
 
 
 @pytest.mark.parametrize("change", ["job_id", "input_commitment", "nonce_commitment"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +26,10 @@ from aci_p2p.protocol.job import (
     Failed,
     Finished,
     FrameArrived,
+    HoldGeneration,
+    PaymentState,
     Persist,
+    ResumeGeneration,
     Send,
     SetTimer,
     StartGeneration,
@@ -34,23 +37,24 @@ from aci_p2p.protocol.job import (
     StreamEnded,
     TimerFired,
 )
+from aci_p2p.protocol.leg import VOUCHER_TOKENS
 from aci_p2p.protocol.lifecycle import LIMITS, Party, State
 from aci_p2p.protocol.messages import (
+    SEAL_BYTES,
     Abort,
     AbortCode,
     Accept,
     Award,
-    BidSummary,
     Commit,
     Conversation,
     Finish,
     Input,
     Kind,
     Proof,
-    Receipt,
     Reveal,
     Tokens,
     Turn,
+    Voucher,
 )
 from aci_p2p.protocol.pricing import max_input_tokens
 from aci_p2p.protocol.provider import (
@@ -61,7 +65,9 @@ from aci_p2p.protocol.provider import (
     Produced,
     ProviderJob,
 )
-from aci_p2p.protocol.selection import PriceThenLatency
+from aci_p2p.protocol.sealing import OpeningKey
+from aci_p2p.protocol.selection import ExpectedCost
+from aci_p2p.protocol.terms import Price
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import (
     CONSUMER,
@@ -69,11 +75,14 @@ from tests.protocol.driver import (
     ENGINE,
     INPUT_TOKENS,
     NETWORK,
+    OPENING,
+    OPENING_KEY,
     PARTS,
     PRICE,
     PROVIDER,
     PROVIDER_SECRETS,
     REQUEST,
+    RIVAL,
     SECRETS,
     STRANGER,
     TEXT,
@@ -89,7 +98,7 @@ from tests.protocol.driver import (
     sent,
 )
 
-RESTING = (State.OFFERED, State.ACCEPTED, State.STREAMING, State.REVEALED)
+RESTING = (State.OFFERED, State.ACCEPTED, State.STREAMING)
 AWARDED = RESTING[1:]
 
 
@@ -107,9 +116,9 @@ def assert_over(bench: ProviderBench) -> None:
     assert bench.job.over
     for event in (
         FrameArrived(b""),
-        FrameArrived(bench.peer.seal(Award(bench.job.job_id, bench.bid.digest), bench.now).data),
+        FrameArrived(bench.peer.seal(Award(bench.job.job_id, bench.bid.digest, 0), bench.now).data),
         FrameArrived(bench.peer.seal(abort(bench.job, AbortCode.BUSY), bench.now).data),
-        Produced((1,), "a"),
+        Produced((1,), "a", INPUT_TOKENS),
         GenerationEnded(Finish.STOP, 1, ENGINE),
         GenerationFailed(AbortCode.EXECUTOR_FAILED, ""),
         StreamEnded(""),
@@ -170,7 +179,7 @@ def test_award_is_accepted(bench: ProviderBench) -> None:
 
 
 def test_accept_names_its_award(bench: ProviderBench) -> None:
-    award = bench.peer.seal(Award(bench.job.job_id, bench.bid.digest), bench.now)
+    award = bench.peer.seal(Award(bench.job.job_id, bench.bid.digest, 0), bench.now)
     effects = bench.feed(FrameArrived(award.data))
     assert opened(one(effects, Send).data, Accept).award_digest == award.digest
 
@@ -183,7 +192,7 @@ def test_prompt_starts_the_model(bench: ProviderBench) -> None:
         Persist(bench.last),
         SetTimer(bench.now + LIMITS[State.STREAMING].timeout_ms),
         StartGeneration(
-            CONVERSATION, max_input_tokens(bench.offer.body), REQUEST.max_tokens, REQUEST.temperature_milli, seed
+            CONVERSATION, max_input_tokens(bench.offer.body), REQUEST.max_tokens, REQUEST.temperature_milli, seed, ()
         ),
     ]
     assert bench.last.state is State.STREAMING
@@ -194,25 +203,26 @@ def test_parts_are_streamed_and_renew_the_timer(bench: ProviderBench) -> None:
     index = 0
     for tokens, text in PARTS:
         bench.now += 59_000
-        effects = bench.feed(Produced(tokens, text))
+        effects = bench.feed(Produced(tokens, text, INPUT_TOKENS))
         assert kinds(effects) == [SetTimer, Send]
         assert effects[0] == SetTimer(bench.now + 60_000)
-        assert opened(one(effects, Send).data, Tokens, bench.now) == Tokens(bench.job.job_id, index, tokens, text)
+        part = Tokens(bench.job.job_id, index, tokens, text, INPUT_TOKENS)
+        assert opened(one(effects, Send).data, Tokens, bench.now) == part
         index += len(tokens)
 
 
 def test_a_part_with_nothing_in_it_is_not_sent(bench: ProviderBench) -> None:
     bench.reach(State.STREAMING)
-    assert bench.feed(Produced((), "")) == []
-    assert sent(bench.feed(Produced((1,), ""))) == sent(bench.feed(Produced((), "a"))) == [Kind.TOKENS]
+    assert bench.feed(Produced((), "", INPUT_TOKENS)) == []
+    for part in (Produced((1,), "", INPUT_TOKENS), Produced((), "a", INPUT_TOKENS)):
+        assert sent(bench.feed(part)) == [Kind.TOKENS]
 
 
 def test_the_end_is_committed_and_revealed(bench: ProviderBench) -> None:
     bench.reach(State.STREAMING)
     effects = bench.generate()
-    assert kinds(effects) == [Persist, SetTimer, Send, Persist, SetTimer, Send]
+    assert kinds(effects) == [Persist, SetTimer, Send, Persist, Send, CloseStream, Finished]
     assert sent(effects) == [Kind.COMMIT, Kind.REVEAL]
-    assert effects[-2] == SetTimer(bench.now + LIMITS[State.REVEALED].timeout_ms)
     job_id = bench.job.job_id
     commit, reveal = (effect.data for effect in of(effects, Send))
     root = output_root(tokens_digest(job_id, TOKENS), text_digest(job_id, TEXT))
@@ -235,19 +245,110 @@ def test_an_answer_may_be_empty(bench: ProviderBench) -> None:
     reveal = opened(of(effects, Send)[1].data, Reveal)
     proof = open_envelope(reveal.proof, Proof, network=NETWORK, now=None).body
     assert (proof.input_tokens, proof.output_tokens, proof.finish) == (7, 0, Finish.LENGTH)
-    assert bench.last.price == 7 * 3 * 10**12
+    assert bench.last.price == 7 * 3 * 10**12 * 5 // 4
 
 
-def test_receipt_ends_the_job(bench: ProviderBench) -> None:
-    bench.reach(State.REVEALED)
-    effects = bench.receipt()
-    assert kinds(effects) == [Persist, SetTimer, Persist, CloseStream, Finished]
-    receipted, pending = bench.records[-2:]
-    assert (receipted.state, pending.state) == (State.RECEIPTED, State.PENDING)
-    assert receipted == replace(pending, state=State.RECEIPTED)
-    assert (pending.price, pending.blame, pending.detail, pending.peer) == (PRICE, Party.NOBODY, "", CONSUMER.node_id)
-    assert open_envelope(pending.receipt, Receipt, network=NETWORK, now=bench.now).body.price == PRICE
-    assert_over(bench)
+# Being paid.
+
+
+def many(bench: ProviderBench, count: int) -> list[Any]:
+    """The model produces so many tokens, one at a time."""
+    return [effect for number in range(count) for effect in bench.feed(Produced((number,), "a", INPUT_TOKENS))]
+
+
+def test_it_stops_when_as_much_as_it_risks_is_unpaid(bench: ProviderBench) -> None:
+    bench.reach(State.STREAMING)
+    effects = many(bench, VOUCHER_TOKENS)
+    assert sent(effects) == [Kind.TOKENS] * VOUCHER_TOKENS
+    assert kinds(many(bench, 1)) == [Persist, SetTimer, HoldGeneration]
+    assert (bench.job.state, bench.last.state) == (State.UNPAID, State.UNPAID)
+    # What the model still had under way waits.
+    assert many(bench, 2) == []
+    effects = bench.voucher(VOUCHER_TOKENS)
+    assert kinds(effects) == [Persist, SetTimer, ResumeGeneration, *[SetTimer, Send] * 3]
+    assert [opened(effect.data, Tokens, bench.now).index for effect in of(effects, Send)] == [32, 33, 34]
+    assert bench.job.state is State.STREAMING
+
+
+def test_a_voucher_is_stored(bench: ProviderBench) -> None:
+    bench.reach(State.STREAMING)
+    many(bench, 3)
+    assert kinds(bench.voucher(2)) == [Persist, SetTimer]
+    held = bench.payments[CONSUMER.node_id]
+    assert (held.amount, held.state) == (bench.share(2).price, PaymentState.SETTLED)
+    assert opened(held.statement, Voucher, bench.now).share == bench.share(2)
+    assert bench.last.price == bench.job.paid == bench.share(2).price
+
+
+@pytest.mark.parametrize(
+    ("tokens", "changes"),
+    [
+        (2, {}),
+        (1, {}),
+        (4, {}),
+        (3, {"provider": STRANGER.node_id}),
+        (3, {"bid_digest": bytes(32)}),
+        (3, {"input_tokens": INPUT_TOKENS - 1}),
+        (3, {"first_token": 1}),
+        (3, {"charges": Price(1, 0, 0, 0)}),
+    ],
+    ids=["the same", "less", "more than was sent", "for another", "another bid", "prompt", "start", "price"],
+)
+def test_a_voucher_for_something_else(bench: ProviderBench, tokens: int, changes: dict[str, Any]) -> None:
+    bench.reach(State.STREAMING)
+    many(bench, 3)
+    bench.voucher(2)
+    bench.voucher(tokens, **changes)
+    assert_consumer_fault(bench, "bad voucher")
+    assert bench.payments[CONSUMER.node_id].amount == bench.share(2).price
+
+
+def test_a_consumer_that_does_not_pay_is_at_fault(bench: ProviderBench) -> None:
+    bench.reach(State.STREAMING)
+    many(bench, VOUCHER_TOKENS + 1)
+    at = bench.now
+    bench.time_out()
+    assert bench.now == at + LIMITS[State.UNPAID].timeout_ms
+    assert_consumer_fault(bench, "it went silent")
+
+
+def test_an_answer_that_ended_unpaid_is_proved_once_it_is_paid(bench: ProviderBench) -> None:
+    bench.reach(State.STREAMING)
+    many(bench, VOUCHER_TOKENS + 1)
+    assert bench.feed(GenerationEnded(Finish.STOP, INPUT_TOKENS, ENGINE)) == []
+    assert sent(bench.voucher(16)) == [Kind.TOKENS, Kind.COMMIT, Kind.REVEAL]
+    assert bench.job.state is State.REVEALED
+
+
+def test_it_goes_on_behind_the_tokens_of_others(bench: ProviderBench) -> None:
+    bench.award(accepted_tokens=2)
+    effects = bench.input(accepted=(5, 6))
+    assert one(effects, StartGeneration).accepted == (5, 6)
+    part = opened(one(bench.feed(Produced((7,), "c", INPUT_TOKENS)), Send).data, Tokens)
+    assert part.index == 2
+    effects = bench.feed(GenerationEnded(Finish.STOP, INPUT_TOKENS, ENGINE))
+    reveal = opened(of(effects, Send)[-1].data, Reveal)
+    proof = open_envelope(reveal.proof, Proof, network=NETWORK, now=None).body
+    job_id = bench.job.job_id
+    assert (proof.first_token, proof.output_tokens) == (2, 3)
+    assert proof.tokens_hash == tokens_digest(job_id, (5, 6, 7))
+    assert proof.text_hash == text_digest(job_id, "c")
+    # It has read what others wrote, and is paid for reading it.
+    assert bench.last.price == (3 * 10**12 * (INPUT_TOKENS + 2) + 5 * 10**12) * 5 // 4
+
+
+@pytest.mark.parametrize(("accepted_tokens", "accepted"), [(0, (1,)), (1, ()), (2, (1,))])
+def test_other_tokens_than_the_award_says(
+    bench: ProviderBench, accepted_tokens: int, accepted: tuple[int, ...]
+) -> None:
+    bench.award(accepted_tokens=accepted_tokens)
+    bench.input(accepted=accepted)
+    assert_consumer_fault(bench, "bad commitment")
+
+
+def test_an_award_with_more_tokens_than_may_be(bench: ProviderBench) -> None:
+    bench.award(accepted_tokens=REQUEST.max_tokens + 1)
+    assert_left(bench)
 
 
 # The consumer's faults.
@@ -295,6 +396,28 @@ def test_a_prompt_that_does_not_open_the_offer(bench: ProviderBench, changes: di
     assert_consumer_fault(bench, "bad commitment")
 
 
+@pytest.mark.parametrize(
+    ("key", "binding"),
+    [
+        (OpeningKey(bytes(32)).public, {}),
+        (OPENING_KEY.public, {"network": "aci-main"}),
+        (OPENING_KEY.public, {"job_id": bytes(32)}),
+        (OPENING_KEY.public, {"consumer": RIVAL.node_id}),
+        (OPENING_KEY.public, {"provider": RIVAL.node_id}),
+        (OPENING_KEY.public, {"award_digest": bytes(32)}),
+    ],
+)
+def test_a_prompt_sealed_for_another(bench: ProviderBench, key: bytes, binding: dict[str, Any]) -> None:
+    bench.reach(State.ACCEPTED)
+    effects = bench.input(key=key, binding=binding)
+    assert kinds(effects) == [Persist, StopGeneration, Send, CloseStream, Failed]
+    assert_consumer_fault(bench, "bad seal")
+
+
+def test_the_prompt_as_it_came(bench: ProviderBench) -> None:
+    assert bench.reach(State.STREAMING).job.opening == OPENING
+
+
 @pytest.mark.parametrize("field", ["input_bytes", "input_turns"])
 def test_a_prompt_of_another_size_than_offered(field: str) -> None:
     """An offer that commits to its prompt, but declares a smaller one for the price."""
@@ -309,43 +432,7 @@ def test_a_prompt_of_another_size_than_offered(field: str) -> None:
     assert_consumer_fault(bench, "bad commitment")
 
 
-def other(value: object) -> object:
-    """Another value of the same type."""
-    if isinstance(value, bytes):
-        return bytes([value[0] ^ 1]) + value[1:]
-    if isinstance(value, int):
-        return value + 1
-    if isinstance(value, str):
-        return value + "x"
-    if isinstance(value, tuple):
-        return (BidSummary(STRANGER.node_id, bytes(32), 1, 1),)
-    return STRANGER.node_id
-
-
-@pytest.mark.parametrize("field", [field.name for field in fields(Receipt)])
-def test_a_receipt_with_one_field_changed(bench: ProviderBench, field: str) -> None:
-    bench.reach(State.REVEALED)
-    honest = Receipt(
-        bytes(32), PROVIDER.node_id, bench.offer.digest, bytes(32), INPUT_TOKENS, len(TOKENS), PRICE, "", ()
-    )
-    bench.receipt(**{field: other(getattr(honest, field))})
-    if field in ("rule", "bids"):
-        # How it chose is the consumer's own statement.
-        assert bench.job.state is State.PENDING
-        return
-    assert_consumer_fault(bench, "wrong job" if field == "job_id" else "bad commitment")
-    assert (bench.last.price, bench.last.receipt) == (PRICE, b"")
-    assert bench.last.proof
-
-
-@pytest.mark.parametrize("price", [PRICE - 1, 0])
-def test_a_receipt_with_a_lower_price(bench: ProviderBench, price: int) -> None:
-    bench.reach(State.REVEALED)
-    bench.receipt(price=price)
-    assert_consumer_fault(bench, "bad commitment")
-
-
-@pytest.mark.parametrize(("state", "limit"), [(State.ACCEPTED, 10_000), (State.REVEALED, 10_000)])
+@pytest.mark.parametrize(("state", "limit"), [(State.ACCEPTED, 5_000)])
 def test_a_silent_consumer_is_at_fault(bench: ProviderBench, state: State, limit: int) -> None:
     bench.reach(state)
     at = bench.now
@@ -378,7 +465,7 @@ def test_aborts(bench: ProviderBench, state: State, code: AbortCode) -> None:
     bench.reach(state)
     effects = bench.receive(abort(bench.job, code, "sorry\x07"))
     assert kinds(effects) == [Persist, StopGeneration, CloseStream, Failed]
-    if code in (AbortCode.CANCELLED, AbortCode.TIMEOUT) and state is not State.REVEALED:
+    if code in (AbortCode.CANCELLED, AbortCode.TIMEOUT):
         assert_aborted(bench, State.CANCELLED, Party.NOBODY, "sorry")
     else:
         assert_consumer_fault(bench, "sorry")
@@ -406,10 +493,6 @@ def test_an_abort_before_the_award_is_refused(bench: ProviderBench) -> None:
 def test_the_model_fails(bench: ProviderBench, state: State, code: AbortCode) -> None:
     bench.reach(state)
     effects = bench.feed(GenerationFailed(code, "out of memory"))
-    if state is State.REVEALED:
-        # It has answered; what happens to it now is no matter of this job.
-        assert effects == []
-        return
     assert opened(one(effects, Send).data, Abort) == Abort(bench.job.job_id, code, "out of memory")
     if state is State.OFFERED:
         assert kinds(effects) == [Send, CloseStream, Failed]
@@ -440,10 +523,6 @@ def test_a_model_that_makes_no_progress(bench: ProviderBench) -> None:
 def test_cancel(bench: ProviderBench, state: State) -> None:
     bench.reach(state)
     effects = bench.feed(Cancel())
-    if state is State.REVEALED:
-        assert kinds(effects) == [Persist, StopGeneration, CloseStream, Failed]
-        assert_consumer_fault(bench, "no receipt before the end")
-        return
     detail = "the provider is shutting down"
     assert opened(one(effects, Send).data, Abort) == Abort(bench.job.job_id, AbortCode.CANCELLED, detail)
     if state is State.OFFERED:
@@ -457,9 +536,9 @@ def test_cancel(bench: ProviderBench, state: State) -> None:
 @pytest.mark.parametrize(
     ("state", "events"),
     [
-        (State.OFFERED, (Produced((1,), "a"), GenerationEnded(Finish.STOP, 1, ENGINE), TimerFired())),
-        (State.ACCEPTED, (Produced((1,), "a"), GenerationEnded(Finish.STOP, 1, ENGINE))),
-        (State.REVEALED, (Produced((1,), "a"), GenerationEnded(Finish.STOP, 1, ENGINE))),
+        (State.OFFERED, (Produced((1,), "a", INPUT_TOKENS), GenerationEnded(Finish.STOP, 1, ENGINE), TimerFired())),
+        (State.ACCEPTED, (Produced((1,), "a", INPUT_TOKENS), GenerationEnded(Finish.STOP, 1, ENGINE))),
+        (State.REVEALED, (Produced((1,), "a", INPUT_TOKENS), GenerationEnded(Finish.STOP, 1, ENGINE))),
     ],
 )
 def test_events_out_of_place_have_no_effect(bench: ProviderBench, state: State, events: tuple[Any, ...]) -> None:
@@ -477,7 +556,7 @@ def other_network(bench: ProviderBench) -> bytes:
 
 def other_sender(bench: ProviderBench) -> bytes:
     body = (
-        Award(bench.job.job_id, bench.bid.digest)
+        Award(bench.job.job_id, bench.bid.digest, 0)
         if bench.job.state is State.OFFERED
         else abort(bench.job, AbortCode.BUSY)
     )
@@ -486,7 +565,9 @@ def other_sender(bench: ProviderBench) -> bytes:
 
 def other_job(bench: ProviderBench) -> bytes:
     body = (
-        Award(bytes(32), bench.bid.digest) if bench.job.state is State.OFFERED else Abort(bytes(32), AbortCode.BUSY, "")
+        Award(bytes(32), bench.bid.digest, 0)
+        if bench.job.state is State.OFFERED
+        else Abort(bytes(32), AbortCode.BUSY, "")
     )
     return bench.peer.seal(body, bench.now).data
 
@@ -497,7 +578,7 @@ def other_kind(bench: ProviderBench) -> bytes:
 
 def forged(bench: ProviderBench) -> bytes:
     body = (
-        Award(bench.job.job_id, bench.bid.digest)
+        Award(bench.job.job_id, bench.bid.digest, 0)
         if bench.job.state is State.OFFERED
         else abort(bench.job, AbortCode.BUSY)
     )
@@ -507,7 +588,7 @@ def forged(bench: ProviderBench) -> bytes:
 
 def expired(bench: ProviderBench) -> bytes:
     body = (
-        Award(bench.job.job_id, bench.bid.digest)
+        Award(bench.job.job_id, bench.bid.digest, 0)
         if bench.job.state is State.OFFERED
         else abort(bench.job, AbortCode.BUSY)
     )
@@ -553,13 +634,11 @@ def test_bad_frames(bench: ProviderBench, state: State, make: Callable[[Provider
 
 
 BODIES: dict[Kind, Callable[[ProviderBench], object]] = {
-    Kind.AWARD: lambda bench: Award(bench.job.job_id, bench.bid.digest),
-    Kind.INPUT: lambda bench: Input(bench.job.job_id, CONVERSATION, SECRETS.salt, SECRETS.nonce),
-    Kind.ACCEPT: lambda bench: Accept(bench.job.job_id, bytes(32), bytes(32)),
-    Kind.TOKENS: lambda bench: Tokens(bench.job.job_id, 0, (1,), ""),
-    Kind.RECEIPT: lambda bench: Receipt(
-        bench.job.job_id, PROVIDER.node_id, bench.offer.digest, bytes(32), INPUT_TOKENS, 3, PRICE, "", ()
-    ),
+    Kind.AWARD: lambda bench: Award(bench.job.job_id, bench.bid.digest, 0),
+    Kind.INPUT: lambda bench: Input(bench.job.job_id, bytes(SEAL_BYTES)),
+    Kind.ACCEPT: lambda bench: Accept(bench.job.job_id, bytes(32), bytes(32), OPENING_KEY.public),
+    Kind.TOKENS: lambda bench: Tokens(bench.job.job_id, 0, (1,), "", 1),
+    Kind.VOUCHER: lambda bench: Voucher(bench.job.job_id, bench.share(1)),
 }
 
 
@@ -569,8 +648,7 @@ BODIES: dict[Kind, Callable[[ProviderBench], object]] = {
     [
         (State.OFFERED, Kind.AWARD),
         (State.ACCEPTED, Kind.INPUT),
-        (State.STREAMING, None),
-        (State.REVEALED, Kind.RECEIPT),
+        (State.STREAMING, Kind.VOUCHER),
     ],
 )
 def test_kinds_out_of_order(bench: ProviderBench, state: State, allowed: Kind | None, kind: Kind) -> None:
@@ -581,7 +659,7 @@ def test_kinds_out_of_order(bench: ProviderBench, state: State, allowed: Kind | 
 
 
 def test_an_award_that_was_seen_before(bench: ProviderBench) -> None:
-    frame = FrameArrived(bench.peer.seal(Award(bench.job.job_id, bench.bid.digest), bench.now).data)
+    frame = FrameArrived(bench.peer.seal(Award(bench.job.job_id, bench.bid.digest, 0), bench.now).data)
     bench.feed(frame)
     bench.feed(frame)
     assert_consumer_fault(bench, "wrong kind")
@@ -589,7 +667,7 @@ def test_an_award_that_was_seen_before(bench: ProviderBench) -> None:
 
 def test_the_provider_reads_what_a_consumer_wrote(bench: ProviderBench) -> None:
     """The offer of the bench is a real consumer's, its commitments included."""
-    consumer = ConsumerJob(Sealer(CONSUMER, NETWORK), REQUEST, SECRETS, PriceThenLatency())
+    consumer = ConsumerJob(Sealer(CONSUMER, NETWORK), REQUEST, SECRETS, ExpectedCost())
     consumer.handle(Start(), bench.now)
     assert consumer.offer.body == bench.offer.body
     assert bench.offer.body.input_commitment == input_commitment(CONVERSATION, SECRETS.salt)

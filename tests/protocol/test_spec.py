@@ -31,6 +31,7 @@ from aci_p2p.protocol.hashing import digest
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.messages import KINDS, Abort, Conversation, Kind
 from aci_p2p.protocol.proof import CHECKS, LIMITATIONS, MAX_PROOF_BYTES, ProofInvalid, verify_proof
+from aci_p2p.protocol.sealing import Binding, OpeningKey
 from aci_p2p.protocol.validation import MessageRefused, Reason
 
 SPEC = Path(__file__).resolve().parents[2] / "spec"
@@ -41,7 +42,7 @@ def vectors(name: str) -> dict[str, Any]:
     return data
 
 
-CBOR, COMMITMENTS, ENVELOPE, PROOF = map(vectors, ("cbor", "commitments", "envelope", "proof"))
+CBOR, COMMITMENTS, ENVELOPE, PROOF, SEALING = map(vectors, ("cbor", "commitments", "envelope", "proof", "sealing"))
 
 
 def test_generated_files_are_up_to_date() -> None:
@@ -134,6 +135,19 @@ def test_commitments() -> None:
     assert output_root(given("tokens_digest"), given("text_digest")) == given("output_root")
     commitment = output_commitment(job_id, provider, given("output_root"), given("output_salt"))
     assert commitment == given("output_commitment")
+
+
+def test_a_sealed_prompt() -> None:
+    def given(name: str) -> bytes:
+        return bytes.fromhex(SEALING[name])
+
+    key = OpeningKey(given("kem_seed"))
+    assert key.public == given("kem_key")
+    parties = NodeId(given("consumer")), NodeId(given("provider"))
+    binding = Binding(SEALING["network"], given("job_id"), *parties, given("award_digest"))
+    names = ("job_id", "consumer", "provider", "award_digest")
+    assert hashed("sealed-input", SEALING["network"].encode(), *map(given, names)) == binding.info() == given("info")
+    assert cbor.encode(wire.to_value(key.open(given("sealed"), binding))) == given("opening")
 
 
 FORMULAS = {

@@ -11,13 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aci_p2p.protocol import cbor, messages, wire
+from aci_p2p.protocol import cbor, messages, publications, terms, wire
 from aci_p2p.protocol.cbor import Value
 from aci_p2p.protocol.envelope import Header
 from aci_p2p.protocol.errors import LocalError, RemoteError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import KIND_OF, KINDS, BidSummary, Body, Engine, Kind, Turn
+from aci_p2p.protocol.messages import KIND_OF, KINDS, BidSummary, Body, Kind, Turn
+from aci_p2p.protocol.pricing import BPS, itemise
 from aci_p2p.protocol.proof import ProofFile
+from aci_p2p.protocol.publications import TOKEN_PRICE, Engine
+from aci_p2p.protocol.terms import FEE, Verification
 from aci_p2p.protocol.wire import (
     DIGEST,
     UINT64_MAX,
@@ -205,11 +208,15 @@ def test_fields_come_in_order_of_their_keys() -> None:
 # Every message.
 
 DECLARED = [
-    cls
-    for module in (messages, Header, ProofFile)
-    for cls in (vars(module).values() if module is messages else [module])
-    if isinstance(cls, type) and is_dataclass(cls) and cls.__name__ != "KindRules" and cls.__module__ != "enum"
-    if cls.__module__ in (messages.__name__, Header.__module__, ProofFile.__module__)
+    Header,
+    ProofFile,
+    *(
+        cls
+        for module in (messages, publications, terms)
+        for cls in vars(module).values()
+        if isinstance(cls, type) and is_dataclass(cls) and cls.__name__ != "KindRules"
+        if cls.__module__ == module.__name__
+    ),
 ]
 
 
@@ -283,14 +290,21 @@ def test_the_largest_prompt_fits_its_envelope() -> None:
     count = messages.MAX_INPUT_TURNS
     turn = Turn("r" * 16, "x" * (messages.MAX_INPUT_BYTES // count - 16))
     conversation = messages.Conversation((turn,) * count)
-    body = cbor.encode(to_value(messages.Input(bytes(32), conversation, bytes(32), bytes(32))))
+    accepted = (messages.MAX_TOKEN_ID,) * messages.MAX_TOKENS
+    opening = cbor.encode(to_value(messages.Opening(conversation, bytes(32), bytes(32), accepted)))
+    assert len(opening) <= messages.MAX_OPENING_BYTES
+    body = cbor.encode(to_value(messages.Input(bytes(32), bytes(messages.MAX_OPENING_BYTES + messages.SEAL_BYTES))))
     assert len(body) + 300 < KINDS[Kind.INPUT].max_bytes
 
 
 def test_the_dearest_bid_is_an_amount() -> None:
     tokens = messages.MAX_INPUT_BYTES + 16 * messages.MAX_INPUT_TURNS + 128 + messages.MAX_TOKENS
-    dearest = (1 << 8 * messages.TOKEN_PRICE.size) - 1
-    assert Amount().decode(Amount().encode(tokens * dearest)) == tokens * dearest
+    dearest = (1 << 8 * TOKEN_PRICE.size) - 1
+    dearest_fee = (1 << 8 * FEE.size) - 1
+    worst = itemise(
+        tokens * dearest, licence_bps=BPS, verification=Verification.IMMEDIATE, priority_fee=dearest_fee
+    ).total
+    assert Amount().decode(Amount().encode(worst)) == worst
 
 
 def test_names_are_declared_once() -> None:

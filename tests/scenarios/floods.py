@@ -21,7 +21,7 @@ from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.envelope import Sealer, open_envelope
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import CapabilityRecord
+from aci_p2p.protocol.publications import CapabilityRecord
 from tests.scenarios.attackers import DISCONNECT_S, Arena, Attack, at_once, peer_of
 from tests.scenarios.honest_node import NETWORK
 from tests.scenarios.messages import make_offer

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from aci_p2p.protocol.commitments import derive_job_id
 from aci_p2p.protocol.envelope import Envelope, Sealer
-from aci_p2p.protocol.messages import CapabilityRecord, Engine, Offer
+from aci_p2p.protocol.messages import Offer
+from aci_p2p.protocol.publications import CapabilityRecord, Engine
+from aci_p2p.protocol.terms import Verification
 
 MODEL_ROOT = hashlib.sha256(b"a rare model").digest()
 """Weights root that the offers ask for."""
@@ -31,6 +33,8 @@ def make_offer(sealer: Sealer, now: int, seed: bytes) -> Envelope[Offer]:
         max_price=10**18,
         max_latency_ms=10_000,
         bid_deadline=now + BID_WINDOW_MS,
+        verification=Verification.OPTIMISTIC,
+        priority_fee=0,
     )
     return sealer.seal(offer, now)
 

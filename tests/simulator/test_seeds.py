@@ -34,12 +34,13 @@ ENOUGH_FOR_COVERAGE = 200
 """Worlds after which each fault and each strategy must have had its turn."""
 
 WRITES = {
-    "consumer offered", "consumer awarded", "consumer streaming", "consumer committed", "consumer receipted",
+    "consumer offered", "consumer awarded", "consumer streaming", "consumer committed",
     "consumer pending", "consumer expired", "consumer rejected", "consumer cancelled", "consumer provider_fault",
-    "provider accepted", "provider streaming", "provider committed", "provider revealed", "provider pending",
-    "provider cancelled", "provider provider_fault", "provider consumer_fault",
+    "consumer settled", "provider accepted", "provider streaming", "provider unpaid", "provider committed",
+    "provider revealed", "provider pending", "provider cancelled", "provider provider_fault", "provider consumer_fault",
 }  # fmt: skip
-"""Every transaction that a job makes, by its last transition: those in between are never alone on a disk."""
+"""Every transaction that a job makes, by its last transition: those in between are never alone on a disk; and what is
+stored when a provider has answered that it holds what it is owed."""
 
 
 def start(first: int, last: int, step: int) -> subprocess.Popen[str]:

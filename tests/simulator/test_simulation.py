@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from aci_p2p.executor import Message, Sampling
 from aci_p2p.network.model import LAN, NetworkModel
 from aci_p2p.protocol.errors import LocalError
+from aci_p2p.protocol.job import PaymentState
 from aci_p2p.protocol.lifecycle import Party, State
+from aci_p2p.protocol.messages import Offer
 from aci_p2p.testing.simulator import (
     Fault,
     PlannedJob,
@@ -22,6 +25,7 @@ from aci_p2p.testing.simulator import (
     summarise,
 )
 from aci_p2p.testing.simulator.node import Disk
+from aci_p2p.testing.simulator.world import START_MS
 from aci_p2p.testing.toy_model import ToyModel
 
 
@@ -87,7 +91,7 @@ def test_planned_jobs_are_won_by_the_cheapest() -> None:
         steps = list(model.answer(prompt, job.max_tokens, Sampling()))
         assert outcome.provider == simulation.nodes[1].node_id
         assert outcome.text == outcome.expected == "".join(step.text for step in steps)
-        assert outcome.price == len(prompt) * 250 + len(steps) * 1_000
+        assert outcome.price == (len(prompt) * 250 + len(steps) * 1_000) * 5 // 4
 
 
 def test_jobs_become_final_after_a_day() -> None:
@@ -108,6 +112,72 @@ def test_a_full_disk_ends_the_job_and_nothing_else() -> None:
     failures = [outcome.failure for outcome in simulation.run().outcomes]
     assert failures == ["store", ""]
     assert not provider.running
+
+
+def one_job(**values: Any) -> Simulation:  # noqa: ANN401 - any field of a scenario
+    job = PlannedJob(0, 20, "question 2", 64)
+    return Simulation(
+        Scenario(nodes=4, hours=0.02, providers=0.5, prices=(1_000, 1_100), jobs=(job,), network=LAN, **values)
+    )
+
+
+def test_another_goes_on_where_a_provider_has_died() -> None:
+    simulation = one_job()
+    simulation.providers[0].fail_after = 16
+    (outcome,) = simulation.run().outcomes
+    assert outcome.text == outcome.expected
+    assert outcome.provider == simulation.nodes[1].node_id
+    paid = simulation.judge.accounts.promised_for(outcome.job_id)
+    assert paid.keys() == {node.node_id for node in simulation.nodes[:2]}
+    assert sum(paid.values()) == outcome.price
+
+
+def test_who_was_away_is_told_what_it_is_owed() -> None:
+    simulation = one_job()
+    provider, consumer = simulation.nodes[0], simulation.nodes[2]
+
+    def look() -> None:
+        if any(record.state is State.PENDING for record in consumer.disk.jobs.values()) and simulation.world.now < away:
+            simulation.crash(provider)
+
+    away = START_MS + 40_000
+    simulation.world.after_event.append(look)
+    simulation.world.at(away, simulation.restart, provider)
+    result = simulation.run()
+    (record,) = provider.disk.jobs.values()
+    assert record.state is State.PENDING
+    assert record.updated_at > away
+    assert result.income == {0: result.spending}
+
+
+def test_what_was_promised_before_a_crash_is_paid_after_it() -> None:
+    simulation = one_job()
+    consumer = simulation.nodes[2]
+
+    def look() -> None:
+        if any(payment.state is PaymentState.RUNNING for payment in consumer.disk.payments.values()) and consumer.up:
+            simulation.crash(consumer)
+            simulation.world.after(5_000, simulation.restart, consumer)
+
+    simulation.world.after_event.append(look)
+    result = simulation.run()
+    (payment,) = consumer.disk.payments.values()
+    assert payment.state is PaymentState.SETTLED
+    assert result.income == {0: payment.amount}
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_whose_prices_are_known_is_asked_alone(asks: bool) -> None:  # noqa: FBT001 - a parameter
+    simulation = one_job(asks=asks)
+    broadcast: list[Offer] = []
+    simulation.gossip.eavesdroppers.append((simulation.nodes[3], lambda offer: broadcast.append(offer.body), _deaf))
+    (outcome,) = simulation.run().outcomes
+    assert outcome.provider == simulation.nodes[0].node_id
+    assert bool(broadcast) is not asks
+
+
+def _deaf(_bid: object) -> None:
+    """Heeds no bids."""
 
 
 def test_symmetric_nats_meet_through_a_relay() -> None:

@@ -56,7 +56,7 @@ def test_one_file_has_one_outcome_in_the_simulator_in_memory_and_over_libp2p() -
 @pytest.mark.parametrize("seed", [2, 3])
 def test_prices_and_speeds_drawn_by_lot_are_the_same(seed: int) -> None:
     jobs = tuple(PlannedJob(number % 3, 20 + number, f"Question {number}?") for number in range(6))
-    scenario = Scenario(seed=seed, nodes=6, providers=0.5, hours=0.02, jobs=jobs)
+    scenario = Scenario(seed=seed, nodes=6, providers=0.5, hours=0.02, jobs=jobs, asks=False)
     outcomes = list(Simulation(scenario).run().planned)
     assert run(in_memory, scenario) == outcomes
     assert not any(outcome.error for outcome in outcomes)
@@ -68,13 +68,14 @@ def test_prices_and_speeds_drawn_by_lot_are_the_same(seed: int) -> None:
         ({"jobs": ()}, "random jobs"),
         ({"faults": frozenset({Fault.CRASH})}, "faults"),
         ({"adversaries": 0.2}, "adversaries"),
+        ({"asks": True}, "standing asks"),
         ({"models": 2}, "2 models"),
         ({"nodes": 65, "models": 1}, "65 nodes"),
     ],
-    ids=["random jobs", "faults", "adversaries", "models", "nodes"],
+    ids=["random jobs", "faults", "adversaries", "asks", "models", "nodes"],
 )
 def test_what_real_nodes_cannot_do_is_said(change: dict[str, object], reason: str) -> None:
-    scenario = replace(Scenario(nodes=5, providers=0.6, jobs=WHY), **change)  # type: ignore[arg-type] # the point
+    scenario = replace(Scenario(nodes=5, providers=0.6, jobs=WHY, asks=False), **change)  # type: ignore[arg-type] # the point
     with pytest.raises(LocalError, match=f"real nodes cannot run this scenario, for it has {reason}"):
         run(in_memory, scenario)
 
@@ -94,6 +95,8 @@ def test_a_scenario_needs_a_swarm_of_its_size() -> None:
 
 
 def test_a_planned_job_whose_consumer_cheats_never_ends() -> None:
-    simulation = Simulation(Scenario(nodes=2, adversaries=0.5, strategies=("offer spam",), hours=0.02, jobs=WHY))
+    simulation = Simulation(
+        Scenario(seed=5, nodes=2, adversaries=0.5, strategies=("offer spam",), hours=0.02, jobs=WHY)
+    )
     (outcome,) = simulation.run().planned
     assert outcome == PlannedOutcome.failed("never_ended")

@@ -13,21 +13,23 @@ from typing import Any
 import pytest
 import trio
 
-from aci_p2p import Answer, NoBids, Requirements
+from aci_p2p import Answer, Fallback, NoBids, Requirements
 from aci_p2p.executor import Executor, Message, ModelStore, open_process_executor
 from aci_p2p.network.memory_medium import KEEP_ALIVE_S
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import State
-from aci_p2p.protocol.messages import CapabilityRecord
-from aci_p2p.testing import ROUGH, InvariantBroken, NodeDown, Swarm, ToyExecutor, ToyModel, open_swarm, run
+from aci_p2p.protocol.publications import CapabilityRecord
+from aci_p2p.testing import ROUGH, InvariantBroken, NodeDown, Swarm, SwarmNode, ToyExecutor, ToyModel, open_swarm, run
 from aci_p2p.testing.ledger import Ledger
 from aci_p2p.testing.swarm import MODEL, NETWORK
 from tests.executor.tiny import write_tiny_model
 
 PAID = (State.AWARDED, State.ACCEPTED, State.STREAMING, State.COMMITTED, State.REVEALED, State.RECEIPTED)
 """States of a provider's job until it is paid."""
+CHEAPEST = Requirements(latency_value=0, retry_cost=0)
+"""Whoever is cheapest, whatever has come of asking the others."""
 OpenSwarm = Callable[..., AbstractAsyncContextManager[Swarm]]
 
 
@@ -60,11 +62,11 @@ async def test_stopped_node_is_missed_and_comes_back(swarm: Swarm) -> None:
     assert first not in swarm.running
     with pytest.raises(NodeDown):
         await first.ask("Are you there?")
-    assert (await swarm.consumers[0].ask("Who is left?")).provider == second.node_id
+    assert (await swarm.consumers[0].ask("Who is left?", requirements=CHEAPEST)).provider == second.node_id
     await swarm.start(first)
     await swarm.rendezvous()
     assert first.node_id == identity
-    assert (await swarm.consumers[0].ask("Who is back?")).provider == identity
+    assert (await swarm.consumers[0].ask("Who is back?", requirements=CHEAPEST)).provider == identity
     await swarm.restart(first)
     assert first.is_up
 
@@ -75,10 +77,10 @@ async def test_partition_hides_the_others_and_heals(swarm: Swarm) -> None:
     await swarm.advance(seconds=KEEP_ALIVE_S + 1)
     assert first.node_id not in consumer.node.network.peers
     assert not first.node.network.peers
-    assert (await consumer.ask("Who hears me?")).provider == others[0].node_id
+    assert (await consumer.ask("Who hears me?", requirements=CHEAPEST)).provider == others[0].node_id
     swarm.heal()
     await swarm.rendezvous()
-    assert (await consumer.ask("Who hears me now?")).provider == first.node_id
+    assert (await consumer.ask("Who hears me now?", requirements=CHEAPEST)).provider == first.node_id
     await swarm.settle()
 
 
@@ -129,8 +131,10 @@ async def test_own_executor(open_swarm: OpenSwarm) -> None:
         return nullcontext(ToyExecutor(model, fail_after=0 if number == 0 else None))
 
     async with open_swarm(providers=2, executor=open_executor, model_root=model.root) as swarm:
+        # The cheapest has it, and fails.
+        assert (await swarm.consumers[0].ask("Does it work?")).provider == swarm.providers[1].node_id
         with pytest.raises(AciError):
-            await swarm.consumers[0].ask("Does it work?")
+            await swarm.consumers[0].ask("And alone?", fallback=Fallback(providers=1))
         assert swarm.model_root == model.root
 
 
@@ -227,7 +231,7 @@ async def test_first_transition_is_number_one(swarm: Swarm) -> None:
 async def test_crash_and_restart_over_sockets() -> None:
     async with open_swarm(providers=2, clock="real", network="libp2p") as swarm:
         consumer, (first, second) = swarm.consumers[0], swarm.providers
-        async with consumer.stream("Tell me everything", max_tokens=200) as stream:
+        async with consumer.stream("Tell me everything", max_tokens=200, fallback=Fallback(providers=1)) as stream:
             await anext(stream)
             await swarm.crash(first)
             with pytest.raises(AciError), trio.fail_after(20):
@@ -238,7 +242,7 @@ async def test_crash_and_restart_over_sockets() -> None:
         await swarm.restart(first)
         await swarm.rendezvous()
         assert [job.state for job in first.jobs] == [State.CANCELLED]
-        assert (await consumer.ask("Who is back?", max_tokens=4)).provider == first.node_id
+        assert (await consumer.ask("Who is back?", max_tokens=4, requirements=CHEAPEST)).provider == first.node_id
         with pytest.raises(LocalError, match="partitioned"):
             swarm.partition([first])
         swarm.assert_invariants()
@@ -274,6 +278,11 @@ async def answered(swarm: Swarm) -> JobRecord:
     return job
 
 
+def stored(ledger: Ledger, node: SwarmNode, *records: JobRecord) -> None:
+    """A node has stored these."""
+    ledger.stored(node.name, node.node_id, records, ())
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -285,7 +294,7 @@ async def answered(swarm: Swarm) -> JobRecord:
 async def test_wrong_record_is_noticed(open_swarm: OpenSwarm, name: str, change: dict[str, Any]) -> None:
     async with open_swarm() as swarm:
         job = await answered(swarm)
-        swarm.ledger.stored("provider-0", [replace(job, **{"state": State.FINAL, **change})])
+        stored(swarm.ledger, swarm.providers[0], replace(job, **{"state": State.FINAL, **change}))
         with pytest.raises(InvariantBroken, match=name):
             swarm.assert_invariants()
 
@@ -294,16 +303,16 @@ async def test_two_paid_providers_are_noticed(open_swarm: OpenSwarm) -> None:
     with pytest.raises(InvariantBroken, match="one result for a job"):
         async with open_swarm() as swarm:
             job = await answered(swarm)
-            swarm.ledger.stored("provider-1", [replace(job, state=state) for state in PAID])
+            stored(swarm.ledger, swarm.providers[1], *(replace(job, state=state) for state in PAID))
             swarm.assert_invariants()
 
 
 async def test_money_out_of_nowhere_is_noticed(open_swarm: OpenSwarm) -> None:
     async with open_swarm() as swarm:
         job = await answered(swarm)
-        swarm.ledger.stored("consumer-0", [replace(swarm.consumers[0].jobs[0], state=State.FINAL)])
+        stored(swarm.ledger, swarm.consumers[0], replace(swarm.consumers[0].jobs[0], state=State.FINAL))
         ledger = Ledger(NETWORK)
-        ledger.stored("provider-0", [replace(job, state=state) for state in PAID])
+        stored(ledger, swarm.providers[0], *(replace(job, state=state) for state in PAID))
         with pytest.raises(InvariantBroken, match="paid by nobody"):
             ledger.check()
 

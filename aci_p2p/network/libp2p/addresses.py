@@ -22,7 +22,7 @@ from libp2p.utils.address_validation import get_available_interfaces
 from aci_p2p.network.libp2p.varint import encode_varint, split_varint
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import MAX_ADDRESSES
+from aci_p2p.protocol.publications import MAX_ADDRESSES
 
 MAX_ADDRESS_TEXT = 512
 """Characters of a multiaddr that we are willing to parse."""

@@ -1,7 +1,7 @@
 """A market of thousands of nodes in one process, from one seed."""
 
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, UNBUILT, Attacker, UnbuiltAttack
-from aci_p2p.testing.simulator.invariants import Invariant, InvariantBroken
+from aci_p2p.testing.simulator.invariant import Invariant, InvariantBroken
 from aci_p2p.testing.simulator.measuring import Measurement, measure, trial
 from aci_p2p.testing.simulator.report import Summary, page, summarise
 from aci_p2p.testing.simulator.roles import Outcome

@@ -20,7 +20,7 @@ from aci_p2p.network.libp2p.kademlia import MAX_PROVIDERS_PER_ANSWER
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 from aci_p2p.testing.simulator.node import NETWORK, SimNode
 from aci_p2p.testing.simulator.transport import Transport
 

@@ -126,7 +126,8 @@ class Driver:
         head: list[Effect] = []
         while effects and isinstance(effects[0], Persist | SetTimer):
             head.append(effects.popleft())
-        self.node.store([effect.record for effect in head if isinstance(effect, Persist)])
+        stored = [effect for effect in head if isinstance(effect, Persist)]
+        self.node.store([one.record for one in stored], [payment for one in stored for payment in one.payments])
         timers = [effect for effect in head if isinstance(effect, SetTimer)]
         effects.extendleft(timers[-1:])
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from aci_p2p.protocol.envelope import MAX_SKEW_MS
-from aci_p2p.protocol.job import Cancel, JobRecord
+from aci_p2p.protocol.job import Cancel
 from aci_p2p.testing.simulator.node import SimNode, WriteFate
 from aci_p2p.testing.simulator.scenario import Fault
 
 if TYPE_CHECKING:
-    from aci_p2p.testing.simulator.roles import Provider
+    from aci_p2p.testing.simulator.serving import Provider
     from aci_p2p.testing.simulator.simulation import Simulation
 
 STRIKES: Final = 12
@@ -46,7 +46,7 @@ class Faults:
         self.fired: Counter[Fault] = Counter()
         """How often each fault struck."""
         self.died_at: Counter[str] = Counter()
-        """Transitions at which nodes died while they wrote: role and state."""
+        """Transactions at which nodes died while they wrote: role, and the last state."""
         self._simulation = simulation
         self._enabled = simulation.scenario.faults
         self._random = simulation.world.dice["faults"]
@@ -101,7 +101,7 @@ class Faults:
 
     # Writing.
 
-    def fate(self, node: SimNode, records: Sequence[JobRecord]) -> WriteFate:
+    def fate(self, node: SimNode, what: str) -> WriteFate:
         """What becomes of a transaction."""
         if node.disk.is_full:
             self.fired[Fault.DISK_FULL] += 1
@@ -109,7 +109,7 @@ class Faults:
             return WriteFate.REFUSED
         if Fault.CRASH_AT_WRITE in self._enabled and not self._over and self._random.random() < WRITE_CRASH:
             self.fired[Fault.CRASH_AT_WRITE] += 1
-            self.died_at[f"{records[-1].role.value} {records[-1].state.value}"] += 1
+            self.died_at[what] += 1
             return self._random.choice((WriteFate.LOST, WriteFate.LAST))
         return WriteFate.STORED
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from aci_p2p.protocol.bidding import MAX_OUTSTANDING
 from aci_p2p.protocol.commitments import (
@@ -23,8 +22,8 @@ from aci_p2p.protocol.commitments import (
 )
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.job import JobRecord
-from aci_p2p.protocol.lifecycle import LIMITS, TRANSITIONS, Party, State
+from aci_p2p.protocol.job import JobRecord, Payment
+from aci_p2p.protocol.lifecycle import FINAL_STATES, LIMITS, TRANSITIONS, Party, State
 from aci_p2p.protocol.market import MAX_OFFERS
 from aci_p2p.protocol.messages import (
     Accept,
@@ -34,119 +33,64 @@ from aci_p2p.protocol.messages import (
     Commit,
     Input,
     Offer,
+    Opening,
     Proof,
-    Receipt,
     Reveal,
     Tokens,
+    Voucher,
 )
-from aci_p2p.protocol.pricing import max_input_tokens, price, worst_price
+from aci_p2p.protocol.pricing import worst_price
+from aci_p2p.protocol.provider import ProviderJob
+from aci_p2p.protocol.terms import ANY_PROVIDER, SelectionTerms
+from aci_p2p.testing.simulator.accounts import RECEIPTED, Accounts
+from aci_p2p.testing.simulator.choosing import best_first
 from aci_p2p.testing.simulator.driver import Driver
+from aci_p2p.testing.simulator.invariant import Invariant, fail, require
 from aci_p2p.testing.simulator.node import SimNode
 from aci_p2p.testing.simulator.statements import Statements
 
-RECEIPTED: Final = (State.RECEIPTED, State.PENDING, State.CHALLENGED, State.FINAL)
-"""States of a job that somebody has signed for."""
 _STEPS: Final = frozenset((state, target) for (state, _), target in TRANSITIONS.items())
-_FORWARD: Final = (State.ACCEPTED, State.STREAMING, State.COMMITTED, State.REVEALED, State.PENDING)
+_FORWARD: Final = (
+    State.ACCEPTED,
+    State.STREAMING,
+    State.UNPAID,
+    State.COMMITTED,
+    State.REVEALED,
+    State.PENDING,
+)
 """Where a frame that is believed leads."""
+_RESTING: Final = (State.STREAMING, State.UNPAID)
+"""States in which a job stays while it believes frames."""
 _STORED_BEFORE: Final[dict[type[Any], State]] = {
     Award: State.AWARDED,
     Accept: State.ACCEPTED,
     Input: State.STREAMING,
     Tokens: State.STREAMING,
+    Voucher: State.STREAMING,
     Commit: State.COMMITTED,
     Reveal: State.REVEALED,
-    Receipt: State.RECEIPTED,
 }
 """What is on its sender's disk when a message is sent."""
-
-
-class Invariant(StrEnum):
-    """What must hold."""
-
-    TRUE_WORDS = "only true words count"
-    """Nobody believes, and no honest node says, what nobody has signed."""
-    FRESH = "nothing expired counts"
-    """Nobody believes what has expired."""
-    OWN_JOBS = "a job belongs to who offers it"
-    """A job's id is derived from who offers it."""
-    BIDS_ANSWER = "bids answer the offer"
-    """Bids that are weighed are for this offer, and cost what they say."""
-    OWN_PARTIES = "a job heeds its own parties"
-    """A job moves on the word of its two parties alone."""
-    COMMITTED = "answers open their commitments"
-    """An answer is the one that was committed to."""
-    AS_OFFERED = "prompts are what was offered"
-    """A prompt is the one that was committed to."""
-    STORED_FIRST = "stored before it is said"
-    """A transition is on disk before anything is said of it."""
-    FIRM_BIDS = "only firm bids are awarded"
-    """A bid is awarded while it is firm, and once."""
-    BEST_WINS = "the best bid wins"
-    """The best of the bids that are left is awarded."""
-    TABLE = "states follow the table"
-    """Jobs move as the table of transitions says; none is won twice."""
-    ONE_RESULT = "one result for a job"
-    """At most one provider is paid for a job."""
-    RECEIPTS = "no money without a receipt"
-    """Who counts money has a receipt for it."""
-    PRICES = "prices are as bid"
-    """A job costs what was bid for it."""
-    LIMITS = "nobody pays for more than was asked"
-    """No more tokens are paid for than were asked for, and no more than the most."""
-    MONEY = "money is conserved"
-    """Both sides of a job agree on what was paid."""
-    BOUNDED = "queues are bounded"
-    """Queues stay within their limits, and jobs within the slots."""
-    TIMELY = "states time out"
-    """No job stays in a state for longer than that may last."""
-    ENDS = "every job ends"
-    """Once the world is calm, no job is left open."""
-    RECOVERS = "the market recovers"
-    """Once the world is calm, everybody is answered."""
-
-
-class InvariantBroken(AssertionError):
-    """Something happened that must never happen."""
-
-    def __init__(self, invariant: Invariant, detail: str) -> None:
-        """`detail`: what broke it."""
-        super().__init__(f"{invariant}: {detail}")
-        self.invariant = invariant
-        """Which one."""
-
-
-def fail(invariant: Invariant, detail: str) -> NoReturn:
-    """Raise InvariantBroken."""
-    raise InvariantBroken(invariant, detail)
-
-
-def require(condition: object, invariant: Invariant, detail: str) -> None:
-    """Raise InvariantBroken unless something holds."""
-    if not condition:
-        fail(invariant, detail)
-
-
-@dataclass(slots=True)
-class _Account:
-    """What both sides of a job have on their disks, once it is signed for."""
-
-    consumer: JobRecord | None = None
-    providers: dict[int, JobRecord] = field(default_factory=dict[int, JobRecord])
-    signers: dict[bytes, NodeId] = field(default_factory=dict[bytes, NodeId])
-    """Receipts that were checked, and who signed them."""
 
 
 @dataclass(slots=True)
 class _Choice:
     """A consumer's choice among bids."""
 
+    offer: Envelope[Offer] | None = None
+    """The last offer."""
     weighed: dict[bytes, BidSummary] = field(default_factory=dict[bytes, BidSummary])
-    """Bids by their digests."""
+    """Bids for it by their digests."""
+    offered_tokens: int = 0
+    """Tokens of the answer that were there when it was made."""
+    tokens: list[int] = field(default_factory=list[int])
+    """The answer so far."""
     awarded: list[bytes] = field(default_factory=list[bytes])
     """Digests of those that were awarded, in order."""
     commitment: bytes = b""
     """What the provider has committed to."""
+    terms: SelectionTerms = ANY_PROVIDER
+    """What the consumer asks of its provider."""
 
 
 class Judge:
@@ -157,7 +101,8 @@ class Judge:
         self._honest = honest
         self._statements = Statements()
         self._last: dict[tuple[int, bytes, Party], JobRecord] = {}
-        self._accounts: dict[bytes, _Account] = {}
+        self.accounts = Accounts(self._statements, honest)
+        """What is promised and paid."""
         self._choices: defaultdict[bytes, _Choice] = defaultdict(_Choice)
         self.checks = 0
         """How often something was checked."""
@@ -191,36 +136,47 @@ class Judge:
         if not node.honest:
             return
         self.checks += 1
-        signed, offer = self._statements.get(bid.bid_digest, Bid), self._statements.offer(job_id)
+        choice = self._choices[job_id]
+        signed, offer = self._statements.get(bid.bid_digest, Bid), choice.offer
         holds = (
             signed is not None
             and offer is not None
             and (signed.sender, signed.body.job_id, signed.body.offer_digest) == (bid.provider, job_id, offer.digest)
-            and (bid.worst_price, bid.latency_ms) == (worst_price(offer.body, signed.body), signed.body.latency_ms)
+            and (bid.worst_price, bid.latency_ms)
+            == (
+                worst_price(offer.body, signed.body, accepted_tokens=choice.offered_tokens).total,
+                signed.body.latency_ms,
+            )
         )
         require(holds, Invariant.BIDS_ANSWER, f"node {node.index} weighs a bid for something else")
-        self._choices[job_id].weighed[bid.bid_digest] = bid
+        choice.weighed[bid.bid_digest] = bid
+
+    def wanted(self, job_id: bytes, terms: SelectionTerms) -> None:
+        """A consumer begins a job, and holds its providers to some terms."""
+        self._choices[job_id].terms = terms
 
     def moved(self, driver: Driver, before: State, frame: bytes) -> None:
         """A frame was handled by a job's machine, which was in a state before."""
         node, machine = driver.node, driver.machine
         after = machine.state
-        if not node.honest or after not in _FORWARD or (after is before and before is not State.STREAMING):
-            return
-        if after is before and machine.role is Party.PROVIDER:
-            # Whatever it was, it had no effect: a provider that streams heeds nothing but an abort.
+        if not node.honest or after not in _FORWARD or (after is before and before not in _RESTING):
             return
         envelope = self._believed(node, frame)
         peer, job_id = self._peer(driver), machine.job_id
         own = envelope.sender == peer and envelope.body.job_id == job_id
         require(own, Invariant.OWN_PARTIES, f"{driver} of node {node.index} heeds another")
         match envelope.body:
+            case Tokens(_, _, tokens):
+                choice = self._choices[job_id]
+                choice.tokens += tokens
+                self.accounts.came(job_id, choice.awarded[-1], len(tokens))
             case Commit(_, commitment):
                 self._choices[job_id].commitment = commitment
             case Reveal():
                 self._opened(driver, envelope.body, peer)
             case Input():
-                self._as_offered(driver, envelope.body)
+                assert isinstance(machine, ProviderJob)  # a consumer takes none
+                self._as_offered(driver, machine.opening)
             case _:
                 pass
 
@@ -229,8 +185,9 @@ class Judge:
         if driver.machine.role is Party.PROVIDER:
             offer = self._statements.offer(job_id)
             return offer.sender if offer else None
-        choice = self._choices[job_id]
-        return choice.weighed[choice.awarded[-1]].provider if choice.awarded else None
+        awarded = self._choices[job_id].awarded
+        bid = self._statements.get(awarded[-1], Bid) if awarded else None
+        return bid.sender if bid else None
 
     def _opened(self, driver: Driver, reveal: Reveal, provider: NodeId | None) -> None:
         job_id = driver.machine.job_id
@@ -247,21 +204,28 @@ class Judge:
         )
         require(holds, Invariant.COMMITTED, f"{driver} of node {driver.node.index}")
 
-    def _as_offered(self, driver: Driver, opening: Input) -> None:
+    def _as_offered(self, driver: Driver, opening: Opening) -> None:
         offer = self._statements.offer(driver.machine.job_id)
         holds = offer is not None and (
             input_commitment(opening.conversation, opening.salt) == offer.body.input_commitment
             and nonce_commitment(opening.consumer_nonce) == offer.body.nonce_commitment
             and input_bytes(opening.conversation) == offer.body.input_bytes
         )
+        if offer and self._honest(offer.sender):
+            holds = holds and list(opening.accepted) == self._choices[offer.body.job_id].tokens
         require(holds, Invariant.AS_OFFERED, f"{driver} of node {driver.node.index}")
 
     # What a node says.
 
     def published(self, node: SimNode, offer: Envelope[Offer]) -> None:
-        """A consumer broadcasts an offer."""
-        if node.honest:
-            self._after_storing(node, Party.CONSUMER, offer.body.job_id, State.OFFERED)
+        """A consumer shows an offer to somebody, or to everybody."""
+        if not node.honest:
+            return
+        self._after_storing(node, Party.CONSUMER, offer.body.job_id, State.OFFERED)
+        choice = self._choices[offer.body.job_id]
+        if choice.offer is not offer:
+            choice.offer, choice.offered_tokens = offer, len(choice.tokens)
+            choice.weighed.clear()
 
     def sent(self, driver: Driver, frame: bytes) -> None:
         """A job's frame is sent."""
@@ -276,6 +240,8 @@ class Judge:
             self._after_storing(node, machine.role, machine.job_id, state)
         if isinstance(envelope.body, Award):
             self._awarded(node, envelope.body, envelope.header.issued_at)
+        elif isinstance(envelope.body, Tokens):
+            self.accounts.sent(node, envelope.body)
 
     def _after_storing(self, node: SimNode, role: Party, job_id: bytes, state: State) -> None:
         self.checks += 1
@@ -295,9 +261,24 @@ class Judge:
         chosen = firm.get(award.bid_digest)
         if chosen is None:
             fail(Invariant.FIRM_BIDS, f"{name}: a bid that expired, or was awarded before")
-        best = min((bid.worst_price, bid.latency_ms) for bid in firm.values())
-        require((chosen.worst_price, chosen.latency_ms) == best, Invariant.BEST_WINS, name)
+        assert choice.offer is not None  # its bids were compared with it
+        left = {bid.provider for bid in firm.values() if self._is_affordable(choice, bid)}
+        order = best_first(choice.weighed.values(), choice.terms, choice.offer)
+        best = next((bid for bid in order if bid.provider in left), None)
+        require(chosen is best, Invariant.BEST_WINS, name)
+        require(award.accepted_tokens == len(choice.tokens), Invariant.AS_OFFERED, f"{name}: other tokens were there")
         choice.awarded.append(award.bid_digest)
+        self.accounts.awarded(award.job_id, award.bid_digest, award.accepted_tokens)
+
+    def _is_affordable(self, choice: _Choice, bid: BidSummary) -> bool:
+        """Whether what is left of the job costs no more than what is left of its money."""
+        assert choice.offer is not None  # there are bids for it
+        job_id, signed = choice.offer.body.job_id, self._statements.get(bid.bid_digest, Bid)
+        first = self._statements.offer(job_id)
+        assert first is not None  # both were seen before
+        assert signed is not None
+        worst = worst_price(choice.offer.body, signed.body, accepted_tokens=len(choice.tokens)).total
+        return sum(self.accounts.promised_for(job_id).values()) + worst <= first.body.max_price
 
     # What a node stores.
 
@@ -310,49 +291,39 @@ class Judge:
         last = self._last.get(key)
         # A consumer's record begins as OFFERED, a provider's as AWARDED.
         before = last.state if last else State.DRAFT if record.role is Party.CONSUMER else State.OFFERED
+        if (
+            record.role is Party.PROVIDER
+            and before in FINAL_STATES
+            and not self.accounts.has_worked(node, record.job_id)
+        ):
+            # It lost the job before it had the prompt, and may win it again in another round.
+            before = State.OFFERED
+        if last is not None and (last.state, last.updated_at) == (record.state, record.updated_at):
+            # What is paid for a job that has ended is no transition.
+            self._last[key] = record
+            return
         if (before, record.state) not in _STEPS:
             name = record.job_id.hex()[:8]
             msg = f"job {name} of node {node.index} went from {before.value} to {record.state.value}"
             fail(Invariant.TABLE, msg)
         self._last[key] = record
         if record.state in RECEIPTED:
-            self._settle(node, record)
+            self.accounts.receipted(node, record)
 
-    def _settle(self, node: SimNode, record: JobRecord) -> None:
-        account = self._accounts.setdefault(record.job_id, _Account())
-        if record.role is Party.CONSUMER:
-            account.consumer = record
-        else:
-            account.providers[node.index] = record
-        name = f"job {record.job_id.hex()[:8]}"
-        require(len(account.providers) <= 1, Invariant.ONE_RESULT, f"several providers were paid for {name}")
-        signer = account.signers.get(record.receipt)
-        if signer is None:
-            signer = account.signers[record.receipt] = self._check_receipt(record, name)
-        for provider in account.providers.values():
-            paid = account.consumer
-            if paid is None and not self._honest(signer):
-                continue
-            agreed = paid is not None and (paid.receipt, paid.price) == (provider.receipt, provider.price)
-            require(agreed, Invariant.MONEY, f"the two sides of {name} disagree")
+    def promised(self, node: SimNode, payment: Payment) -> None:
+        """A node has stored what it pays, or is paid."""
+        if node.honest:
+            self.checks += 1
+            self.accounts.promised(node, payment)
 
-    def _check_receipt(self, record: JobRecord, name: str) -> NodeId:
-        """Compute what a job costs from what was signed about it; who signed for it."""
-        receipt = self._statements.read(record.receipt)
-        if receipt is None or not isinstance(receipt.body, Receipt):
-            fail(Invariant.RECEIPTS, f"{name} has none")
-        body = receipt.body
-        proof = self._statements.get(body.proof_digest, Proof)
-        bid = self._statements.get(proof.body.bid_digest, Bid) if proof else None
-        offer = self._statements.offer(record.job_id)
-        if proof is None or bid is None or offer is None or body.job_id != record.job_id:
-            fail(Invariant.RECEIPTS, f"{name}: its receipt is for something else")
-        used = {"input_tokens": proof.body.input_tokens, "output_tokens": proof.body.output_tokens}
-        owed = price(bid.body, **used)
-        require(body.price == record.price == owed, Invariant.PRICES, f"{name}: {body.price} for {owed}")
-        within = used["output_tokens"] <= offer.body.max_tokens and used["input_tokens"] <= max_input_tokens(offer.body)
-        require(within and owed <= offer.body.max_price, Invariant.LIMITS, name)
-        return receipt.sender
+    def answered(self, node: SimNode, job_id: bytes, text: str, expected: str) -> None:
+        """A consumer has an answer; `expected` is the true model's."""
+        if not node.honest:
+            return
+        self.checks += 1
+        honest = all(self._honest(provider) for provider in self.accounts.promised_for(job_id))
+        name = f"job {job_id.hex()[:8]}"
+        require(text == expected or not honest, Invariant.ANSWERS, f"{name}: {text!r} for {expected!r}")
 
     # How much a node holds, and for how long.
 
@@ -369,25 +340,3 @@ class Judge:
         if outstanding > MAX_OUTSTANDING or running > slots or len(node.view) > MAX_OFFERS:
             msg = f"node {node.index}: {outstanding} bids, {running} of {slots} slots, {len(node.view)} offers"
             fail(Invariant.BOUNDED, msg)
-
-    # What came of it.
-
-    def income(self) -> dict[int, int]:
-        """What each honest provider has receipts for, base units, by node."""
-        totals: dict[int, int] = {}
-        for account in self._accounts.values():
-            for index, record in account.providers.items():
-                totals[index] = totals.get(index, 0) + record.price
-        return totals
-
-    def paid_to(self) -> dict[NodeId, int]:
-        """What honest consumers have signed for, base units, by whom they paid."""
-        totals: dict[NodeId, int] = {}
-        for account in self._accounts.values():
-            if account.consumer and account.consumer.peer:
-                totals[account.consumer.peer] = totals.get(account.consumer.peer, 0) + account.consumer.price
-        return totals
-
-    def spending(self) -> int:
-        """What honest consumers have signed for, base units."""
-        return sum(self.paid_to().values())

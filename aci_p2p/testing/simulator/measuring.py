@@ -63,12 +63,13 @@ def measure(scenario: Scenario) -> Measurement:
     peaceful.run()
     suspects = {node.index for node, _ in attacked.suspects}
     names = [node.node_id for node, _ in attacked.suspects]
-    income = sum(attacked.judge.paid_to().get(name, 0) for name in names)
+    income = sum(attacked.judge.accounts.paid_to().get(name, 0) for name in names)
     # What attackers among the consumers would have paid does not count on either side.
     honest_income = sum(
-        outcome.price
+        amount
         for outcome in peaceful.outcomes()
-        if outcome.provider in names and outcome.consumer not in suspects and not outcome.failure
+        for name, amount in peaceful.judge.accounts.promised_for(outcome.job_id).items()
+        if name in names and outcome.consumer not in suspects
     )
     with_them, without_them = (_of_honest(world.outcomes(), suspects) for world in (attacked, peaceful))
     failures = [sum(bool(outcome.failure) for outcome in outcomes) for outcomes in (with_them, without_them)]

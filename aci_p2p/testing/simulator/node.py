@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from aci_p2p.network.model import Place
 from aci_p2p.protocol.envelope import Envelope, Sealer, check_age, open_envelope
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.job import JobRecord
+from aci_p2p.protocol.job import JobRecord, Payment, PaymentState
 from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.market import MarketView
+from aci_p2p.protocol.orderbook import OrderBook
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.testing.simulator.transport import End, Transport
 from aci_p2p.testing.simulator.world import World
@@ -58,16 +60,20 @@ class Watch(Protocol):
         """A node has signed a message."""
         ...
 
-    def fate(self, node: SimNode, records: Sequence[JobRecord]) -> WriteFate:
-        """A node is about to store transitions, in one transaction."""
+    def fate(self, node: SimNode, what: str) -> WriteFate:
+        """A node is about to store something in one transaction: what, in words."""
         ...
 
     def stored(self, node: SimNode, record: JobRecord) -> None:
         """A transition is on a node's disk."""
         ...
 
-    def dies(self, node: SimNode, record: JobRecord) -> None:
-        """A node dies at a write, whose last transition this is."""
+    def promised(self, node: SimNode, payment: Payment) -> None:
+        """What is paid for a job is on a node's disk."""
+        ...
+
+    def dies(self, node: SimNode) -> None:
+        """A node dies at a write."""
         ...
 
 
@@ -111,11 +117,13 @@ class TellingSealer(Sealer):
 
 
 class Disk:
-    """What survives a crash: the jobs' records."""
+    """What survives a crash: the jobs' records, and what is paid for them."""
 
     def __init__(self) -> None:
         self.jobs: dict[tuple[bytes, Party], JobRecord] = {}
         """The latest record of each job and role."""
+        self.payments: dict[tuple[bytes, Party, NodeId], Payment] = {}
+        """What is paid for each job in each role, by the other side."""
         self.is_full = False
         """Whether it refuses what is written."""
 
@@ -147,6 +155,8 @@ class SimNode:
         """Its open streams, the oldest first."""
         self.up = True
         """Whether it runs."""
+        self.started_at = world.now
+        """When it was started last, Unix milliseconds of true time."""
         self.skew_ms = 0
         """How far its clock is ahead, milliseconds."""
         self.accepting: Callable[[End], None] | None = None
@@ -182,23 +192,48 @@ class SimNode:
         else:
             self.accepting(end)
 
+    def order_book(self) -> OrderBook:
+        """An empty one."""
+        return OrderBook(NETWORK, self._reader)
+
     def entropy(self) -> bytes:
         """32 random bytes of its own."""
         return self.random.randbytes(SECRET_BYTES)
 
-    def store(self, records: Sequence[JobRecord]) -> None:
-        """Store transitions in one durable transaction. Raises DiskFull, NodeDied."""
-        fate = self._watch.fate(self, records)
+    def store(self, records: Sequence[JobRecord], payments: Sequence[Payment] = ()) -> None:
+        """Store transitions and payments in one durable transaction. Raises DiskFull, NodeDied."""
+        last = records[-1] if records else None
+        what = f"{last.role.value} {last.state.value}" if last else f"{payments[-1].role.value} settled"
+        fate = self._watch.fate(self, what)
         if fate is WriteFate.REFUSED:
             raise DiskFull
         if fate is not WriteFate.LOST:
-            for record in records:
-                self.disk.jobs[record.job_id, record.role] = record
-                self.world.note(record.state.value, self.index, record.job_id)
-                self._watch.stored(self, record)
+            self.write(records, payments)
         if fate is not WriteFate.STORED:
-            self._watch.dies(self, records[-1])
+            self._watch.dies(self)
             raise NodeDied
+
+    def write(self, records: Sequence[JobRecord], payments: Sequence[Payment]) -> None:
+        """Put something on the disk, which it takes."""
+        for payment in payments:
+            self.disk.payments[payment.job_id, payment.role, payment.peer] = payment
+            self.world.note(payment.state.value, self.index, payment.job_id)
+        for record in records:
+            self.disk.jobs[record.job_id, record.role] = record
+            self.world.note(record.state.value, self.index, record.job_id)
+            self._watch.stored(self, record)
+        for payment in payments:
+            self._watch.promised(self, payment)
+
+    def owed(self) -> list[Payment]:
+        """What is owed, and its providers may not know."""
+        return [one for one in self.disk.payments.values() if one.state is PaymentState.OWED]
+
+    def close_payments(self) -> None:
+        """What was promised for jobs that were interrupted is owed, as `Store.recover` has it."""
+        for payment in tuple(self.disk.payments.values()):
+            if payment.state is PaymentState.RUNNING:
+                self.write((), (replace(payment, state=PaymentState.OWED),))
 
     def crash(self) -> None:
         """Lose everything but the disk."""
@@ -214,6 +249,7 @@ class SimNode:
     def start(self) -> None:
         """Come back with what the disk holds."""
         self.up = True
+        self.started_at = self.world.now
         self.view = MarketView(NETWORK, self._reader)
         self.sealer = TellingSealer(self.key, self._watch.signed)
         self.world.note("start", self.index)

@@ -1,49 +1,41 @@
-"""The honest roles of a simulated node: consumer and provider, on the machines that real nodes run."""
+"""The honest consumer of a simulated node, on the machine that real nodes run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
-from aci_p2p.executor import FinishReason, Message, Sampling
-from aci_p2p.protocol.bidding import BidBook, Declined, Offering
-from aci_p2p.protocol.consumer import BidArrived, ConsumerJob, JobRequest, JobSecrets, Start
+from aci_p2p.executor import Message, Sampling
+from aci_p2p.protocol.consumer import ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import (
+    AskForQuotes,
     BidSeen,
     Broadcast,
     Deliver,
     Effect,
     Failed,
-    FrameArrived,
     OpenStream,
-    StartGeneration,
-    StopGeneration,
+    ReleaseQuotes,
 )
-from aci_p2p.protocol.messages import AbortCode, Bid, CapabilityRecord, Engine, Finish, Offer
-from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
-from aci_p2p.protocol.selection import PriceThenLatency
-from aci_p2p.protocol.validation import MessageRefused
+from aci_p2p.protocol.lifecycle import Party
+from aci_p2p.protocol.messages import Bid, Offer
+from aci_p2p.protocol.publications import CapabilityRecord
+from aci_p2p.protocol.reputation import Reputation
+from aci_p2p.protocol.request import JobRequest, JobSecrets
+from aci_p2p.protocol.round import BidArrived, QuoteRefused, QuotesAsked
+from aci_p2p.protocol.selection import ExpectedCost, Knowledge, StakeTable
 from aci_p2p.store import StoreError
-from aci_p2p.testing.simulator.casting import INPUT_SHARE
-from aci_p2p.testing.simulator.directory import Announcing, Directory
+from aci_p2p.testing.simulator.asks import AskBoard
+from aci_p2p.testing.simulator.directory import Directory
 from aci_p2p.testing.simulator.driver import Driver
 from aci_p2p.testing.simulator.gossip import Gossip
 from aci_p2p.testing.simulator.invariants import Judge
 from aci_p2p.testing.simulator.node import SimNode
-from aci_p2p.testing.simulator.transport import End
-from aci_p2p.testing.simulator.world import Timer
-from aci_p2p.testing.toy_model import CONTEXT, Step, ToyModel
-
-ENGINE: Final = Engine("aci-toy/1", "toy", "simulated", "none")
-"""What simulated providers say runs their models."""
-CHUNK_TOKENS: Final = 8
-"""Tokens that a simulated provider sends at once."""
-AWARD_WAIT_MS: Final = 5_000
-"""How long a provider waits for the award on a stream, milliseconds, as real ones do (`provider.AWARD_WAIT_S`)."""
-_FINISH: Final = {FinishReason.STOP: Finish.STOP, FinishReason.LENGTH: Finish.LENGTH}
+from aci_p2p.testing.simulator.quoting import Quotes
+from aci_p2p.testing.simulator.settling import Settler
+from aci_p2p.testing.toy_model import ToyModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +46,8 @@ class Surroundings:
     """Offers and bids."""
     directory: Directory
     """Records of nodes."""
+    asks: AskBoard | None
+    """What providers ask for; None: they do not say, and every job is broadcast."""
     judge: Judge
     """Sees what nodes believe."""
     find: Callable[[NodeId], SimNode | None]
@@ -93,6 +87,9 @@ class Outcome:
 class Consumer:
     """Offers jobs and sees them through."""
 
+    job_type: type[ConsumerJob] = ConsumerJob
+    """The machine of a job; attackers use their own."""
+
     def __init__(self, node: SimNode, around: Surroundings) -> None:
         """Does nothing until `offer`."""
         self.node = node
@@ -101,6 +98,10 @@ class Consumer:
         """What it does it in."""
         self.outcomes: list[Outcome] = []
         """Jobs that have ended."""
+        self.settler = Settler(node, around.find)
+        """Tells providers what it owes them."""
+        self._reputation = Reputation(node.node_id, node.sealer.network)
+        self._knowledge = Knowledge(StakeTable({}), self._reputation)
 
     def offer(self, request: JobRequest, model: ToyModel, planned: int | None = None) -> None:
         """Look the providers of a model up as `ACI.inference` does, then offer the job to all.
@@ -125,11 +126,19 @@ class Consumer:
         """Offer a job; `model` is the true one, for judging the answer and nothing else."""
         node = self.node
         secrets = JobSecrets(node.entropy(), node.entropy())
-        machine = ConsumerJob(node.sealer, request, secrets, PriceThenLatency())
+        machine = self.job_type(node.sealer, request, secrets, ExpectedCost(), self._knowledge)
         driver = self.drive(machine, request, model)
         driver.planned = planned
         self.around.gossip.consumers[machine.job_id] = (node, driver.hear)
+        self.around.judge.wanted(machine.job_id, request.terms)
         driver.tell(Start())
+
+    def ended(self, job_id: bytes) -> None:
+        """Learn from a job that has ended, and pay for it."""
+        self.settler.wake()
+        record = self.node.disk.jobs.get((job_id, Party.CONSUMER))
+        if record is not None:
+            self._reputation.note(record)
 
     def broadcast(self, offer: Envelope[Offer]) -> None:
         """Publish an offer."""
@@ -158,25 +167,33 @@ class ConsumerDriver(Driver):
         self._failure = ""
         self._request = request
         self._model = model
+        self._quotes = Quotes(self.node, consumer.around.find, self._hear_quote)
 
     def hear(self, bid: Envelope[Bid]) -> None:
         """A bid has come over gossip."""
         self._consumer.around.judge.heard(self.node, bid)
         self.tell(BidArrived(bid))
 
+    def _hear_quote(self, event: QuotesAsked | QuoteRefused | BidArrived) -> None:
+        if isinstance(event, BidArrived):
+            self._consumer.around.judge.heard(self.node, event.bid)
+        self.tell(event)
+
     def perform(self, effect: Effect) -> None:
         """Perform what a consumer's job asks for."""
         around = self._consumer.around
         match effect:
+            case AskForQuotes(offer, exclude):
+                self._ask(offer, exclude)
+            case ReleaseQuotes():
+                self._quotes.release()
             case Broadcast(offer):
                 around.judge.published(self.node, offer)
                 self._consumer.broadcast(offer)
             case BidSeen(bid):
                 around.judge.weighed(self.node, self.job.job_id, bid)
             case OpenStream(provider, _):
-                target = around.find(provider)
-                if target is not None:
-                    self.attach(self.node.transport.dial(self.node, target))
+                self._open(provider)
             case Deliver(tokens, text):
                 if self._first is None:
                     self._first = self.node.world.now - self._started
@@ -186,6 +203,21 @@ class ConsumerDriver(Driver):
                 self._failure = error.code
             case _:
                 pass
+
+    def _ask(self, offer: Envelope[Offer], exclude: Collection[NodeId]) -> None:
+        around = self._consumer.around
+        around.judge.published(self.node, offer)
+        asks = around.asks.best(self.node, offer, exclude) if around.asks else []
+        for ask in asks:
+            around.judge.heard(self.node, ask)
+        self._quotes.ask(offer, asks)
+
+    def _open(self, provider: NodeId) -> None:
+        quoted, target = self._quotes.award(provider), self._consumer.around.find(provider)
+        if quoted is not None:
+            self.attach(quoted)
+        elif target is not None:
+            self.attach(self.node.transport.dial(self.node, target))
 
     def _expected(self) -> str:
         request = self._request
@@ -197,9 +229,16 @@ class ConsumerDriver(Driver):
         """Nothing more happens here, and bids for it concern nobody."""
         super().abandon()
         self._consumer.around.gossip.consumers.pop(self.job.job_id, None)
+        if not self.node.up:
+            self._quotes.abandon()
 
     def over(self) -> None:
         """The job has ended: note how."""
+        self._quotes.release()
+        self._consumer.ended(self.job.job_id)
+        text, expected = "".join(self._text), self._expected()
+        if not self._failure:
+            self._consumer.around.judge.answered(self.node, self.job.job_id, text, expected)
         self._consumer.outcomes.append(
             Outcome(
                 job_id=self.job.job_id,
@@ -210,8 +249,8 @@ class ConsumerDriver(Driver):
                 started=self._started,
                 first_token_ms=self._first,
                 duration_ms=self.node.world.now - self._started,
-                expected=self._expected(),
-                text="".join(self._text),
+                expected=expected,
+                text=text,
                 tokens=self._tokens,
                 planned=self.planned,
             )
@@ -221,197 +260,3 @@ class ConsumerDriver(Driver):
         """The user is told."""
         self._failure = StoreError.code
         self.over()
-
-
-class Provider:
-    """Bids on offers and runs what it wins, on a toy model."""
-
-    def __init__(
-        self, node: SimNode, around: Surroundings, model: ToyModel, *, price: int, slots: int, pace_ms: int
-    ) -> None:
-        """`price`: base units for each output token; `pace_ms`: milliseconds for each token."""
-        self.node = node
-        """Where it runs."""
-        self.around = around
-        """What it does it in."""
-        self.model = model
-        """What it serves."""
-        self.slots = slots
-        """Jobs at once."""
-        self.pace_ms = pace_ms
-        """Milliseconds for each token."""
-        self.offering = _offering(model, price)
-        """What it serves, for how much."""
-        self.book = BidBook(node.sealer, (self.offering,), slots)
-        """Its bids."""
-        self.running: dict[ProviderDriver, None] = {}
-        """Its jobs, the oldest first."""
-        self.stopped = False
-        """Whether it has left the market in good order."""
-        self.slowness = 1
-        """How many times slower than it should be it computes."""
-        self.fail_after: int | None = None
-        """Tokens after which the executor dies; None: never."""
-        self.announcing = Announcing(node, around.directory, self.capabilities)
-        """What it publishes in the DHT."""
-        self.start()
-
-    def reprice(self, price: int) -> None:
-        """Ask another price for each output token, base units."""
-        self.offering = _offering(self.model, price)
-        self.book.offer((self.offering,), self.slots)
-
-    def start(self) -> None:
-        """Begin, or begin again after a crash."""
-        self.book = BidBook(self.node.sealer, (self.offering,), self.slots)
-        self.running.clear()
-        self.stopped = False
-        self.announcing.come_back()
-        self.node.accepting = self.accept
-        self.around.gossip.providers.setdefault(self.model.root, {})[self.node] = self.hear
-
-    def stop(self) -> None:
-        """Leave the market: hear no more offers and take no more jobs."""
-        self.stopped = True
-        self.announcing.leave()
-        self.node.accepting = None
-        self.around.gossip.providers[self.model.root].pop(self.node, None)
-
-    def capabilities(self) -> Sequence[CapabilityRecord]:
-        """What is announced in the DHT."""
-        offering = self.offering
-        return (
-            CapabilityRecord(
-                model_root=offering.root,
-                model_name=offering.name,
-                context=offering.context,
-                engine=ENGINE,
-                input_token_price=offering.input_token_price,
-                output_token_price=offering.output_token_price,
-                slots=self.slots,
-                addresses=(),
-                free_slots=max(self.slots - len(self.running), 0),
-                price_curve=(),
-            ),
-        )
-
-    def hear(self, offer: Envelope[Offer]) -> None:
-        """An offer has come over gossip."""
-        self.around.judge.heard(self.node, offer)
-        bid = self.book.bid(offer, self.node.clock, running=len(self.running), addresses=())
-        if bid is not None:
-            self.around.gossip.bids.say(self.node, bid)
-
-    def accept(self, end: End) -> None:
-        """A consumer has opened a job's stream: its first frame awards a bid, or it is closed."""
-        patience = self.node.world.after(AWARD_WAIT_MS, end.close)
-
-        def award(frame: bytes) -> None:
-            patience.cancel()
-            self._on_award(end, frame)
-
-        end.on_frame = award
-
-    def _on_award(self, end: End, frame: bytes) -> None:
-        node = self.node
-        try:
-            taken = self.book.take(frame, node.clock, running=len(self.running))
-        except MessageRefused:
-            end.close()
-            return
-        if isinstance(taken, Declined):
-            end.send(node.sealer.seal(taken.answer, node.clock).data)
-            end.close()
-            return
-        machine = ProviderJob(
-            node.sealer, taken.offer, taken.bid, ProviderSecrets(nonce=node.entropy(), salt=node.entropy())
-        )
-        driver = self.drive(machine)
-        driver.attach(end)
-        self.around.judge.bounded(node, outstanding=len(self.book), running=len(self.running), slots=self.slots)
-        driver.tell(FrameArrived(frame))
-
-    def drive(self, machine: ProviderJob) -> ProviderDriver:
-        """The driver of a job; attackers use their own."""
-        return ProviderDriver(self, machine)
-
-    def answer(self, run: StartGeneration) -> Sequence[Step]:
-        """The answer to a job; attackers give another."""
-        sampling = Sampling(run.temperature_milli, run.seed if run.temperature_milli else b"")
-        return list(self.model.answer(prompt_of(self.model, run), run.max_tokens, sampling))
-
-
-class ProviderDriver(Driver):
-    """One job that a provider has won."""
-
-    def __init__(self, provider: Provider, machine: ProviderJob) -> None:
-        """Takes one of the provider's slots."""
-        super().__init__(provider.node, machine, provider.around.judge)
-        self.provider = provider
-        """Whose job it is."""
-        self._started = provider.node.world.now
-        self._next: Timer | None = None
-        provider.running[self] = None
-
-    def perform(self, effect: Effect) -> None:
-        """Perform what a provider's job asks for."""
-        match effect:
-            case StartGeneration():
-                steps = self.provider.answer(effect)
-                self._started = self.node.world.now
-                self._produce(iter(steps), 0, len(prompt_of(self.provider.model, effect)))
-            case StopGeneration():
-                self.stop()
-            case _:
-                pass
-
-    def _produce(self, steps: Iterator[Step], made: int, input_tokens: int) -> None:
-        """Make the next chunk of the answer after the time that it takes."""
-        chunk: list[Step] = []
-        for step in steps:
-            chunk.append(step)
-            if len(chunk) == CHUNK_TOKENS:
-                break
-        self._next = self.node.world.after(
-            len(chunk) * self.provider.pace_ms * self.provider.slowness + 1,
-            self._made,
-            chunk,
-            steps,
-            made + len(chunk),
-            input_tokens,
-        )
-
-    def _made(self, chunk: list[Step], steps: Iterator[Step], made: int, input_tokens: int) -> None:
-        dies = self.provider.fail_after
-        if dies is not None and made >= dies:
-            self.tell(GenerationFailed(AbortCode.EXECUTOR_FAILED, "the computation failed"))
-            return
-        if made == len(chunk):
-            self.provider.book.measured(self.node.world.now - self._started)
-        if chunk:
-            self.tell(Produced(tuple(step.token for step in chunk), "".join(step.text for step in chunk)))
-        finish = chunk[-1].finish if chunk else FinishReason.STOP
-        if finish is None:
-            self._produce(steps, made, input_tokens)
-        else:
-            self.tell(GenerationEnded(_FINISH[finish], input_tokens, ENGINE))
-
-    def abandon(self) -> None:
-        """Nothing more happens here, and the slot is free."""
-        super().abandon()
-        self.stop()
-        self.provider.running.pop(self, None)
-
-    def stop(self) -> None:
-        """Compute no more."""
-        if self._next:
-            self._next.cancel()
-
-
-def _offering(model: ToyModel, price: int) -> Offering:
-    return Offering(model.name, model.root, CONTEXT, price // INPUT_SHARE, price)
-
-
-def prompt_of(model: ToyModel, run: StartGeneration) -> tuple[int, ...]:
-    """Token ids of a job's prompt."""
-    return model.encode([Message(turn.role, turn.content) for turn in run.conversation.turns])

@@ -49,4 +49,5 @@ def random_scenario(seed: int) -> Scenario:
         bid_window_ms=random.choice(WINDOWS_MS),
         faults=frozenset(fault for fault in Fault if random.random() < random.choice((0.2, 0.8))),
         network=random.choice((LAN, WIDE_AREA, ROUGH)),
+        asks=random.choice((True, False)),
     )

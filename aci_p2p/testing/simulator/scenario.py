@@ -9,7 +9,8 @@ from typing import Final, Self
 from aci_p2p.network.model import NetworkModel
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
-from aci_p2p.protocol.messages import MAX_SLOTS, MAX_TOKENS
+from aci_p2p.protocol.messages import MAX_TOKENS
+from aci_p2p.protocol.publications import MAX_SLOTS
 
 MIN_NODES: Final = 2
 """One that asks and one that answers."""
@@ -137,6 +138,8 @@ class Scenario:
     """How long consumers wait for bids, milliseconds."""
     prices: tuple[int, ...] = ()
     """Base units that the providers ask for an output token, in their order; none, or too few: drawn by lot."""
+    asks: bool = True
+    """Whether providers publish standing asks, and consumers ask the best for quotes; else every job is broadcast."""
     jobs: tuple[PlannedJob, ...] = ()
     """Jobs at fixed times, in place of random ones and of the probe at the end; none: random ones."""
     faults: frozenset[Fault] = frozenset()

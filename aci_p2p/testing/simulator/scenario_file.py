@@ -119,6 +119,8 @@ def _fits(annotation: str, value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
         case "float":
             return isinstance(value, int | float) and not isinstance(value, bool)
+        case "bool":
+            return isinstance(value, bool)
         case "str":
             return isinstance(value, str)
         case _:

@@ -8,21 +8,27 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from aci_p2p.network.model import NetworkModel
-from aci_p2p.protocol.consumer import JobRequest
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
-from aci_p2p.protocol.job import JobRecord, recovered, settled
-from aci_p2p.protocol.lifecycle import LIMITS, State
-from aci_p2p.protocol.messages import CapabilityRecord, Conversation, Turn
+from aci_p2p.protocol.job import WAITING, JobRecord, Payment, recovered, timed_out
+from aci_p2p.protocol.lifecycle import LIMITS
+from aci_p2p.protocol.messages import Conversation, Turn
+from aci_p2p.protocol.publications import CapabilityRecord
+from aci_p2p.protocol.request import JobRequest
+from aci_p2p.protocol.terms import ANY_PROVIDER
 from aci_p2p.testing.simulator.adversaries import STRATEGIES, Attacker, Part
+from aci_p2p.testing.simulator.asks import AskBoard
 from aci_p2p.testing.simulator.casting import cast, toy_model
 from aci_p2p.testing.simulator.directory import Announcing, Directory
 from aci_p2p.testing.simulator.faults import Faults
 from aci_p2p.testing.simulator.gossip import Gossip
-from aci_p2p.testing.simulator.invariants import Invariant, Judge, fail
+from aci_p2p.testing.simulator.invariant import Invariant, fail
+from aci_p2p.testing.simulator.invariants import Judge
 from aci_p2p.testing.simulator.node import Reader, SimNode, WriteFate
-from aci_p2p.testing.simulator.roles import Consumer, Outcome, Provider, Surroundings
+from aci_p2p.testing.simulator.roles import Consumer, Outcome, Surroundings
 from aci_p2p.testing.simulator.scenario import MAX_LATENCY_MS, MAX_PRICE, Fault, PlannedJob, PlannedOutcome, Scenario
+from aci_p2p.testing.simulator.serving import Provider
+from aci_p2p.testing.simulator.settling import ANSWER_MS, LAST_RETRY_MS
 from aci_p2p.testing.simulator.transport import Transport
 from aci_p2p.testing.simulator.world import START_MS, World
 from aci_p2p.testing.toy_model import ToyModel
@@ -36,8 +42,12 @@ PROBE_MS: Final = 120_000
 """Time in which every honest consumer's last job must be answered, milliseconds."""
 PROBE_WINDOW_MS: Final = 5_000
 """How long these last jobs wait for bids: longer than gossip takes in any of these networks, milliseconds."""
+MAX_PROVIDERS: Final = 3
+"""Providers that may begin a job, one after the other."""
 MAX_TOKENS: Final = 64
 """Longest answer asked for at random."""
+TERMS: Final = replace(ANY_PROVIDER, latency_value=20_000, retry_cost=50_000)
+"""A second, and a failure, cost as much as some tokens: who is slow or fails loses jobs to who is dearer."""
 NEVER_ENDED: Final = "never_ended"
 """Code of a planned job whose consumer cheated, or died before its end."""
 LOOK_MS: Final = 60_000
@@ -75,7 +85,7 @@ class Result:
     found: int
     """Providers that they found, together."""
     income: dict[int, int]
-    """What honest providers have receipts for, base units, by node."""
+    """What honest providers hold of what was promised them, base units, by node."""
     spending: int
     """What honest consumers have signed for, base units."""
 
@@ -131,7 +141,8 @@ class Simulation:
         """Honest providers, by the numbers of their nodes."""
         self.ends_at = START_MS + round(scenario.hours * HOUR_MS)
         """When the last random job is offered, Unix milliseconds."""
-        self.around = Surroundings(self.gossip, self.directory, self.judge, self.by_id.get)
+        board = AskBoard(self.gossip) if scenario.asks else None
+        self.around = Surroundings(self.gossip, self.directory, board, self.judge, self.by_id.get)
         """What roles are made of."""
         self._retired = False
         self._announcing: dict[int, Announcing] = {}
@@ -157,17 +168,20 @@ class Simulation:
         """A node has signed a message."""
         self.judge.signed(envelope)
 
-    def fate(self, node: SimNode, records: Sequence[JobRecord]) -> WriteFate:
-        """A node is about to store transitions."""
-        return self.faults.fate(node, records)
+    def fate(self, node: SimNode, what: str) -> WriteFate:
+        """A node is about to store something."""
+        return self.faults.fate(node, what)
 
     def stored(self, node: SimNode, record: JobRecord) -> None:
         """A transition is on a node's disk."""
         self.judge.stored(node, record)
 
-    def dies(self, node: SimNode, record: JobRecord) -> None:
+    def promised(self, node: SimNode, payment: Payment) -> None:
+        """What is paid for a job is on a node's disk."""
+        self.judge.promised(node, payment)
+
+    def dies(self, node: SimNode) -> None:
         """A node dies while it writes."""
-        del record
         self.faults.down(node)
 
     # Who is who.
@@ -240,6 +254,7 @@ class Simulation:
         self._all_over()
         if not self.scenario.jobs:
             self._probe()
+        self._all_paid()
         progress(1.0)
         return self.result()
 
@@ -278,7 +293,8 @@ class Simulation:
         consumer = self.consumers.get(self.scenario.provider_count + job.consumer)
         if consumer is not None and consumer.node.up:
             request, model = self._request(job.prompt, job.max_tokens, toy_model(job.model))
-            consumer.offer(replace(request, max_price=job.max_price), model, number)
+            # Whoever is cheapest has it, as when real nodes run the scenario.
+            consumer.offer(replace(request, max_price=job.max_price, terms=ANY_PROVIDER), model, number)
 
     def _request(self, prompt: str, max_tokens: int, model: ToyModel) -> tuple[JobRequest, ToyModel]:
         request = JobRequest(
@@ -290,6 +306,8 @@ class Simulation:
             max_latency_ms=MAX_LATENCY_MS,
             bid_window_ms=self.scenario.bid_window_ms,
             expected_bidders=frozenset(),
+            max_providers=MAX_PROVIDERS,
+            terms=TERMS,
         )
         return request, model
 
@@ -297,15 +315,13 @@ class Simulation:
         """Every hour nodes finalise the jobs whose challenge windows are over."""
         for node in self.nodes:
             if node.up and not node.disk.is_full:
-                self._change(node, settled)
+                self._change(node, timed_out)
         self.world.after(HOUR_MS, self._settle)
 
     def _change(self, node: SimNode, change: Callable[[JobRecord, int], JobRecord | None]) -> None:
         for record in tuple(node.disk.jobs.values()):
             if record.state in LIMITS and (changed := change(record, node.clock)) is not None:
-                node.disk.jobs[record.job_id, record.role] = changed
-                self.world.note(changed.state.value, node.index, changed.job_id)
-                self.judge.stored(node, changed)
+                node.write((changed,), ())
 
     def crash(self, node: SimNode) -> None:
         """Kill a node."""
@@ -322,9 +338,12 @@ class Simulation:
             self.world.after(RETRY_MS, self.restart, node)
             return
         node.start()
+        node.close_payments()
         self._change(node, recovered)
         if node.index in self.providers:
             self.providers[node.index].start()
+        if node.index in self.consumers:
+            self.consumers[node.index].settler.restarted()
         self._announcing[node.index].restarted()
         self.gossip.restarted(node)
         self.directory.restarted(node)
@@ -345,7 +364,7 @@ class Simulation:
                 if node.honest:
                     fail(Invariant.ENDS, f"{msg}: {driver}")
             for record in node.disk.jobs.values():
-                if node.honest and record.state in LIMITS and record.state is not State.PENDING:
+                if node.honest and record.state in LIMITS and record.state not in WAITING:
                     msg = f"job {record.job_id.hex()[:8]} of node {node.index} is {record.state.value} for ever"
                     fail(Invariant.ENDS, msg)
 
@@ -370,6 +389,14 @@ class Simulation:
             msg = f"{len(outcomes) - len(failed)} of {asked} consumers were answered in a calm network: {dict(why)}"
             fail(Invariant.RECOVERS, msg)
 
+    def _all_paid(self) -> None:
+        """Every honest provider holds what it is owed, a try after the longest wait included."""
+        accounts = self.judge.accounts
+        if accounts.owed(self.world.now):
+            self._look(self.world.now + LAST_RETRY_MS + ANSWER_MS)
+        if owed := accounts.owed(self.world.now):
+            fail(Invariant.DEBTS, "; ".join(owed))
+
     def outcomes(self) -> list[Outcome]:
         """The jobs of honest consumers so far, in the order of their ends."""
         ended = [one for consumer in self.consumers.values() if consumer.node.honest for one in consumer.outcomes]
@@ -392,9 +419,9 @@ class Simulation:
         """What cheating has brought, by strategy."""
         unearned: Counter[NodeId] = Counter()
         for outcome in self.outcomes():
-            if outcome.provider and outcome.text != outcome.expected:
-                unearned[outcome.provider] += outcome.price
-        paid = self.judge.paid_to()
+            if not outcome.failure and outcome.text != outcome.expected:
+                unearned.update(self.judge.accounts.promised_for(outcome.job_id))
+        paid = self.judge.accounts.paid_to()
         gains: dict[str, Gain] = {}
         for attacker in self.attackers:
             identity = attacker.node.node_id
@@ -423,8 +450,8 @@ class Simulation:
             unread=self.gossip.unread,
             lookups=self.directory.lookups,
             found=self.directory.found,
-            income=self.judge.income(),
-            spending=self.judge.spending(),
+            income={self.by_id[name].index: held for name, held in self.judge.accounts.income().items()},
+            spending=sum(self.judge.accounts.paid_to().values()),
         )
 
 

@@ -6,7 +6,8 @@ from collections import OrderedDict
 from typing import Any, Final, TypeVar
 
 from aci_p2p.protocol.envelope import Envelope, envelope_digest
-from aci_p2p.protocol.messages import CapabilityRecord, NodeRecord, Offer
+from aci_p2p.protocol.messages import Offer
+from aci_p2p.protocol.publications import Ask, CapabilityRecord, NodeRecord
 
 MAX_KEPT: Final = 1 << 17
 """Messages kept, the latest: those of the minutes for which a message counts, floods included."""
@@ -24,8 +25,8 @@ class Statements:
 
     def add(self, envelope: Envelope[Any]) -> None:
         """A node has signed a message."""
-        # Records count for an hour, and must not be forgotten over what counts for a minute.
-        kept = self._records if isinstance(envelope.body, NodeRecord | CapabilityRecord) else self._signed
+        # Records count for an hour, and must not be forgotten over what counts for a minute; asks are as many as they.
+        kept = self._records if isinstance(envelope.body, NodeRecord | CapabilityRecord | Ask) else self._signed
         kept[envelope.digest] = envelope
         if len(kept) > MAX_KEPT:
             kept.popitem(last=False)

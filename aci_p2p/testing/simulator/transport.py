@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from aci_p2p.network.model import NetworkModel, Place, can_dial
+from aci_p2p.protocol.identity import NodeId
 from aci_p2p.testing.simulator.world import World
 
 HANDSHAKE_TRIPS: Final = 6
@@ -29,6 +30,11 @@ class Endpoint(Protocol):
     place: Place
     up: bool
     streams: dict[End, None]
+
+    @property
+    def node_id(self) -> NodeId:
+        """Its identity."""
+        ...
 
     def accept(self, end: End) -> None:
         """A peer has opened a stream to us."""

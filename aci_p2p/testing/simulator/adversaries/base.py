@@ -11,7 +11,7 @@ from aci_p2p.protocol.job import Effect, StartGeneration
 from aci_p2p.protocol.messages import Bid, Offer
 from aci_p2p.protocol.provider import ProviderJob
 from aci_p2p.testing.simulator.node import SimNode
-from aci_p2p.testing.simulator.roles import Provider, ProviderDriver
+from aci_p2p.testing.simulator.serving import Provider, ProviderDriver
 from aci_p2p.testing.simulator.transport import End
 from aci_p2p.testing.toy_model import Step, ToyModel
 
@@ -24,8 +24,10 @@ REACTION_MS: Final = 3_000
 """An eavesdropper answers one offer in so many milliseconds: its hands are full with each."""
 VERIFICATION: Final = "nobody executes an answer again before proofs and disputes are built"
 """Why wrong answers are paid."""
-FAILOVER: Final = "a job whose provider fails after it has accepted is not taken over by another one yet"
-"""Why a provider that fails its jobs spoils them."""
+LIES: Final = (
+    "an answer whose proof does not fit ends its job: nobody can tell which of its tokens are true, to go on from"
+)
+"""Why a provider that proves what it did not send spoils its jobs."""
 
 
 class Part(Enum):
@@ -60,9 +62,12 @@ class Attacker:
         """Offers and bids."""
         self.node = node
         """The node that cheats."""
-        self.stolen = 0
-        """Base units' worth of answers that it had without paying."""
         node.honest = False
+
+    @property
+    def stolen(self) -> int:
+        """Base units' worth of answers that it had without paying."""
+        return 0
 
     @classmethod
     def price(cls, honest: int) -> int:
@@ -106,7 +111,7 @@ class Eavesdropper(Attacker):
 
     def bid_for(self, offer: Envelope[Offer]) -> Bid:
         """A bid that nobody can beat."""
-        return Bid(offer.body.job_id, offer.digest, 0, 1, 1, ())
+        return Bid(offer.body.job_id, offer.digest, 0, 1, 1, (), "none", "")
 
 
 class CheatingProvider(Attacker):
@@ -134,7 +139,7 @@ class CheatingProvider(Attacker):
         return honest
 
     def accepts(self, end: End) -> bool:
-        """Whether a consumer's stream is served at all."""
+        """Whether a consumer's award is answered at all."""
         del end
         return True
 
@@ -149,9 +154,9 @@ class _Cheat(Provider):
         self._attacker = attacker
         super().__init__(honest.node, honest.around, honest.model, price=price, slots=SLOTS, pace_ms=honest.pace_ms)
 
-    def accept(self, end: End) -> None:
+    def award(self, end: End, frame: bytes) -> None:
         if self._attacker.accepts(end):
-            super().accept(end)
+            super().award(end, frame)
 
     def answer(self, run: StartGeneration) -> Sequence[Step]:
         return self._attacker.answers(self.model, run, super().answer(run))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 from aci_p2p.protocol import cbor
 from aci_p2p.protocol.envelope import VERSION, Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair
-from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
+from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer, Share, Voucher
+from aci_p2p.protocol.terms import Price
 from aci_p2p.testing.simulator.adversaries.base import Eavesdropper
 from aci_p2p.testing.simulator.node import NETWORK, SimNode, TellingSealer
 
@@ -28,6 +29,10 @@ HOUR_MS: Final = 3_600_000
 """How wrong a lying clock is, milliseconds."""
 NOISE: Final = 500
 """Most bytes of a message that is noise."""
+PAYS_MS: Final = (2_000, 20_000)
+"""How long after a bid its job is over, shortest and longest, milliseconds."""
+WORTHLESS: Final = 10**11
+"""Base units that are promised for nothing: more than any job costs."""
 _VERSION_FIELD: Final = 1
 
 
@@ -77,6 +82,24 @@ class ForgedBid(Eavesdropper):
         cheaper = replace(bid.body, output_token_price=0, input_token_price=0)
         mine = Sealer(self.node.key, NETWORK).seal(cheaper, self.node.clock).data
         self.gossip.bids.publish(self.node, mine.replace(self.node.node_id.public_key, bid.sender.public_key))
+
+
+class ForgedVoucher(Eavesdropper):
+    """Promises providers much money for the jobs of others, in its own name."""
+
+    name = "forged voucher"
+    goal = "have worthless promises taken in place of good ones, so that providers are not paid"
+
+    def hears_bid(self, bid: Envelope[Bid]) -> None:
+        """Pay for it when its job is over, if it has won."""
+        self.world.after(self.node.random.randint(*PAYS_MS), self._pay, bid)
+
+    def _pay(self, bid: Envelope[Bid]) -> None:
+        provider = self.simulation.by_id.get(bid.sender)
+        if provider is not None and self.node.up:
+            share = Share(bid.sender, bid.digest, 1, 0, 1, Price(WORTHLESS, 0, 0, 0))
+            voucher = self.node.sealer.seal(Voucher(bid.body.job_id, share), self.node.clock)
+            self.node.transport.dial(self.node, provider).send(voucher.data)
 
 
 class OtherTerms(Eavesdropper):

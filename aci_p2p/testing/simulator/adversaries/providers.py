@@ -13,9 +13,9 @@ from aci_p2p.protocol.envelope import kind_of, open_envelope
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.job import CloseStream, Effect, Send, StartGeneration
 from aci_p2p.protocol.messages import KINDS, Commit, Kind
-from aci_p2p.testing.simulator.adversaries.base import FAILOVER, VERIFICATION, CheatingProvider
+from aci_p2p.testing.simulator.adversaries.base import LIES, VERIFICATION, CheatingProvider
 from aci_p2p.testing.simulator.node import NETWORK, TellingSealer
-from aci_p2p.testing.simulator.roles import ProviderDriver
+from aci_p2p.testing.simulator.serving import CHUNK_TOKENS, ProviderDriver, run_model
 from aci_p2p.testing.simulator.transport import End
 from aci_p2p.testing.toy_model import Step, ToyModel
 
@@ -32,7 +32,6 @@ class WithheldResult(CheatingProvider):
 
     name = "withheld result"
     goal = "keep the consumer waiting, and spoil its job"
-    harms = FAILOVER
 
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
         """All but the end, whatever it is."""
@@ -57,7 +56,7 @@ class CutShort(CheatingProvider):
 
     name = "cut short"
     goal = "be paid for the whole length after half of the work"
-    harms = FAILOVER
+    harms = LIES
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """Half of it; an answer of one token cannot be halved."""
@@ -69,11 +68,13 @@ class TooLong(CheatingProvider):
 
     name = "overlong result"
     goal = "be paid for tokens that nobody wanted"
-    harms = FAILOVER
+    pays = VERIFICATION
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """More than the most."""
-        padding = run.max_tokens + SURPLUS - len(honest)
+        if not honest:
+            return honest
+        padding = run.max_tokens + SURPLUS - len(run.accepted) - len(honest)
         steps = [replace(step, finish=None) for step in (*honest, *([honest[-1]] * padding))]
         return [*steps[:-1], replace(steps[-1], finish=FinishReason.STOP)]
 
@@ -87,7 +88,7 @@ class WrongModel(CheatingProvider):
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """Another model's."""
-        return _run(ToyModel("small"), run)
+        return run_model(ToyModel("small"), run)
 
 
 class QuantisedModel(CheatingProvider):
@@ -99,7 +100,7 @@ class QuantisedModel(CheatingProvider):
 
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """The rounded model's."""
-        return _run(ToyModel(model.name, rounding=ROUNDING), run)
+        return run_model(ToyModel(model.name, rounding=ROUNDING), run)
 
 
 class WrongPrompt(CheatingProvider):
@@ -112,7 +113,7 @@ class WrongPrompt(CheatingProvider):
     def answers(self, model: ToyModel, run: StartGeneration, honest: Sequence[Step]) -> Sequence[Step]:
         """The other question's."""
         prompt = model.encode([Message("user", "the usual question")])
-        return list(model.answer(prompt, run.max_tokens, Sampling()))
+        return list(model.answer(prompt, run.max_tokens, Sampling(), run.accepted))
 
 
 class LooseCommitment(CheatingProvider):
@@ -120,7 +121,7 @@ class LooseCommitment(CheatingProvider):
 
     name = "loose commitment"
     goal = "choose its answer when it has seen those of others"
-    harms = FAILOVER
+    harms = LIES
 
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
         """All but the commitment, in whose place another goes out."""
@@ -158,27 +159,12 @@ class SlowStream(CheatingProvider):
     goal = "hold consumers for as long as it can"
     harms = "parts of an answer may come a minute apart, whatever latency was promised; reputation will remember it"
 
-    def begin(self) -> None:
-        """Take the honest provider's place."""
-        super().begin()
-        self._parts = 0
-
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
-        """All, but late while jobs are offered."""
-        if isinstance(effect, Send) and kind_of(effect.data) is Kind.TOKENS:
-            late = DRIP_MS if self.world.now < self.simulation.ends_at else 0
-            self.world.after(late, self._send, driver, effect.data)
-            return False
-        if isinstance(effect, Send) and kind_of(effect.data) in {Kind.COMMIT, Kind.REVEAL}:
-            # Behind what is late.
-            late = DRIP_MS + 1 if self.world.now < self.simulation.ends_at else 1
-            self.world.after(late, self._send, driver, effect.data)
-            return False
+        """All; the next part is late while jobs are offered."""
+        provider = driver.provider
+        is_late = self.world.now < self.simulation.ends_at
+        provider.slowness = DRIP_MS // (CHUNK_TOKENS * provider.pace_ms) if is_late else 1
         return True
-
-    def _send(self, driver: ProviderDriver, data: bytes) -> None:
-        if driver.end:
-            driver.end.send(data)
 
 
 class BidDumping(CheatingProvider):
@@ -199,7 +185,6 @@ class FailsAfterWinning(CheatingProvider):
     name = "fails after winning"
     goal = "win every job and spoil it late"
     discount = 1_000
-    harms = FAILOVER
 
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
         """All up to the first part of the answer."""
@@ -210,12 +195,8 @@ class FailsAfterWinning(CheatingProvider):
         return True
 
 
-def _cut(honest: Sequence[Step], finish: FinishReason) -> list[Step]:
+def _cut(honest: Sequence[Step], finish: FinishReason) -> Sequence[Step]:
+    if not honest:
+        return honest
     half = honest[: max(1, len(honest) // 2)]
     return [*half[:-1], replace(half[-1], finish=finish)]
-
-
-def _run(model: ToyModel, run: StartGeneration) -> list[Step]:
-    prompt = model.encode([Message(turn.role, turn.content) for turn in run.conversation.turns])
-    sampling = Sampling(run.temperature_milli, run.seed if run.temperature_milli else b"")
-    return list(model.answer(prompt, run.max_tokens, sampling))

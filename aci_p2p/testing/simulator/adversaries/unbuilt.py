@@ -30,7 +30,6 @@ class UnbuiltAttack:
 
 DISPUTES: Final = "attestations, disputes and validators"
 REDUNDANCY: Final = "immediate verification by several providers"
-VOUCHERS: Final = "escrow on chain and vouchers for parts of an answer"
 
 UNBUILT: Final = (
     UnbuiltAttack("copied result", "be paid for what another provider computed", "AGREEMENT", REDUNDANCY),
@@ -40,6 +39,5 @@ UNBUILT: Final = (
     UnbuiltAttack("colluding validators", "have an honest provider slashed", "VERDICT", DISPUTES),
     UnbuiltAttack("false challenge", "have an honest answer refunded", "CHALLENGE", DISPUTES),
     UnbuiltAttack("challenge censorship", "let the challenge window pass in silence", "CHALLENGE", DISPUTES),
-    UnbuiltAttack("double spend of a voucher", "pay two providers with the same money", "VOUCHER", VOUCHERS),
 )
 """Every one of them."""

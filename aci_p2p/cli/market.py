@@ -1,0 +1,110 @@
+"""`aci-p2p market`: what providers ask for a model at this moment."""
+
+from __future__ import annotations
+
+from typing import Final, cast
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from aci_p2p.cli.common import json_option, print_json
+from aci_p2p.cli.options import FOLDERS, Given, configured
+from aci_p2p.cli.running import Stop, run
+from aci_p2p.cli.texts import amount, print_table
+from aci_p2p.client import resolve_model
+from aci_p2p.control import NoNode, ask
+from aci_p2p.control.market import AskEntry, MarketReport, ModelMarket, read_market
+from aci_p2p.node import open_node
+from aci_p2p.protocol.errors import ResourceError
+
+_EPILOG: Final = """\b
+Examples:
+  aci-p2p market                            all models that the running node looks at
+  aci-p2p market MODEL                      one model
+  aci-p2p market MODEL --bootstrap ADDRESS  without a running node
+  aci-p2p market --json | jq '.models[].asks[0]'
+"""
+OPTIONS: Final = (*FOLDERS, "key", "network", "bootstrap", "offline", "p2p.relay_client", "p2p.mdns")
+"""Settings of commands that read an order book."""
+_COLUMNS: Final = ("provider", "prompt token", "output token", "latency", "free", "region", "age")
+_RIGHT: Final = frozenset({"prompt token", "output token", "latency", "free", "age"})
+
+
+class NoAsks(ResourceError):
+    """Nobody asks anything for the model."""
+
+    code = "no_asks"
+
+
+@click.command("market", short_help="Show what providers ask for a model.", epilog=_EPILOG)
+@click.argument("model", required=False)
+@configured(*OPTIONS)
+@json_option
+def command(model: str | None, given: Given, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
+    """Show the live order book of MODEL, a name or a weights root in hex; exit code 4 when nobody asks anything.
+
+    Prices are those of the moment, at each provider's load. The running node of this machine is asked; without MODEL it
+    shows every model that it serves or has looked at lately. Without a running node, or with --bootstrap, the command
+    joins the network itself.
+    """
+    report = market_report(given, model, all_models=True)
+    if as_json:
+        print_json(report)
+    else:
+        for market in report["models"]:
+            click.echo(f"{market['model_root']}:")
+            print_table(_table(market["asks"]))
+    if not any(market["asks"] for market in report["models"]):
+        raise nobody_asks(model or "any model that the node looks at")
+
+
+def market_report(given: Given, model: str | None, *, all_models: bool = False) -> MarketReport:
+    """The order book of a model, or of the default one; with `all_models` of all that a running node looks at."""
+    loaded = given.load()
+    config = loaded.config.client_node
+    root = resolve_model(model or loaded.config.client.model, config).hex()
+    if "bootstrap" not in given.flags:
+        wanted = "" if all_models and model is None else root
+        try:
+            return cast("MarketReport", ask(loaded.config.node.control_socket_path, "market", wanted))
+        except NoNode:
+            pass
+    reports: list[MarketReport] = []
+
+    async def work(stop: Stop) -> None:
+        async with open_node(config) as node:
+            with stop:
+                reports.append(await read_market(node, root))
+
+    run(work)
+    return reports[0]
+
+
+def nobody_asks(model: str) -> NoAsks:
+    """The error of a book that is empty."""
+    return NoAsks(f"nobody asks anything for {model}", hint="aci-p2p providers shows who serves a model")
+
+
+def asks_of(report: MarketReport) -> ModelMarket:
+    """The only model of a report."""
+    (market,) = report["models"]
+    return market
+
+
+def _table(asks: list[AskEntry]) -> Table:
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    for name in _COLUMNS:
+        table.add_column(name, justify="right" if name in _RIGHT else "left", overflow="fold")
+    for one in asks:
+        cells = (
+            one["provider"] + (" (this node)" if one["own"] else ""),
+            amount(one["input_token_price"]),
+            amount(one["output_token_price"]),
+            f"{one['latency_ms']} ms",
+            f"{one['free_slots']} of {one['slots']}",
+            one["region"] or "-",
+            f"{one['age_s']:.0f} s",
+        )
+        table.add_row(*map(Text, cells))
+    return table
