@@ -243,7 +243,7 @@ async def test_a_reservation_ends_with_the_connection(three: Three) -> None:
     assert connection is not None
     await connection.muxer.close()
     await eventually(lambda: not server.traversal.server.capacity.reserving)
-    assert not circuits(private)
+    await eventually(lambda: not circuits(private))
     with pytest.raises(PeerUnreachable, match="no reservation"):
         await other.host.dial(private.id, [address])
 
