@@ -14,6 +14,7 @@ from aci_p2p.config import (
     DEFAULT_BID_WINDOW_MS,
     DEFAULT_LATENCY_VALUE,
     DEFAULT_MAX_TOKENS,
+    DEFAULT_PROVIDERS,
     DEFAULT_RETRY_COST,
     NodeConfig,
 )
@@ -102,7 +103,7 @@ class Requirements:
 class Fallback:
     """What to do when a provider fails."""
 
-    providers: int = 3
+    providers: int = DEFAULT_PROVIDERS
     """Providers that may begin, one after the other: the next goes on behind the tokens that have come."""
     consensus: str = "any"
     """Whose answer counts: that of whoever answers."""

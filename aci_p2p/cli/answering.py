@@ -13,11 +13,11 @@ from aci_p2p.cli.filed import items
 from aci_p2p.cli.output import write_text
 from aci_p2p.cli.verify import describe, model_name
 from aci_p2p.consumer import Offered
-from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
+from aci_p2p.protocol.job import BidSeen, Chosen, Deliver, FailedOver
 from aci_p2p.protocol.messages import BidSummary
 from aci_p2p.protocol.pricing import format_amount, total_of
 from aci_p2p.protocol.proof import encode_proof, verify_proof
-from aci_p2p.protocol.text import printable_lines
+from aci_p2p.protocol.text import printable, printable_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,9 +78,10 @@ class Show:
             match update:
                 case Offered(offer):
                     self.timing.offered = now
+                    self.bids.clear()
                     if self.steps:
                         body = offer.body
-                        self.status.print("\n[bold]Offer[/]  signed, broadcast over gossip; the prompt is not in it")
+                        self.status.print("\n[bold]Offer[/]  signed; the prompt is not in it")
                         self.status.print(f"  job {body.job_id.hex()[:16]}, {model_name(body.model_root)}")
                         price = format_amount(body.max_price)
                         self.status.print(f"  at most {body.max_tokens} tokens for at most {price}")
@@ -88,6 +89,8 @@ class Show:
                     self.bids.append(bid)
                 case Chosen():
                     self._choice(update, now)
+                case FailedOver():
+                    self._failure(update)
                 case Deliver(tokens, text):
                     self.timing.note(len(tokens), now)
                     if self.answer:
@@ -96,6 +99,11 @@ class Show:
         if self.answer:
             self.answer.print()
         return stream.answer
+
+    def _failure(self, failed: FailedOver) -> None:
+        after = f"after {failed.tokens} tokens" if failed.tokens else "before its first token"
+        problem = escape(printable(failed.problem))
+        self.status.print(f"{failed.provider.short} failed {after} ({problem}); another is to go on", style="yellow")
 
     def _choice(self, choice: Chosen, now: float) -> None:
         self.timing.chosen = now

@@ -15,7 +15,7 @@ from aci_p2p.cli.asking import client_beside
 from aci_p2p.cli.common import json_option, print_json, program
 from aci_p2p.cli.options import CLIENT, Given, configured
 from aci_p2p.cli.running import Stop, run
-from aci_p2p.client import ACI, Answer, Requirements, conversation_of, resolve_model
+from aci_p2p.client import ACI, Answer, Fallback, Requirements, conversation_of, resolve_model
 from aci_p2p.config import NodeConfig
 from aci_p2p.files import write_atomically
 from aci_p2p.protocol.errors import LocalError
@@ -42,6 +42,8 @@ class _Request:
     max_tokens: int
     temperature: float
     requirements: Requirements
+    fallback: Fallback
+    """What happens when one fails."""
     proof: Path | None
     as_json: bool
 
@@ -74,7 +76,8 @@ def command(prompt: str, given: Given, proof: Path | None, verification: str, as
         quantisations=ask.quantisations,
         regions=ask.regions,
     )
-    request = _Request(text, ask.model, ask.max_tokens, ask.temperature, requirements, proof, as_json)
+    fallback = Fallback(ask.providers)
+    request = _Request(text, ask.model, ask.max_tokens, ask.temperature, requirements, fallback, proof, as_json)
 
     # What can be refused here is refused before anybody is dialled.
     resolve_model(ask.model, config)
@@ -118,6 +121,7 @@ async def _infer(config: NodeConfig, request: _Request, stop: Stop) -> None:
                 max_tokens=request.max_tokens,
                 temperature=request.temperature,
                 requirements=request.requirements,
+                fallback=request.fallback,
             ) as stream:
                 answer = await show.run(stream)
     if answer is None:

@@ -14,7 +14,7 @@ from aci_p2p.protocol.catalogue import DEFAULT_MODEL
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
-from aci_p2p.protocol.messages import MAX_TEMPERATURE_MILLI, MAX_TOKENS
+from aci_p2p.protocol.messages import MAX_SHARES, MAX_TEMPERATURE_MILLI, MAX_TOKENS
 from aci_p2p.protocol.pricing import MAX_TOKEN_PRICE, ONE_ACI, ascends, parse_amount
 from aci_p2p.protocol.publications import MAX_LATENCY_MS, MAX_PRICE_STEPS, PriceStep
 from aci_p2p.protocol.terms import MAX_LABEL_BYTES
@@ -26,6 +26,8 @@ DEFAULT_NETWORK: Final = "aci-main"
 """Network id of the public network."""
 DEFAULT_INPUT_PRICE: Final = ONE_ACI // 1_000_000
 """Base units for each prompt token: 1 ACI for a million."""
+DEFAULT_PROVIDERS: Final = 3
+"""One that fails, and one more, are bad luck; after a third something else is wrong."""
 DEFAULT_OUTPUT_PRICE: Final = 4 * ONE_ACI // 1_000_000
 """Base units for each output token: 4 ACI for a million."""
 DEFAULT_SLOTS: Final = 4
@@ -168,6 +170,8 @@ class ClientConfig:
     """Weight formats that will do; none: any."""
     regions: tuple[str, ...] = ()
     """Regions that will do; none: any."""
+    providers: int = DEFAULT_PROVIDERS
+    """Providers that may begin, one after the other: the next goes on where one has failed."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that an offer cannot carry."""
@@ -175,6 +179,7 @@ class ClientConfig:
             ("max_tokens", self.max_tokens, MAX_TOKENS),
             ("max_latency_ms", self.max_latency_ms, MAX_LATENCY_MS),
             ("bid_window_ms", self.bid_window_ms, MAX_BID_WINDOW_MS),
+            ("providers", self.providers, MAX_SHARES),
         ):
             if not 1 <= value <= most:
                 msg = f"{name} is between 1 and {most}"

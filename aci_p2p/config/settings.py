@@ -239,6 +239,7 @@ SETTINGS: Final = (
     _row("client.retry_cost", "--retry-cost", "What a provider's failure costs.", kind=kinds.Amount()),
     _row("client.quantisations", "--quantisation", "Weight format that will do; more than one may be given."),
     _row("client.regions", "--provider-region", "Region that will do; more than one may be given."),
+    _row("client.providers", "--providers", "Providers that may begin: the next goes on where one has failed."),
     _row("log.level", "--log-level", "Least that is logged.", live=True, kind=kinds.Choice(*LOG_LEVELS)),
     _row("log.format", "--log-format", "How each event is logged, in a line.", kind=kinds.Choice(*LOG_FORMATS)),
 )

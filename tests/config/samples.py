@@ -11,6 +11,7 @@ from aci_p2p.protocol.identity import KeyPair
 PEERS = [KeyPair(bytes([number]) * 32).node_id for number in (1, 2)]
 SPECIAL = {
     "client.temperature": ("0.5", "1.25"),
+    "client.providers": ("2", "5"),
     "log.format": ("logfmt", "json"),
     "log.level": ("debug", "error"),
     "network": ("aci-a", "aci-b"),

@@ -111,13 +111,16 @@ class Gain:
 class Simulation:
     """A world in progress."""
 
+    transport_type: type[Transport] = Transport
+    """What carries streams; benchmarks use their own."""
+
     def __init__(self, scenario: Scenario, *, disarmed: bool = False) -> None:
         """`disarmed`: those who would cheat ask the same prices and are honest, for comparison."""
         self.scenario = scenario
         """What is simulated."""
         self.world = World(scenario.seed)
         """Clock, queue and trace."""
-        self.transport = Transport(self.world, _disturbed(scenario.network, scenario.faults))
+        self.transport = self.transport_type(self.world, _disturbed(scenario.network, scenario.faults))
         """Streams."""
         self.judge = Judge(self._is_honest)
         """Watches honest nodes."""
