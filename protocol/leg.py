@@ -54,7 +54,7 @@ class Leg:
         self._award = award
         self._output = output
         self._first_part = len(output.text)
-        self._input_tokens = 0
+        self._input_tokens: int = 0
         self._vouched = 0
         self._flushed = False
 

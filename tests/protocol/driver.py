@@ -502,10 +502,11 @@ class Market:
             bench, event = self._queue.popleft()
             if isinstance(event, Iterator):
                 # The model works while frames travel.
-                following = next(cast("Iterator[object]", event), None)
+                work = cast("Iterator[object]", event)
+                following = next(work, None)
                 if following is None:
                     return True
-                self._queue.append((bench, event))
+                self._queue.append((bench, work))
                 event = following
             self._feed(bench, event)
             return True
