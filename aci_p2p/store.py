@@ -28,6 +28,8 @@ SCHEMA_VERSION: Final = 2
 """`PRAGMA user_version`; a database with a higher one is from a later program and is refused."""
 BUSY_TIMEOUT_S: Final = 5.0
 """Seconds to wait for another process's transaction; ours take milliseconds."""
+CACHE_KIB: Final = 256
+"""Pages of the database that are kept in memory, KiB, of SQLite's usual 2,000: a job is hardly ever read again."""
 BUSY_POLL_S: Final = 0.01
 """Seconds between attempts where SQLite does not wait by itself."""
 
@@ -292,6 +294,7 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         _write_ahead(connection)
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         with connection:
             connection.execute("BEGIN IMMEDIATE")
             _prepare(connection, path)
