@@ -111,7 +111,7 @@ $(NODE_MODULES): | $(DEV)
 	@touch $@
 
 bench: model $(DEV) $(TORCH) $(NODE_MODULES) ## print the figures that the documents quote
-	@for script in executor job network; do \
+	@for script in executor job network market; do \
 		printf '\n==> tests/benchmarks/%s.py\n' "$$script"; \
 		$(BIN)/python "tests/benchmarks/$$script.py" || exit; \
 	done

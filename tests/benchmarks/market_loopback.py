@@ -7,9 +7,10 @@ one token, in no time.
 from __future__ import annotations
 
 import os
+import sqlite3
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -57,46 +58,41 @@ class Throughput:
     """How much of it the processor worked, both nodes together, seconds."""
     commits: int
     """Durable transactions of both nodes."""
-    commit_s: float
-    """How long a commit was waited for on average, threads and other commits included, seconds."""
 
 
 class _Watch:
-    """What the nodes' databases are told, and how long it took."""
+    """What reaches the nodes' databases."""
 
     def __init__(self) -> None:
         self.moved: dict[bytes, dict[State, float]] = {}
         """When each job of a consumer came to a state first, seconds."""
         self.commits = 0
         """Transactions so far."""
-        self.waited_s = 0.0
-        """For them, seconds in all."""
 
     def open(self, path: Path, node: NodeId) -> AbstractAsyncContextManager[Store]:
         """A node's database."""
-        return open_store(path, node, make=partial(_TimedStore, watch=self))
+        return open_store(path, node, make=partial(_WatchedStore, watch=self))
 
-    def stored(self, records: Sequence[JobRecord], seconds: float) -> None:
+    def stored(self, records: Sequence[JobRecord]) -> None:
         """A transaction has reached the disk."""
         self.commits += 1
-        self.waited_s += seconds
         for record in records:
             if record.role is Party.CONSUMER:
                 self.moved.setdefault(record.job_id, {}).setdefault(record.state, time.perf_counter())
 
 
-class _TimedStore(Store):
-    """A database that tells."""
+class _WatchedStore(Store):
+    """A database that tells what reaches it."""
 
-    def __init__(self, *arguments: object, watch: _Watch, **options: bool) -> None:
-        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+    def __init__(self, connection: sqlite3.Connection, node: NodeId, *, threads: bool, watch: _Watch) -> None:
+        """`watch` is told."""
+        super().__init__(connection, node, threads=threads)
         self._watch = watch
 
     async def put_jobs(self, records: Sequence[JobRecord], payments: Sequence[Payment] = ()) -> None:
-        """As any, on the clock."""
-        started = time.perf_counter()
+        """As any."""
         await super().put_jobs(records, payments)
-        self._watch.stored(records, time.perf_counter() - started)
+        self._watch.stored(records)
 
 
 @asynccontextmanager
@@ -121,7 +117,7 @@ async def _open_market(providers: int, watch: _Watch, *, asks: bool, slots: int)
         config = NodeConfig(home=folder / "consumer", bootstrap=known)
         consumer = await stack.enter_async_context(open_node(config, parts=NodeParts(open_store=watch.open)))
         with trio.fail_after(READY_S):
-            while not await _knows(consumer, providers, asks=asks):
+            while not await _knows(consumer, providers, asks=asks):  # noqa: ASYNC110 - many things are waited for
                 await trio.sleep(LOOK_S)
         yield await stack.enter_async_context(ACI(consumer))
 
@@ -158,10 +154,15 @@ async def measure_awards(providers: int, *, asks: bool, jobs: int) -> Awards:
     )
 
 
-async def measure_jobs(seconds: float, progress: Callable[[int], None] = lambda _: None) -> Throughput:
-    """How many jobs a second go through, both nodes on one core."""
+def count_jobs(seconds: float) -> Throughput:
+    """How many jobs a second go through, both nodes on one core, on which this process stays."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    return trio.run(measure_jobs, seconds)
+
+
+async def measure_jobs(seconds: float) -> Throughput:
+    """As `count_jobs`, on any cores."""
     watch, done = _Watch(), 0
 
     async def work(aci: ACI, deadline: float) -> None:
@@ -173,16 +174,14 @@ async def measure_jobs(seconds: float, progress: Callable[[int], None] = lambda 
     async with _open_market(1, watch, asks=True, slots=SLOTS) as aci:
         for number in range(AT_ONCE):
             await _ask(aci, -number)
-        watch.commits, watch.waited_s = 0, 0.0
+        watch.commits = 0
         wall, processor = time.perf_counter(), time.process_time()
         async with trio.open_nursery() as nursery:
             for _ in range(AT_ONCE):
                 nursery.start_soon(work, aci, trio.current_time() + seconds)
-        progress(done)
         return Throughput(
             jobs=done,
             wall_s=time.perf_counter() - wall,
             processor_s=time.process_time() - processor,
             commits=watch.commits,
-            commit_s=watch.waited_s / max(watch.commits, 1),
         )

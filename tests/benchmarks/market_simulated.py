@@ -42,7 +42,7 @@ ROUND_JOBS: Final = 40
 """Jobs of a round, all of them while the asks of the dead live."""
 GAP_MS: Final = 500
 """From one job to the next, milliseconds."""
-REST_MS: Final = 60_000
+REST_MS: Final = 30_000
 """Twice after the jobs of a round: they end, then those that were dead are known again, milliseconds."""
 WARM_UP_MS: Final = 120_000
 """Before the first round: asks are in the books, records in the DHT, milliseconds."""
