@@ -149,7 +149,7 @@ class Till:
 
     async def _take(self, frame: bytes) -> bytes:
         now, network = self._clock(), self._sealer.network
-        statement = read_statement(frame, self._sealer.node_id, network=network, now=now)
+        statement = read_statement(frame, self._sealer.node_id, network=network)
         # One at a time: what is stored depends on what is held.
         async with self._lock:
             job = await self._store.get_job(statement.job_id, Party.PROVIDER)

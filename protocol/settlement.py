@@ -36,17 +36,20 @@ class Statement:
     """The envelope."""
 
 
-def read_statement(data: bytes, provider: NodeId, *, network: str, now: int) -> Statement:
-    """Check a voucher or a receipt for `provider`. Raises MessageRefused."""
+def read_statement(data: bytes, provider: NodeId, *, network: str) -> Statement:
+    """Check a voucher or a receipt for `provider`. Raises MessageRefused.
+
+    A promise to pay holds whenever it is read, and whatever its consumer's clock said.
+    """
     kind = kind_of(data)
     # A promise to pay.
     require(kind in (Kind.VOUCHER, Kind.RECEIPT), Decision.REJECT, Reason.WRONG_KIND)
     if kind is Kind.VOUCHER:
-        voucher = open_envelope(data, Voucher, network=network, now=now)
+        voucher = open_envelope(data, Voucher, network=network, now=None)
         # For us.
         require(voucher.body.share.provider == provider, Decision.REJECT, Reason.BAD_VOUCHER)
         return Statement(voucher.body.job_id, voucher.body.share, None, voucher.sender, data)
-    receipt = open_envelope(data, Receipt, network=network, now=now)
+    receipt = open_envelope(data, Receipt, network=network, now=None)
     shares = [share for share in receipt.body.shares if share.provider == provider]
     # For us, once.
     require(len(shares) == 1, Decision.REJECT, Reason.BAD_VOUCHER)

@@ -78,7 +78,7 @@ def file(home: Path, key: KeyPair, records: Sequence[JobRecord]) -> None:
 def served() -> list[JobRecord]:
     """What a provider stores of a job that it is paid for."""
     bench = ProviderBench().reach(State.REVEALED)
-    statement = read_statement(bench.receipt().data, PROVIDER.node_id, network=NETWORK, now=bench.now)
+    statement = read_statement(bench.receipt().data, PROVIDER.node_id, network=NETWORK)
     change = settle(statement, bench.last, None, bench.now)
     assert change is not None
     return [*bench.records, *change[0]]

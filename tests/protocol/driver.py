@@ -576,7 +576,7 @@ class Market:
             if payment.state is not PaymentState.OWED:
                 continue
             (provider,) = (bench for bench in self.providers if bench.job._sealer.node_id == payment.peer)
-            statement = read_statement(payment.statement, payment.peer, network=NETWORK, now=self.now)
+            statement = read_statement(payment.statement, payment.peer, network=NETWORK)
             change = settle(statement, provider.last, provider.payments.get(CONSUMER.node_id), self.now)
             if change is not None:
                 records, held = change

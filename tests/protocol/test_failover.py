@@ -333,7 +333,7 @@ def test_an_abort_of_the_second_is_told_with_all_tokens() -> None:
 def test_who_revealed_in_vain_takes_its_share_of_anothers_receipt() -> None:
     bench = ProviderBench().reach(State.REVEALED)
     others = bench.receipt(proof_digest=bytes(32), shares=(bench.share(2),))
-    statement = read_statement(others.data, PROVIDER.node_id, network=NETWORK, now=bench.now)
+    statement = read_statement(others.data, PROVIDER.node_id, network=NETWORK)
     change = settle(statement, bench.last, None, bench.now)
     assert change is not None
     (record,), payment = change
@@ -341,6 +341,6 @@ def test_who_revealed_in_vain_takes_its_share_of_anothers_receipt() -> None:
     assert payment.amount == bench.share(2).price
     # Its own would have to be for all of it.
     own = bench.receipt(shares=(bench.share(2),))
-    statement = read_statement(own.data, PROVIDER.node_id, network=NETWORK, now=bench.now)
+    statement = read_statement(own.data, PROVIDER.node_id, network=NETWORK)
     with pytest.raises(MessageRefused):
         settle(statement, bench.last, None, bench.now)

@@ -84,6 +84,13 @@ def test_there_are_bugs_to_find() -> None:
     assert len(PATCHES) >= 10
 
 
+def test_every_bug_can_be_planted(tmp_path: Path) -> None:
+    package = copy_packages(tmp_path)
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    for patch in PATCHES:
+        subprocess.run([GIT, "apply", "--check", str(patch)], cwd=package, env=environment, check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.simulation
 @pytest.mark.timeout(1800)

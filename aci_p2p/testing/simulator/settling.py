@@ -135,7 +135,7 @@ class Till:
         node = self._node
         now = node.clock
         try:
-            statement = read_statement(frame, node.node_id, network=NETWORK, now=now)
+            statement = read_statement(frame, node.node_id, network=NETWORK)
             job = node.disk.jobs.get((statement.job_id, Party.PROVIDER))
             held = node.disk.payments.get((statement.job_id, Party.PROVIDER, job.peer)) if job and job.peer else None
             change = settle(statement, job, held, now)

@@ -54,7 +54,6 @@ class SybilBids(Eavesdropper):
 
     name = "sybil bids"
     goal = "fill every consumer's list of bids before honest ones arrive"
-    harms = "bids cost nothing before providers have a stake"
 
     def __init__(self, simulation: Simulation, node: SimNode) -> None:
         """Makes the keys."""

@@ -157,7 +157,6 @@ class SlowStream(CheatingProvider):
 
     name = "slow stream"
     goal = "hold consumers for as long as it can"
-    harms = "parts of an answer may come a minute apart, whatever latency was promised; reputation will remember it"
 
     def performs(self, driver: ProviderDriver, effect: Effect) -> bool:
         """All; the next part is late while jobs are offered."""
