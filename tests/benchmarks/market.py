@@ -25,6 +25,7 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from aci_p2p.protocol.bidding import MAX_PER_CONSUMER
 from tests.benchmarks import market_gossip, market_simulated
 from tests.benchmarks.market_loopback import Throughput, count_jobs, measure_awards
 from tests.benchmarks.market_simulated import DEAD, FLAKY, MEDIAN_MS, Awards
@@ -35,8 +36,8 @@ ROUNDS: Final = {10: 20, 100: 10, 1_000: 4}
 """Rounds of 40 jobs, by the number of providers: the more of them, the more of each kind in a round."""
 LOOPBACK: Final = 10
 """Providers on loopback."""
-LOOPBACK_JOBS: Final = 200
-"""Jobs among them."""
+LOOPBACK_JOBS: Final = MAX_PER_CONSUMER - LOOPBACK
+"""Jobs among them, behind one for each: providers bid for no more of a consumer's offers at once."""
 JOBS_S: Final = 10.0
 """For which jobs are offered as fast as they end, seconds."""
 
@@ -120,7 +121,7 @@ def print_tables(report: dict[str, Any]) -> None:
         print("\n| nodes | providers of a model | asks/s on its topic | asks, bytes/s | broadcasts, bytes/s |")
         print("|--:|--:|--:|--:|--:|")
         for size, figures in report[GOSSIP].items():
-            print(f"| {int(size):,} | {' | '.join(f'{value:,g}' for value in figures.values())} |")
+            print(f"| {int(size):,} | {' | '.join(f'{value:,}' for value in figures.values())} |")
     print()
 
 
