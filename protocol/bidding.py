@@ -136,7 +136,13 @@ class BidBook:
         None when we do not serve the model, have no slot for its consumer, could never fit the answer, or have bid for
         too many of its offers.
         """
-        if not self._may_bid(offer, now) or self._admission.check(offer.sender, now) is not None:
+        if not self._may_bid(offer, now):
+            return None
+        # Our quote for it came too late, and must not stand in the way of our bid.
+        for quoted in self._outstanding.values():
+            if quoted.offer.body.job_id == offer.body.job_id and quoted.offer.sender == offer.sender:
+                self.release(quoted)
+        if self._admission.check(offer.sender, now) is not None:
             return None
         return self._make_bid(offer, now, addresses, None).bid
 
