@@ -76,13 +76,18 @@ class Quotes:
         self._tell(BidArrived(bid))
 
     def _refused(self, provider: NodeId, detail: str) -> None:
-        quote = self._asked.pop(provider)
+        quote = self._asked.pop(provider, None)
+        if quote is None:
+            return
         quote.patience.cancel()
         quote.end.close()
         self._tell(QuoteRefused(provider, detail))
 
     def _drop(self, provider: NodeId) -> None:
-        quote = self._quoted.pop(provider)
+        quote = self._quoted.pop(provider, None)
+        if quote is None:
+            # Its stream ends after it was awarded, released or dropped.
+            return
         quote.patience.cancel()
         quote.end.close()
 
