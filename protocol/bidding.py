@@ -25,6 +25,8 @@ MAX_PER_CONSUMER: Final = 32
 not use up what we may say to all others (`replay.MAX_PER_SENDER`)."""
 FIRST_LATENCY_MS: Final = 2_000
 """Promised time to the first token before any was measured: loading a small model takes a second."""
+MOST_WON: Final = 1024
+"""Jobs remembered as won: far more than are broadcast again while their offers are valid."""
 LEASE_MS: Final = 5 * SECOND
 """A quote holds a slot for so long: a consumer that has asked a few providers chooses within a second."""
 LATENCY_WEIGHT: Final = 4
@@ -83,6 +85,7 @@ class BidBook:
         self._sealer = sealer
         self._offerings = {offering.root: offering for offering in offerings}
         self._admission = Admission(slots)
+        self._won: OrderedDict[bytes, None] = OrderedDict()
         self._outstanding: OrderedDict[bytes, Won] = OrderedDict()
         self._consumers: Counter[NodeId] = Counter()
         self._latency_ms = FIRST_LATENCY_MS
@@ -139,9 +142,9 @@ class BidBook:
         if not self._may_bid(offer, now):
             return None
         # Our quote for it came too late, and must not stand in the way of our bid.
-        for quoted in self._outstanding.values():
+        for quoted in tuple(self._outstanding.values()):
             if quoted.offer.body.job_id == offer.body.job_id and quoted.offer.sender == offer.sender:
-                self.release(quoted)
+                self.take_back(quoted)
         if self._admission.check(offer.sender, now) is not None:
             return None
         return self._make_bid(offer, now, addresses, None).bid
@@ -168,6 +171,9 @@ class BidBook:
     def _may_bid(self, offer: Envelope[Offer], now: int) -> bool:
         offering = self._offerings.get(offer.body.model_root)
         if offering is None or not self.takes_jobs or offer.body.max_tokens >= offering.context:
+            return False
+        # A job is won once.
+        if offer.body.job_id in self._won:
             return False
         self._forget_expired(now)
         return self._consumers[offer.sender] < MAX_PER_CONSUMER
@@ -217,6 +223,9 @@ class BidBook:
             self.release(known)
             why = "the provider is shutting down" if self.draining else "the provider cannot store jobs"
             return Declined(Abort(job_id, AbortCode.BUSY, why))
+        self._won[job_id] = None
+        if len(self._won) > MOST_WON:
+            self._won.popitem(last=False)
         if known.lease is not None and self._admission.begin(known.lease, now):
             return known
         lease = self._admission.lease(award.sender, now, returns=False)
