@@ -223,16 +223,17 @@ class BidBook:
             self.release(known)
             why = "the provider is shutting down" if self.draining else "the provider cannot store jobs"
             return Declined(Abort(job_id, AbortCode.BUSY, why))
-        self._won[job_id] = None
+        if known.lease is None or not self._admission.begin(known.lease, now):
+            lease = self._admission.lease(award.sender, now, returns=False)
+            if isinstance(lease, Busy):
+                return Declined(Abort(job_id, AbortCode.BUSY, lease.detail, lease.until))
+            self._admission.begin(lease, now)
+            known = replace(known, lease=lease)
+        # The job of our bid: what the award calls it is checked later.
+        self._won[known.offer.body.job_id] = None
         if len(self._won) > MOST_WON:
             self._won.popitem(last=False)
-        if known.lease is not None and self._admission.begin(known.lease, now):
-            return known
-        lease = self._admission.lease(award.sender, now, returns=False)
-        if isinstance(lease, Busy):
-            return Declined(Abort(job_id, AbortCode.BUSY, lease.detail, lease.until))
-        self._admission.begin(lease, now)
-        return replace(known, lease=lease)
+        return known
 
     def release(self, won: Won) -> None:
         """The job is over, and its slot free."""

@@ -162,6 +162,47 @@ def test_a_quote_keeps_a_slot(book: BidBook) -> None:
     assert (book.admission.running, book.admission.reserved) == (2, 0)
 
 
+def test_a_quote_that_came_too_late_does_not_stand_in_the_way_of_our_bid(book: BidBook) -> None:
+    late, _ = quoted(book, 1), quoted(book, 2)
+    assert book.bid(offer(3), NOW, addresses=()) is None
+    bid = book.bid(offer(1), NOW, addresses=())
+    assert bid is not None
+    # One of the two holds: the later.
+    assert isinstance(book.take(award(late), NOW), Declined)
+    assert isinstance(book.take(award(bid), NOW), Won)
+
+
+def test_a_job_is_won_once(book: BidBook) -> None:
+    won = book.take(award(quoted(book, 1)), NOW)
+    assert isinstance(won, Won)
+    assert book.bid(offer(1), NOW, addresses=()) is None
+    assert isinstance(quote(book, offer(1)), Declined)
+    book.release(won)
+    assert book.bid(offer(1), NOW, addresses=()) is None
+    assert book.bid(offer(2), NOW, addresses=()) is not None
+
+
+def test_what_was_declined_may_be_bid_for_again(book: BidBook) -> None:
+    bid = book.bid(offer(1), NOW, addresses=())
+    assert bid is not None
+    running = [book.take(award(quoted(book, number)), NOW) for number in (2, 3)]
+    assert isinstance(book.take(award(bid), NOW), Declined)
+    for won in running:
+        assert isinstance(won, Won)
+        book.release(won)
+    assert book.bid(offer(1), NOW + RETRY_MS, addresses=()) is not None
+
+
+def test_few_of_the_jobs_that_were_won_are_remembered(book: BidBook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bidding, "MOST_WON", 1)
+    for number in (1, 2):
+        won = book.take(award(quoted(book, number)), NOW)
+        assert isinstance(won, Won)
+        book.release(won)
+    assert book.bid(offer(1), NOW, addresses=()) is not None
+    assert book.bid(offer(2), NOW, addresses=()) is None
+
+
 def test_a_late_award_takes_a_slot_if_there_is_one(book: BidBook) -> None:
     assert isinstance(book.take(award(quoted(book, 1)), NOW + LEASE_MS), Won)
     assert (book.admission.running, book.admission.reserved) == (1, 0)

@@ -9,7 +9,7 @@ from aci_p2p.testing.simulator.scenario import Scenario
 from aci_p2p.testing.simulator.world import Dice
 from aci_p2p.testing.toy_model import ToyModel
 
-PACE_MS: Final = (5, 40)
+PACE_MS: Final = (1, 40)
 """Milliseconds for each token, fastest and slowest provider."""
 PRICE: Final = (1_000, 4_000)
 """Base units for each token, cheapest and dearest provider; only differences matter."""
