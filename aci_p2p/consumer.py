@@ -163,7 +163,8 @@ class RunningJob(JobShell[ConsumerEvent]):
                 if not self._quotes.award(provider, self._pump):
                     self._network.learn_addresses(provider, addresses)
                     assert self._streams is not None  # set before the first event
-                    self._streams.start_soon(self._pump.run, self._network.open_stream(provider, JOB_PROTOCOL))
+                    stream = self._network.open_stream(provider, JOB_PROTOCOL, eager=True)
+                    self._streams.start_soon(self._pump.run, stream)
             case BidSeen() | Chosen() | FailedOver() | Deliver():
                 await self._update(effect)
             case Finished():

@@ -81,7 +81,7 @@ class Quotes:
         patience = trio.CancelScope(deadline=trio.current_time() + LEASE_S)
         try:
             with patience:
-                async with self._network.open_stream(provider, JOB_PROTOCOL) as stream:
+                async with self._network.open_stream(provider, JOB_PROTOCOL, eager=True) as stream:
                     await stream.send(offer.data)
                     bid = read_quote(await stream.receive(), provider, offer, self._clock())
                     patience.deadline = float("inf")

@@ -115,7 +115,7 @@ class Settler:
         failure: Exception | None = None
         try:
             with trio.fail_after(ANSWER_S):
-                async with self._network.open_stream(payment.peer, SETTLE_PROTOCOL) as stream:
+                async with self._network.open_stream(payment.peer, SETTLE_PROTOCOL, eager=True) as stream:
                     await stream.send(payment.statement)
                     answer = await stream.receive()
                 settled = acknowledged(payment, answer, network=self._sealer.network, now=self._clock())

@@ -9,7 +9,7 @@ import os
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, TypeVarTuple
@@ -117,6 +117,28 @@ class StoreError(LocalError):
     code = "store"
 
 
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """What a node has stored since its start, and what waits for it."""
+
+    waiting: int
+    """Writes that the next transaction will hold."""
+    writes: int
+    """Writes that were stored."""
+    transactions: int
+    """Transactions that stored them: fewer where several came at once."""
+
+
+class _Write:
+    """What one caller waits to have stored."""
+
+    def __init__(self, records: Sequence[JobRecord], payments: Sequence[Payment]) -> None:
+        self.records = records
+        self.payments = payments
+        self.scope = trio.CancelScope()
+        self.is_stored = False
+
+
 class Store:
     """The node's database. Made by `open_store`; one call at a time."""
 
@@ -126,10 +148,51 @@ class Store:
         self._node = node
         self._threads = threads
         self._lock = trio.Lock()
+        self._waiting: list[_Write] = []
+        self._writes = 0
+        self._transactions = 0
+
+    def statistics(self) -> StoreStatistics:
+        """What waits, and what was stored."""
+        return StoreStatistics(waiting=len(self._waiting), writes=self._writes, transactions=self._transactions)
 
     async def put_jobs(self, records: Sequence[JobRecord], payments: Sequence[Payment] = ()) -> None:
-        """Insert or replace jobs and payments, and note transitions, in one durable transaction. Raises StoreError."""
-        await self._run(self._put_jobs, records, payments)
+        """Insert or replace jobs and payments, and note transitions, in one durable transaction. Raises StoreError.
+
+        What several jobs wait to store goes into the same transaction: a commit costs more than what is in it. A write
+        that is cancelled before its transaction began is not stored; later it is, and its caller learns of it.
+        """
+        write = _Write(records, payments)
+        self._waiting.append(write)
+        try:
+            with write.scope:
+                async with self._lock:
+                    if write in self._waiting:
+                        await self._put_waiting()
+                    if not write.is_stored:
+                        # One of them may not fit, which is no fault of the others.
+                        await self._put([write])
+        finally:
+            if write in self._waiting:
+                self._waiting.remove(write)
+
+    async def _put_waiting(self) -> None:
+        writes, self._waiting = self._waiting, []
+        for write in writes:
+            write.scope.shield = True
+        with suppress(StoreError):
+            await self._put(writes)
+        for write in writes:
+            write.scope.shield = write.is_stored
+
+    async def _put(self, writes: Sequence[_Write]) -> None:
+        records = [record for write in writes for record in write.records]
+        payments = [payment for write in writes for payment in write.payments]
+        await self._call(self._put_jobs, records, payments)
+        self._transactions += 1
+        self._writes += len(writes)
+        for write in writes:
+            write.is_stored = True
 
     async def payments(self, job_id: bytes, role: Party) -> list[Payment]:
         """What a job's providers are paid, or what we are paid for it. Raises StoreError."""
@@ -267,14 +330,17 @@ class Store:
 
     async def _run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         async with self._lock:
-            try:
-                if not self._threads:
-                    return function(*arguments)
-                # Not abandoned on cancel: a transaction that began is finished, and the caller learns of it.
-                return await trio.to_thread.run_sync(function, *arguments)
-            except _UNFIT as error:
-                msg = f"the node's database fails: {error}"
-                raise StoreError(msg, hint="check the disk, or move the file away and start anew") from error
+            return await self._call(function, *arguments)
+
+    async def _call(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        try:
+            if not self._threads:
+                return function(*arguments)
+            # Not abandoned on cancel: a transaction that began is finished, and the caller learns of it.
+            return await trio.to_thread.run_sync(function, *arguments)
+        except _UNFIT as error:
+            msg = f"the node's database fails: {error}"
+            raise StoreError(msg, hint="check the disk, or move the file away and start anew") from error
 
 
 def _record(row: tuple[Any, ...]) -> JobRecord:

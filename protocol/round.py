@@ -18,8 +18,8 @@ from aci_p2p.protocol.validation import Decision, Reason, require
 
 QUOTE_WAIT_MS: Final = 400
 """How long quotes are awaited, milliseconds: two round trips around the world."""
-QUOTE_PATIENCE_MS: Final = 50
-"""How long more once one has come: most of those that were asked are about as far away."""
+QUOTE_PATIENCE_MS: Final = 30
+"""How long more once one has come: who is much farther away would be slow with each token too."""
 
 
 @dataclass(frozen=True, slots=True)

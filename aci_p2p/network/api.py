@@ -261,8 +261,12 @@ class Network(ABC):
         """
 
     @abstractmethod
-    def open_stream(self, peer: NodeId, protocol: str) -> AbstractAsyncContextManager[Stream]:
-        """Open a stream, dialling if needed. Raises PeerUnreachable. Closed at the end, reset on error or cancel."""
+    def open_stream(self, peer: NodeId, protocol: str, *, eager: bool = False) -> AbstractAsyncContextManager[Stream]:
+        """Open a stream, dialling if needed. Raises PeerUnreachable. Closed at the end, reset on error or cancel.
+
+        An `eager` one saves a round trip where the peer has served the protocol before: that it does so no more is then
+        known from the first `receive`, which raises StreamClosed.
+        """
 
     @abstractmethod
     def serve(self, protocol: str, handler: StreamHandler) -> AbstractContextManager[None]:

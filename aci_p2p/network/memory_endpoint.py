@@ -221,7 +221,13 @@ class MemoryNetwork(Network):
         self._changes.notify()
 
     @asynccontextmanager
-    async def open_stream(self, peer: NodeId, protocol: str) -> AsyncGenerator[Stream]:
+    async def open_stream(
+        self,
+        peer: NodeId,
+        protocol: str,
+        *,
+        eager: bool = False,  # noqa: ARG002 - nothing is negotiated here
+    ) -> AsyncGenerator[Stream]:
         remote = await self._dial(peer, self._known.get(peer, ()))
         incoming, outgoing = remote.pipe_to(self._node_id), self.pipe_to(peer)
         accept = remote.accept_stream(self._node_id, protocol, incoming=outgoing, outgoing=incoming)

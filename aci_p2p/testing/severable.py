@@ -135,9 +135,9 @@ class SeverableNetwork(Network):
         self._network.learn_addresses(peer, addresses)
 
     @asynccontextmanager
-    async def open_stream(self, peer: NodeId, protocol: str) -> AsyncGenerator[Stream]:
+    async def open_stream(self, peer: NodeId, protocol: str, *, eager: bool = False) -> AsyncGenerator[Stream]:
         self._check()
-        async with self._network.open_stream(peer, protocol) as stream:
+        async with self._network.open_stream(peer, protocol, eager=eager) as stream:
             yield _SeverableStream(stream, self._is_severed)
 
     def serve(self, protocol: str, handler: StreamHandler) -> AbstractContextManager[None]:

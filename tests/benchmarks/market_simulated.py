@@ -34,8 +34,6 @@ DEVIATION: Final = 0.5
 """Of the latencies' logarithm: a tenth of the pairs is nearer than 21 ms, a tenth farther than 76 ms."""
 REGIONS: Final = 16
 """Any two of them have a latency of their own."""
-STREAM_TRIPS: Final = 2
-"""One-way trips before the first frame of a stream on a connection that is there: the protocol's negotiation."""
 CONSUMERS: Final = 20
 """Nodes that ask, in turn."""
 ROUND_JOBS: Final = 40
@@ -81,10 +79,10 @@ class _Connections(Transport):
         self._connected: set[frozenset[int]] = set()
 
     def handshake_trips(self, source: Endpoint, target: Endpoint) -> int:
-        """Only the first stream has to make the connection."""
+        """Only the first stream has to make the connection; no later one waits for its protocol."""
         pair = frozenset((source.index, target.index))
         if pair in self._connected:
-            return STREAM_TRIPS
+            return 0
         self._connected.add(pair)
         return HANDSHAKE_TRIPS
 

@@ -74,6 +74,36 @@ async def test_port_is_free_again_afterwards() -> None:
         pass
 
 
+async def test_a_further_stream_does_not_wait_for_its_protocol(
+    open_libp2p: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = trio.Event()
+
+    async def answer_late(stream: YamuxStream, supported: Container[str]) -> str:
+        await gate.wait()
+        return await select_inbound(stream, supported)
+
+    async with open_libp2p(1) as client, open_libp2p(2) as server:
+        await client.connect(server.addresses[0])
+        with server.serve(ECHO, echo):
+            async with client.open_stream(server.node_id, ECHO, eager=True) as stream:
+                await stream.send(b"first")
+                assert await stream.receive() == b"first"
+            monkeypatch.setattr(host, "select_inbound", answer_late)
+            with trio.fail_after(PATIENCE_S):
+                async with client.open_stream(server.node_id, ECHO, eager=True) as stream:
+                    await stream.send(b"second")
+                    gate.set()
+                    assert await stream.receive() == b"second"
+        # It is served no more.
+        with pytest.raises(StreamClosed):
+            async with client.open_stream(server.node_id, ECHO, eager=True) as stream:
+                await stream.receive()
+        with pytest.raises(PeerUnreachable):
+            async with client.open_stream(server.node_id, ECHO):
+                pass
+
+
 async def test_all_interfaces_are_named_with_the_port() -> None:
     async with open_at(1, ["/ip4/0.0.0.0/tcp/0"]) as network:
         ports = {address.split("/")[4] for address in network.addresses}

@@ -213,6 +213,26 @@ async def test_tiny_frames_leave_others_their_turn(autojump_clock: MockClock) ->
         nursery.cancel_scope.cancel()
 
 
+async def test_what_must_come_first_is_checked_and_not_read(autojump_clock: MockClock) -> None:
+    async with pair() as (dialler, _, inbound):
+        stream = dialler.open_stream()
+        stream.expect(b"hello")
+        remote = await inbound.receive.receive()
+        await remote.write(b"hel")
+        with trio.move_on_after(1):
+            await stream.read(10)
+        await remote.write(b"lo, you")
+        assert await stream.read(10) == b", you"
+        bad = dialler.open_stream()
+        bad.expect(b"hello")
+        remote = await inbound.receive.receive()
+        await remote.write(b"help")
+        with pytest.raises(StreamReset):
+            await bad.read(10)
+        with pytest.raises(StreamReset):
+            await remote.read(10)
+
+
 async def test_half_close(autojump_clock: MockClock) -> None:
     async with pair() as (dialler, _, inbound):
         ours = dialler.open_stream()

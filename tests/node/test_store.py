@@ -25,7 +25,7 @@ from aci_p2p.files import write_atomically
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import CHALLENGE_WINDOW_MS, FINAL_STATES, LIMITS, Party, State
-from aci_p2p.store import BUSY_TIMEOUT_S, SCHEMA_VERSION, StoreError, open_store
+from aci_p2p.store import BUSY_TIMEOUT_S, SCHEMA_VERSION, Store, StoreError, StoreStatistics, open_store
 from tests.protocol.driver import alter
 from tests.protocol.strategies import NODES
 
@@ -333,6 +333,37 @@ async def test_a_batch_is_stored_whole_or_not_at_all(path: Path, changes: dict[s
         assert await store.jobs() == [record(1)]
 
 
+async def test_what_waits_is_stored_in_one_transaction(path: Path) -> None:
+    begun: list[str] = []
+    async with open_store(path, NODE) as store:
+        store._connection.set_trace_callback(begun.append)
+        async with trio.open_nursery() as nursery, store._lock:
+            for number in range(10):
+                nursery.start_soon(store.put_jobs, [record(number)])
+            await wait_all_tasks_blocked()
+            assert store.statistics() == StoreStatistics(waiting=10, writes=0, transactions=0)
+        store._connection.set_trace_callback(None)
+        assert store.statistics() == StoreStatistics(waiting=0, writes=10, transactions=1)
+    assert begun.count("BEGIN IMMEDIATE") == 1
+    assert len(await read(path)) == 10
+
+
+async def test_what_does_not_fit_harms_nobody_else(path: Path) -> None:
+    refused: list[int] = []
+
+    async def put(opened: Store, number: int) -> None:
+        try:
+            await opened.put_jobs([record(number, updated_at=2**70 if number == 5 else NOW)])
+        except StoreError:
+            refused.append(number)
+
+    async with open_store(path, NODE) as store, trio.open_nursery() as nursery:
+        for number in range(10):
+            nursery.start_soon(put, store, number)
+    assert refused == [5]
+    assert len(await read(path)) == 9
+
+
 async def test_keys_are_noted(path: Path) -> None:
     async with open_store(path, NODE) as ours, open_store(path, OTHER) as others:
         await ours.note_key(NOW)
@@ -439,6 +470,32 @@ async def test_a_cancelled_write_is_finished(path: Path) -> None:
         # The one that had begun is stored, and its caller knows; the one that had not is not.
         assert returned == [1]
         assert await store.jobs() == [record(1), record(3)]
+
+
+async def test_a_write_that_another_began_is_finished_too(path: Path) -> None:
+    async with open_store(path, NODE) as store, trio.open_nursery() as nursery:
+        scopes = [trio.CancelScope() for _ in range(3)]
+        returned: list[int] = []
+
+        async def put(number: int) -> None:
+            with scopes[number]:
+                await store.put_jobs([record(number)])
+                returned.append(number)
+
+        with closing(sqlite3.connect(path)) as other:
+            async with store._lock:
+                for number in range(3):
+                    nursery.start_soon(put, number)
+                    await wait_all_tasks_blocked()
+                scopes[0].cancel()
+                await wait_all_tasks_blocked()
+                other.execute("BEGIN IMMEDIATE")
+            await wait_all_tasks_blocked()
+            scopes[2].cancel()
+            await wait_all_tasks_blocked()
+            other.rollback()
+    assert sorted(returned) == [1, 2]
+    assert sorted(job.job_id for job in await read(path)) == [record(1).job_id, record(2).job_id]
 
 
 async def test_two_processes_on_one_file(path: Path) -> None:

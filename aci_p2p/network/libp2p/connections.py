@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import trio
@@ -57,6 +57,8 @@ class Connection:
     """What the peer says its program is."""
     used: float = 0.0
     """When we last opened a stream on it, in trio's time: what the peer opens costs it nothing."""
+    accepted: set[str] = field(default_factory=set[str])
+    """Protocols of ours that the peer has accepted on it: streams for them need not wait for its answer."""
 
     @property
     def is_local(self) -> bool:

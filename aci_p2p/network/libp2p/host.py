@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from random import SystemRandom
 
 import trio
@@ -32,7 +33,7 @@ from aci_p2p.network.libp2p.admission import Admission
 from aci_p2p.network.libp2p.connections import Connection, Connections, source_of
 from aci_p2p.network.libp2p.dialling import Dialler, Reached
 from aci_p2p.network.libp2p.holdings import Holdings
-from aci_p2p.network.libp2p.negotiation import NegotiationError, select_inbound, select_outbound
+from aci_p2p.network.libp2p.negotiation import NegotiationError, select_again, select_inbound, select_outbound
 from aci_p2p.network.libp2p.secure import ByteStream, Security
 from aci_p2p.network.libp2p.upgrade import HANDSHAKE_SECONDS, multiplex_outbound, secure_outbound, upgrade_inbound
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
@@ -370,8 +371,8 @@ class Host:
         for connection in self.connections.of(peer):
             await connection.muxer.close()
 
-    async def open_stream(self, peer: NodeId, protocol: str) -> YamuxStream:
-        """Open a stream to a peer, dialling it if needed. Raises PeerUnreachable."""
+    async def open_stream(self, peer: NodeId, protocol: str, *, eager: bool = False) -> YamuxStream:
+        """Open a stream to a peer, dialling it if needed. Raises PeerUnreachable. `eager`: see `select_again`."""
         dialled = await self.dial(peer)
         connection = self.connections.preferred(peer) or dialled
         try:
@@ -384,7 +385,8 @@ class Host:
             stream.mark_in_use()
         try:
             with trio.fail_after(NEGOTIATION_SECONDS):
-                await select_outbound(stream, protocol)
+                select = partial(select_again, accepted=connection.accepted) if eager else select_outbound
+                await select(stream, protocol)
         except (NegotiationError, EndOfStream, StreamReset, trio.TooSlowError) as error:
             stream.reset()
             msg = f"{peer.short} does not serve {protocol}"

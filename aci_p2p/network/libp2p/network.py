@@ -114,8 +114,8 @@ class Libp2pNetwork(Network):
         self._host.learn(peer, self._host.believed(parsed))
 
     @asynccontextmanager
-    async def open_stream(self, peer: NodeId, protocol: str) -> AsyncGenerator[Stream]:
-        raw = await self._host.open_stream(peer, protocol)
+    async def open_stream(self, peer: NodeId, protocol: str, *, eager: bool = False) -> AsyncGenerator[Stream]:
+        raw = await self._host.open_stream(peer, protocol, eager=eager)
         self._streams += 1
         try:
             yield FramedStream(peer, raw)

@@ -102,6 +102,7 @@ class _State:
         self.ended_by_us = False
         self.reset = False
         self.in_use = False
+        self.expected = b""
         self.changed = trio.Event()
 
     def notify(self) -> None:
@@ -131,9 +132,23 @@ class YamuxStream:
         """Somebody needs this stream, and so its connection."""
         self._state.in_use = True
 
+    def expect(self, first: bytes) -> None:
+        """What the peer sends first must be this, and is not read by anybody; the stream is reset otherwise."""
+        self._state.expected = first
+
     async def read(self, limit: int) -> bytes:
         """Receive 1 to `limit` bytes. Raises EndOfStream or StreamReset. Loses nothing when cancelled."""
         await trio.lowlevel.checkpoint()
+        while expected := self._state.expected:
+            first = await self._take(len(expected))
+            if not expected.startswith(first):
+                self.reset()
+                msg = "the peer did not begin as it must"
+                raise StreamReset(msg)
+            self._state.expected = expected[len(first) :]
+        return await self._take(limit)
+
+    async def _take(self, limit: int) -> bytes:
         state = self._state
         while not state.received:
             if state.reset:
