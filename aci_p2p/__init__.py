@@ -8,7 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aci_p2p.client import ACI, Answer, AnswerStream, Fallback, NotConnected, Requirements, UnknownModel
+    from aci_p2p.attempts import Hedged, Waiting
+    from aci_p2p.client import (
+        ACI,
+        Answer,
+        AnswerStream,
+        BatchResult,
+        Fallback,
+        NotConnected,
+        Requirements,
+        UnknownModel,
+    )
     from aci_p2p.config import NodeConfig, ProviderConfig
     from aci_p2p.consumer import Offered
     from aci_p2p.node import Node, NodeParts, open_node
@@ -19,7 +29,17 @@ if TYPE_CHECKING:
     from aci_p2p.protocol.request import ImpossibleJob, JobCancelled, NoBids, PromptRefused, ProviderFault
 
 _HOMES = {
-    "aci_p2p.client": ("ACI", "Answer", "AnswerStream", "Fallback", "NotConnected", "Requirements", "UnknownModel"),
+    "aci_p2p.attempts": ("Hedged", "Waiting"),
+    "aci_p2p.client": (
+        "ACI",
+        "Answer",
+        "AnswerStream",
+        "BatchResult",
+        "Fallback",
+        "NotConnected",
+        "Requirements",
+        "UnknownModel",
+    ),
     "aci_p2p.config": ("NodeConfig", "ProviderConfig"),
     "aci_p2p.consumer": ("Offered",),
     "aci_p2p.node": ("Node", "NodeParts", "open_node"),
@@ -36,11 +56,13 @@ __all__ = [
     "AciError",
     "Answer",
     "AnswerStream",
+    "BatchResult",
     "BidSeen",
     "Chosen",
     "Deliver",
     "FailedOver",
     "Fallback",
+    "Hedged",
     "ImpossibleJob",
     "JobCancelled",
     "LocalError",
@@ -60,6 +82,7 @@ __all__ = [
     "Turn",
     "UnknownModel",
     "VerifiedProof",
+    "Waiting",
     "encode_proof",
     "open_node",
     "verify_proof",

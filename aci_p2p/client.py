@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
 import trio
 
+from aci_p2p.attempts import Attempts, Patience, Update, open_attempts
 from aci_p2p.config import (
     DEFAULT_BID_WINDOW_MS,
+    DEFAULT_BUSY_WAIT_MS,
     DEFAULT_LATENCY_VALUE,
     DEFAULT_MAX_TOKENS,
     DEFAULT_PROVIDERS,
     DEFAULT_RETRY_COST,
+    ClientConfig,
     NodeConfig,
 )
-from aci_p2p.consumer import JobResult, JobUpdate, RunningJob
+from aci_p2p.consumer import JobResult
 from aci_p2p.executor import ModelStore
 from aci_p2p.node import Node, NodeParts, open_node
 from aci_p2p.protocol import cbor
@@ -36,7 +39,10 @@ from aci_p2p.protocol.publications import MAX_LATENCY_MS, CapabilityRecord
 from aci_p2p.protocol.request import ImpossibleJob, JobRequest
 from aci_p2p.protocol.terms import SelectionTerms, Verification
 from aci_p2p.protocol.wire import to_value
+from aci_p2p.tasks import open_background
 
+DEFAULT_AT_ONCE: Final = 4
+"""Questions of a batch that run together: as many slots as a provider has by default."""
 MILLI: Final = 1_000
 VERIFICATIONS: Final = {"optimistic": Verification.OPTIMISTIC}
 """What `Requirements` may ask for, by name."""
@@ -107,6 +113,11 @@ class Fallback:
     """Providers that may begin, one after the other: the next goes on behind the tokens that have come."""
     consensus: str = "any"
     """Whose answer counts: that of whoever answers."""
+    hedge_after_ms: int = 0
+    """When no token has come so long after the award, another provider is asked too, and the first to begin goes on;
+    milliseconds, 0: never. Both together cost no more than one may."""
+    busy_wait_ms: int = DEFAULT_BUSY_WAIT_MS
+    """How long to wait in all while every provider is busy, milliseconds; they say when to ask again."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on what is not offered."""
@@ -116,6 +127,17 @@ class Fallback:
         if not 1 <= self.providers <= MAX_SHARES:
             msg = f"a job has 1 to {MAX_SHARES} providers, not {self.providers}"
             raise LocalError(msg)
+        if min(self.hedge_after_ms, self.busy_wait_ms) < 0:
+            msg = "times to wait are not negative"
+            raise LocalError(msg)
+        if self.hedge_after_ms and self.providers == 1:
+            msg = "a job that one provider may begin cannot be hedged"
+            raise LocalError(msg, hint="allow 2 providers, or do not hedge")
+
+    @property
+    def patience(self) -> Patience:
+        """When another job is begun for the same answer."""
+        return Patience(hedge_after_ms=self.hedge_after_ms, busy_wait_ms=self.busy_wait_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +156,20 @@ class Answer:
     """Who answered."""
 
 
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What came of one question of several."""
+
+    number: int
+    """Its place among them, from 0."""
+    outcome: Answer | AciError
+    """The answer, or why there is none."""
+
+
 class AnswerStream:
     """An inference in progress: iterate over it for text, or over `updates` for everything that happens."""
 
-    def __init__(self, job: RunningJob, providers: Sequence[Envelope[CapabilityRecord]]) -> None:
+    def __init__(self, job: Attempts, providers: Sequence[Envelope[CapabilityRecord]]) -> None:
         """Made by `ACI.stream`."""
         self._job = job
         self.providers = providers
@@ -149,7 +181,7 @@ class AnswerStream:
         return self._job.job_id
 
     @property
-    def updates(self) -> AsyncIterator[JobUpdate]:
+    def updates(self) -> AsyncIterator[Update]:
         """Offer, bids, choice and text as they come; raises the AciError that ends the job."""
         return self._job
 
@@ -245,7 +277,7 @@ class ACI:
         fallback: Fallback | None = None,
     ) -> AsyncGenerator[AnswerStream]:
         """Run one inference within the block, streaming; leaving it early cancels the job. As `inference`."""
-        wanted = requirements or Requirements()
+        wanted, fallback = requirements or Requirements(), fallback or Fallback()
         root = resolve_model(model, self.node.config)
         conversation = conversation_of(prompt)
         if not 1 <= max_tokens <= MAX_TOKENS:
@@ -269,7 +301,7 @@ class ACI:
             max_latency_ms=wanted.max_latency_ms,
             bid_window_ms=wanted.bid_window_ms,
             expected_bidders=frozenset(connected),
-            max_providers=(fallback or Fallback()).providers,
+            max_providers=fallback.providers,
             terms=wanted.terms,
             verification=VERIFICATIONS[wanted.verification],
             priority_fee=wanted.priority_fee,
@@ -277,8 +309,56 @@ class ACI:
         why = why_impossible(request, providers, self.node.stakes)
         if why and not self._asking(root):
             raise ImpossibleJob(why, hint="ask for less, pay more, or wait for other providers")
-        async with self.node.open_job(request) as job:
+        async with open_attempts(self.node.open_job, request, fallback.patience, self.node.clock) as job:
             yield AnswerStream(job, providers)
+
+    @asynccontextmanager
+    async def batch(
+        self,
+        prompts: Sequence[str | Sequence[Turn]],
+        *,
+        at_once: int = DEFAULT_AT_ONCE,
+        model: str = DEFAULT_MODEL,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        temperature: float = 0.0,
+        requirements: Requirements | None = None,
+        fallback: Fallback | None = None,
+    ) -> AsyncGenerator[AsyncIterator[BatchResult]]:
+        """Run many inferences within the block, `at_once` at a time: iterate over their results, in order of arrival.
+
+        One that fails ends none of the others; leaving early cancels the rest. Raises UnknownModel, and LocalError on a
+        prompt that asks nothing, before anybody is asked; the rest is as in `inference`.
+        """
+        resolve_model(model, self.node.config)
+        questions = enumerate([conversation_of(prompt).turns for prompt in prompts])
+        if at_once < 1:
+            msg = "at least one question is asked at once"
+            raise LocalError(msg)
+
+        async def work(results: trio.MemorySendChannel[BatchResult]) -> None:
+            with results, suppress(trio.BrokenResourceError):
+                for number, prompt in questions:
+                    outcome: Answer | AciError
+                    try:
+                        outcome = await self.inference(
+                            prompt=prompt,
+                            model=model,
+                            max_tokens=max_tokens,
+                            temperature=temperature,
+                            requirements=requirements,
+                            fallback=fallback,
+                        )
+                    except AciError as error:
+                        outcome = error
+                    await results.send(BatchResult(number, outcome))
+
+        send, receive = trio.open_memory_channel[BatchResult](0)
+        with receive:
+            async with open_background() as tasks:
+                with send:
+                    for _ in range(min(at_once, len(prompts))):
+                        tasks.start_soon(work, send.clone())
+                yield receive
 
     async def _find_providers(self, root: bytes) -> Sequence[Envelope[CapabilityRecord]]:
         """Providers of a model in the DHT, unless there are some whose asks are known: these are asked at once."""
@@ -314,6 +394,26 @@ def resolve_model(model: str, config: NodeConfig) -> bytes:
     except AciError:
         stored = [entry.name for entry in ModelStore(config.models_path).list()]
         raise UnknownModel(model, sorted({*CATALOGUE, *stored})) from None
+
+
+def requirements_of(wanted: ClientConfig) -> Requirements:
+    """What the settings ask of a provider."""
+    return Requirements(
+        max_price=wanted.max_price,
+        max_latency_ms=wanted.max_latency_ms,
+        bid_window_ms=wanted.bid_window_ms,
+        min_provider_stake=wanted.min_provider_stake,
+        priority_fee=wanted.priority_fee,
+        latency_value=wanted.latency_value,
+        retry_cost=wanted.retry_cost,
+        quantisations=wanted.quantisations,
+        regions=wanted.regions,
+    )
+
+
+def fallback_of(wanted: ClientConfig) -> Fallback:
+    """What the settings say about providers that fail, are late or busy."""
+    return Fallback(wanted.providers, hedge_after_ms=wanted.hedge_after_ms, busy_wait_ms=wanted.busy_wait_ms)
 
 
 def conversation_of(prompt: str | Sequence[Turn]) -> Conversation:

@@ -16,7 +16,8 @@ from aci_p2p.executor import (
 from aci_p2p.gossip import Market
 from aci_p2p.jobs import FAREWELL_S
 from aci_p2p.network.api import Network, Stream
-from aci_p2p.protocol.bidding import LEASE_MS, BidBook, Declined, Offering, Won
+from aci_p2p.protocol.admission import LEASE_MS
+from aci_p2p.protocol.bidding import BidBook, Declined, Offering, Won
 from aci_p2p.protocol.envelope import Sealer, kind_of
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.messages import NONCE_BYTES, Kind

@@ -13,13 +13,13 @@ from aci_p2p.clock import MS_PER_S, Clock
 from aci_p2p.gossip import Asks
 from aci_p2p.jobs import StreamPump
 from aci_p2p.network.api import Network
-from aci_p2p.protocol.bidding import LEASE_MS
+from aci_p2p.protocol.admission import LEASE_MS, RETRY_MS
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.messages import Offer
-from aci_p2p.protocol.round import BidArrived, QuoteRefused, QuotesAsked, read_quote
+from aci_p2p.protocol.round import BidArrived, QuoteDeclined, QuoteRefused, QuotesAsked, read_quote
 
 QUOTES: Final = 4
 """Providers that are asked at once: with one in twenty dead, one answers in all but six of a million jobs."""
@@ -68,10 +68,10 @@ class Quotes:
     async def ask(self, offer: Envelope[Offer], exclude: Collection[NodeId]) -> None:
         """Ask the best providers, and serve the stream of the one that wins to its end."""
         out = {*exclude, self._network.node_id}
-        asks = self._asks.book.best(
-            offer.body.model_root, offer=offer.body, k=QUOTES, now=self._clock(), exclude=out, random=self._random
-        )
-        await self._tell(QuotesAsked(frozenset(ask.sender for ask in asks)))
+        book, root, now = self._asks.book, offer.body.model_root, self._clock()
+        asks = book.best(root, offer=offer.body, k=QUOTES, now=now, exclude=out, random=self._random)
+        retry_at = now + RETRY_MS if book.is_full(root, now, out) else None
+        await self._tell(QuotesAsked(frozenset(ask.sender for ask in asks), retry_at))
         async with trio.open_nursery() as nursery:
             for ask in asks:
                 self._network.learn_addresses(ask.sender, ask.body.addresses)
@@ -91,7 +91,9 @@ class Quotes:
                     if pump is not None:
                         await pump.run(nullcontext(stream))
         except* AciError as group:
-            await self._tell(QuoteRefused(provider, str(group.exceptions[0])))
+            error = group.exceptions[0]
+            retry_at = error.retry_at if isinstance(error, QuoteDeclined) else None
+            await self._tell(QuoteRefused(provider, str(error), retry_at))
         finally:
             self._open.pop(provider, None)
         if patience.cancelled_caught:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from aci_p2p.protocol.admission import Admission, AdmissionStatistics, Busy, Lease
+from aci_p2p.protocol.admission import LEASE_MS, Admission, AdmissionStatistics, Busy, Lease
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.market import check_terms
@@ -27,8 +27,6 @@ FIRST_LATENCY_MS: Final = 2_000
 """Promised time to the first token before any was measured: loading a small model takes a second."""
 MOST_WON: Final = 1024
 """Jobs remembered as won: far more than are broadcast again while their offers are valid."""
-LEASE_MS: Final = 5 * SECOND
-"""A quote holds a slot for so long: a consumer that has asked a few providers chooses within a second."""
 LATENCY_WEIGHT: Final = 4
 """The measured latency moves by a quarter of each new measurement."""
 

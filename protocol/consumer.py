@@ -35,11 +35,10 @@ from aci_p2p.protocol.job import (
     StreamEnded,
     TimerFired,
 )
-from aci_p2p.protocol.leg import Leg, Output, payments_of
+from aci_p2p.protocol.leg import FROM_PROVIDER, Leg, Output, payments_of
 from aci_p2p.protocol.lifecycle import Party, State, Trigger
 from aci_p2p.protocol.market import MAX_BID_WINDOW_MS
 from aci_p2p.protocol.messages import (
-    SECOND,
     Abort,
     AbortCode,
     Accept,
@@ -47,7 +46,6 @@ from aci_p2p.protocol.messages import (
     Bid,
     Commit,
     Input,
-    Kind,
     Offer,
     Opening,
     Proof,
@@ -60,7 +58,15 @@ from aci_p2p.protocol.pricing import worst_price
 from aci_p2p.protocol.proof import MAGIC, ProofFile, ProofInvalid, encode_proof
 from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobCancelled, JobRequest, JobSecrets, PromptRefused, ProviderFault
-from aci_p2p.protocol.round import QUOTE_PATIENCE_MS, QUOTE_WAIT_MS, BidArrived, QuoteRefused, QuotesAsked, Round
+from aci_p2p.protocol.round import (
+    QUOTE_PATIENCE_MS,
+    QUOTE_WAIT_MS,
+    SEEK_MS,
+    BidArrived,
+    QuoteRefused,
+    QuotesAsked,
+    Round,
+)
 from aci_p2p.protocol.sealing import seal_opening
 from aci_p2p.protocol.selection import Knowledge, SelectionRule, StakeTable
 from aci_p2p.protocol.terms import Passing
@@ -78,8 +84,6 @@ ConsumerEvent: TypeAlias = (
 )
 """What a consumer's job reacts to."""
 
-SEEK_MS: Final = 30 * SECOND
-"""How long a quote whose award is not answered leads to another round: as long as a bid over gossip is firm."""
 _PROMPT_FAULTS: Final = (AbortCode.PROMPT_TOO_LONG, AbortCode.INVALID_PROMPT)
 
 
@@ -108,7 +112,7 @@ class ConsumerJob(Job):
         self._leg: Leg | None = None
         self._output = Output()
         self._shares: list[Share] = []
-        self._failed: set[NodeId] = set()
+        self._failed = set(request.avoid)
         self._begun = 0
         self._seeks_until = 0
         self._is_stale = False
@@ -126,8 +130,7 @@ class ConsumerJob(Job):
     @property
     def offer(self) -> Envelope[Offer]:
         """The signed offer, the latest if there were several; only after `Start`."""
-        assert self._round is not None  # callers come after Start
-        return self._round.offer
+        return self._current.offer
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -158,15 +161,15 @@ class ConsumerJob(Job):
         match event:
             case Start() if self._state is State.DRAFT:
                 return self._start(now)
-            case QuotesAsked(providers) if self._state is State.OFFERED:
-                return self._on_asked(providers, now)
-            case QuoteRefused(provider, detail) if self._state is State.OFFERED:
-                return self._on_quote_refused(provider, detail, now)
+            case QuotesAsked() if self._state is State.OFFERED:
+                return self._on_asked(event, now)
+            case QuoteRefused() if self._state is State.OFFERED:
+                return self._on_quote_refused(event, now)
             case BidArrived(bid) if self._state is State.OFFERED:
                 return self._on_bid(bid, now)
-            case FrameArrived(data) if self._state in _ALLOWED:
+            case FrameArrived(data) if self._state in FROM_PROVIDER:
                 return self._on_frame(data, now)
-            case StreamEnded(detail) if self._state in _ALLOWED:
+            case StreamEnded(detail) if self._state in FROM_PROVIDER:
                 return self._on_stream_end(detail, now)
             case TimerFired() if self._state is not State.DRAFT:
                 return self._on_timer(now)
@@ -210,16 +213,14 @@ class ConsumerJob(Job):
         return [*self._advance(Trigger.OFFER, now), *self._ask(now)]
 
     def _new_round(self, now: int) -> Round:
-        offer, accepted = self._make_offer(now), len(self._output.tokens)
-        return Round(offer, self._request.terms, self._rule, self._knowledge, accepted)
-
-    def _make_offer(self, now: int) -> Envelope[Offer]:
+        """An offer of what is left to do."""
         deadline = now + min(QUOTE_WAIT_MS + self._request.bid_window_ms, MAX_BID_WINDOW_MS)
         left = self._request.offer(self._job_id, self._commitments, deadline)
         if self._output.tokens:
             # The fee went to whose tokens came first, and what they are owed is not there any more.
             left = replace(left, max_price=self._request.max_price - self._price, priority_fee=0)
-        return self._sealer.seal(left, now)
+        offer = self._sealer.seal(left, now)
+        return Round(offer, self._request.terms, self._rule, self._knowledge, len(self._output.tokens))
 
     def _ask(self, now: int) -> list[Effect]:
         """Begin a round: ask those whose prices are known."""
@@ -232,18 +233,20 @@ class ConsumerJob(Job):
         self._current.ends_at = min(now + self._request.bid_window_ms, self._current.offer.body.bid_deadline)
         return [Broadcast(self._current.offer), SetTimer(self._current.ends_at)]
 
-    def _on_asked(self, providers: frozenset[NodeId], now: int) -> list[Effect]:
+    def _on_asked(self, asked: QuotesAsked, now: int) -> list[Effect]:
+        self._current.busy(asked.retry_at, now)
         if self._current.awaited is None:
             return []
-        self._current.awaited |= providers
-        return [] if providers else self._broadcast(now)
+        self._current.awaited |= asked.providers
+        return [] if asked.providers else self._broadcast(now)
 
-    def _on_quote_refused(self, provider: NodeId, detail: str, now: int) -> list[Effect]:
+    def _on_quote_refused(self, refusal: QuoteRefused, now: int) -> list[Effect]:
         awaited = self._current.awaited
-        if not awaited or provider not in awaited:
+        if not awaited or refusal.provider not in awaited:
             return []
-        self._last_decline = f"{provider.short}: {printable(detail)}"
-        awaited.discard(provider)
+        self._last_decline = f"{refusal.provider.short}: {printable(refusal.detail)}"
+        self._current.busy(refusal.retry_at, now)
+        awaited.discard(refusal.provider)
         return [] if awaited else self._choose(now)
 
     def _on_bid(self, bid: Envelope[Bid], now: int) -> list[Effect]:
@@ -341,9 +344,8 @@ class ConsumerJob(Job):
 
     def _cancel(self, now: int) -> list[Effect]:
         self._detail = "cancelled"
-        farewell: list[Effect] = []
-        if self._state in _ALLOWED:
-            farewell = [self._abort(AbortCode.CANCELLED, "the consumer cancelled", now)]
+        abort = self._abort(AbortCode.CANCELLED, "the consumer cancelled", now)
+        farewell = [abort] if self._state in FROM_PROVIDER else []
         return self._end(Trigger.CANCEL, JobCancelled("the job was cancelled"), now, farewell)
 
     def _refuse_prompt(self, now: int) -> list[Effect]:
@@ -400,7 +402,7 @@ class ConsumerJob(Job):
 
     def _on_frame(self, data: bytes, now: int) -> list[Effect]:
         try:
-            frame = self._read_frame(data, self._working.provider, _ALLOWED[self._state], now)
+            frame = self._read_frame(data, self._working.provider, FROM_PROVIDER[self._state], now)
             return self._on_message(frame.body, now)
         except (MessageRefused, ProofInvalid) as error:
             farewell: list[Effect] = [self._abort(AbortCode.PROTOCOL, error.message, now)]
@@ -476,6 +478,7 @@ class ConsumerJob(Job):
     def _on_abort(self, abort: Abort, now: int) -> list[Effect]:
         detail = printable(abort.detail) or abort.abort.name.lower().replace("_", " ")
         if self._state is State.AWARDED:
+            self._current.busy(abort.retry_at or None, now)
             # It has not seen the prompt, so whatever ails it is no word on the job.
             return self._decline(detail, now, why=Passing.DECLINED)
         if abort.abort in _PROMPT_FAULTS and self._state is State.STREAMING and not self._working.own_tokens:
@@ -489,11 +492,3 @@ class ConsumerJob(Job):
             self._current.pass_over(self._working.provider, Passing.DECLINED)
             return [*self._advance(Trigger.FAIL_OVER, now), CloseStream(), *self._seek_another(now)]
         return self._provider_fails(detail, now)
-
-
-_ALLOWED: Final[dict[State, tuple[Kind, ...]]] = {
-    State.AWARDED: (Kind.ACCEPT, Kind.ABORT),
-    State.STREAMING: (Kind.TOKENS, Kind.COMMIT, Kind.ABORT),
-    State.COMMITTED: (Kind.REVEAL, Kind.ABORT),
-}
-"""What a provider may send in each state in which the consumer waits for it on the stream."""

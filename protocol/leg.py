@@ -9,8 +9,8 @@ from aci_p2p.protocol.commitments import derive_seed, output_commitment, output_
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Payment, PaymentState
-from aci_p2p.protocol.lifecycle import Party
-from aci_p2p.protocol.messages import Accept, Award, Bid, Commit, Finish, Offer, Proof, Share, Tokens, Voucher
+from aci_p2p.protocol.lifecycle import Party, State
+from aci_p2p.protocol.messages import Accept, Award, Bid, Commit, Finish, Kind, Offer, Proof, Share, Tokens, Voucher
 from aci_p2p.protocol.pricing import max_input_tokens, share_of
 from aci_p2p.protocol.proof import MAX_ANSWER_BYTES, check_offer_match
 from aci_p2p.protocol.sealing import Binding
@@ -21,6 +21,12 @@ VOUCHER_TOKENS: Final = 32
 VOUCHER_STEP: Final = 16
 """Output tokens after which a consumer sends a voucher: half of VOUCHER_TOKENS, so that the provider need not stop
 while one is on its way."""
+FROM_PROVIDER: Final[dict[State, tuple[Kind, ...]]] = {
+    State.AWARDED: (Kind.ACCEPT, Kind.ABORT),
+    State.STREAMING: (Kind.TOKENS, Kind.COMMIT, Kind.ABORT),
+    State.COMMITTED: (Kind.REVEAL, Kind.ABORT),
+}
+"""What a provider may send in each state in which the consumer waits for it on the stream."""
 
 
 class Output:

@@ -137,6 +137,11 @@ class OrderBook:
         shelf = self._shelves.get(model_root)
         return [entry.ask for entry in shelf.by_price] if shelf else []
 
+    def is_full(self, model_root: bytes, now: int, exclude: Collection[NodeId]) -> bool:
+        """Whether there are providers of a model that are not in `exclude`, and none of them has a free slot."""
+        asks = [ask for ask in self.view(model_root, now) if ask.sender not in exclude]
+        return bool(asks) and not any(ask.body.free_slots for ask in asks)
+
     def best(
         self, model_root: bytes, *, offer: Offer, k: int, now: int, exclude: Collection[NodeId], random: Chance
     ) -> list[Envelope[Ask]]:

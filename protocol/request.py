@@ -18,10 +18,11 @@ class NoBids(ResourceError):
 
     code = "no_bids"
 
-    def __init__(self, message: str, *, bids: int, hint: str) -> None:
-        """`bids`: how many arrived."""
+    def __init__(self, message: str, *, bids: int, hint: str, retry_at: int | None = None) -> None:
+        """`bids`: how many arrived; `retry_at`: when a provider that is busy has room, by its word, Unix ms."""
         super().__init__(message, hint=hint)
         self.bids = bids
+        self.retry_at = retry_at
 
 
 class ImpossibleJob(NoBids):
@@ -81,6 +82,8 @@ class JobRequest:
     """How long to wait for bids, milliseconds."""
     expected_bidders: frozenset[NodeId]
     """Providers known to serve the model: once all have bid there is nobody to wait for. Empty: wait out the window."""
+    avoid: frozenset[NodeId] = frozenset()
+    """Providers that are not to have the job."""
     max_providers: int = 1
     """Providers that may begin, one after the other: the next goes on where one has failed."""
     terms: SelectionTerms = ANY_PROVIDER

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
+from aci_p2p.protocol.admission import MAX_WAIT_MS
 from aci_p2p.protocol.envelope import Envelope, kind_of, open_envelope
 from aci_p2p.protocol.errors import RemoteError
 from aci_p2p.protocol.identity import NodeId
@@ -20,6 +21,8 @@ QUOTE_WAIT_MS: Final = 400
 """How long quotes are awaited, milliseconds: two round trips around the world."""
 QUOTE_PATIENCE_MS: Final = 30
 """How long more once one has come: who is much farther away would be slow with each token too."""
+SEEK_MS: Final = 30 * SECOND
+"""How long a quote whose award is not answered leads to another round: as long as a bid over gossip is firm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class QuotesAsked:
 
     providers: frozenset[NodeId]
     """Empty: nobody is known whom one could ask."""
+    retry_at: int | None = None
+    """When to ask again, Unix milliseconds, since all that serve the model are full; None: they are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,8 @@ class QuoteRefused:
     """Which."""
     detail: str
     """Why, in words."""
+    retry_at: int | None = None
+    """When to ask it again, by its word, Unix milliseconds; None: it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,7 @@ class Round:
         self._accepted_tokens = accepted_tokens
         self._bids: dict[bytes, Envelope[Bid]] = {}
         self._had_turn: set[bytes] = set()
+        self._busy_until: int | None = None
 
     @property
     def bidders(self) -> frozenset[NodeId]:
@@ -120,6 +128,12 @@ class Round:
                 return bid
         return None
 
+    def busy(self, retry_at: int | None, now: int) -> None:
+        """A provider has no room before `retry_at`, by its word; more than MAX_WAIT_MS from now is not believed."""
+        if retry_at is not None:
+            until = min(max(retry_at, now), now + MAX_WAIT_MS)
+            self._busy_until = min(self._busy_until or until, until)
+
     def why_nobody(self, last_decline: str, bid_window_ms: int) -> NoBids:
         """Why nobody has the job; `last_decline`: who declined last, and why; empty: nobody did."""
         if self.expired:
@@ -134,7 +148,7 @@ class Round:
         else:
             message = f"nobody bid within {bid_window_ms / SECOND:g} s"
             hint = "check that a provider of this model is connected, or wait longer for bids"
-        return NoBids(message, bids=len(self.summaries), hint=hint)
+        return NoBids(message, bids=len(self.summaries), hint=hint, retry_at=self._busy_until)
 
     def pass_over(self, provider: NodeId, why: Passing) -> None:
         """A provider had its turn, and does not have the job."""
@@ -154,6 +168,11 @@ class QuoteDeclined(RemoteError):
 
     code = "quote_declined"
 
+    def __init__(self, message: str, *, retry_at: int | None) -> None:
+        """`retry_at`: when to ask it again, by its word, Unix milliseconds."""
+        super().__init__(message)
+        self.retry_at = retry_at
+
 
 def read_quote(data: bytes, provider: NodeId, offer: Envelope[Offer], now: int) -> Envelope[Bid]:
     """Check a provider's answer to an offer that was sent to it alone. Raises MessageRefused, QuoteDeclined."""
@@ -162,7 +181,9 @@ def read_quote(data: bytes, provider: NodeId, offer: Envelope[Offer], now: int) 
     require(kind in (Kind.BID, Kind.ABORT), Decision.REJECT, Reason.WRONG_KIND)
     if kind is Kind.ABORT:
         abort = open_envelope(data, Abort, network=network, now=now).body
-        raise QuoteDeclined(printable(abort.detail) or abort.abort.name.lower().replace("_", " "))
+        raise QuoteDeclined(
+            printable(abort.detail) or abort.abort.name.lower().replace("_", " "), retry_at=abort.retry_at or None
+        )
     bid = open_envelope(data, Bid, network=network, now=now)
     # Its own word, about our offer.
     require(bid.sender == provider, Decision.REJECT, Reason.WRONG_SENDER)

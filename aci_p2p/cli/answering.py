@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from aci_p2p.attempts import Hedged, Waiting
 from aci_p2p.cli.filed import items
 from aci_p2p.cli.output import write_text
 from aci_p2p.cli.verify import describe, model_name
+from aci_p2p.clock import MS_PER_S
 from aci_p2p.consumer import Offered
 from aci_p2p.protocol.job import BidSeen, Chosen, Deliver, FailedOver
 from aci_p2p.protocol.messages import BidSummary
@@ -89,8 +91,8 @@ class Show:
                     self.bids.append(bid)
                 case Chosen():
                     self._choice(update, now)
-                case FailedOver():
-                    self._failure(update)
+                case FailedOver() | Hedged() | Waiting():
+                    self._setback(update)
                 case Deliver(tokens, text):
                     self.timing.note(len(tokens), now)
                     if self.answer:
@@ -100,10 +102,16 @@ class Show:
             self.answer.print()
         return stream.answer
 
-    def _failure(self, failed: FailedOver) -> None:
-        after = f"after {failed.tokens} tokens" if failed.tokens else "before its first token"
-        problem = escape(printable(failed.problem))
-        self.status.print(f"{failed.provider.short} failed {after} ({problem}); another is to go on", style="yellow")
+    def _setback(self, update: FailedOver | Hedged | Waiting) -> None:
+        match update:
+            case FailedOver(provider, problem, tokens):
+                after = f"after {tokens} tokens" if tokens else "before its first token"
+                news = f"{provider.short} failed {after} ({printable(problem)}); another is to go on"
+            case Hedged(provider, waited_ms):
+                news = f"{provider.short} is late: no token after {waited_ms / MS_PER_S:g} s; another is asked too"
+            case Waiting(wait_ms, problem):
+                news = f"{printable(problem)}; asking again in {wait_ms / MS_PER_S:.1f} s"
+        self.status.print(escape(news), style="yellow")
 
     def _choice(self, choice: Chosen, now: float) -> None:
         self.timing.chosen = now

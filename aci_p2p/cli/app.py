@@ -24,8 +24,8 @@ _OUTPUT_FAILS: Final = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 """The reader of our output closed it early, or the file that it goes to cannot take it."""
 
 _COMMANDS: Final = (
-    "config", "demo", "doctor", "infer", "jobs", "join", "keys", "market", "models", "peers", "price", "providers",
-    "simulate", "status", "verify", "why",
+    "batch", "config", "demo", "doctor", "infer", "jobs", "join", "keys", "market", "models", "peers", "price",
+    "providers", "simulate", "status", "verify", "why",
 )  # fmt: skip
 
 _EPILOG: Final = """\b

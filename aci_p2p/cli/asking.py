@@ -1,14 +1,21 @@
-"""Asking the running node that a command's options name."""
+"""Asking the running node that a command's options name, and the network through it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
+
+import click
 
 from aci_p2p.cli.options import FOLDERS, Given
 from aci_p2p.config import Loaded, NodeConfig
 from aci_p2p.control import NoNode, StatusReport, ask
 from aci_p2p.control.wire import BadRequest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from aci_p2p.client import Answer
 
 NAMING: Final = (*FOLDERS, "key")
 """Settings that say which node of this machine is meant."""
@@ -26,6 +33,15 @@ def ask_at(loaded: Loaded, command: str) -> object:
     return ask(loaded.config.node.control_socket_path, command)
 
 
+def runs_at(path: Path) -> bool:
+    """Whether a node answers on the socket at `path`."""
+    try:
+        ask(path, "status", timeout_s=BESIDE_S)
+    except NoNode:
+        return False
+    return True
+
+
 def client_beside(loaded: Loaded) -> NodeConfig:
     """The node of a command that asks the network: unless --bootstrap says where, through the one that runs here."""
     config = loaded.config.client_node
@@ -39,3 +55,16 @@ def client_beside(loaded: Loaded) -> NodeConfig:
     if status["node"]["network"] != config.network:
         return config
     return replace(config, bootstrap=(*status["addresses"], *config.bootstrap))
+
+
+def check_reachable(config: NodeConfig) -> None:
+    """Raises click.UsageError when nobody is known who could be asked."""
+    if not (config.bootstrap or config.p2p.mdns or config.address_cache_path.exists()):
+        msg = "no node is known to ask, and none runs here: start one with aci-p2p join, or name one with --bootstrap, "
+        msg += "ACI_BOOTSTRAP or bootstrap in the configuration file"
+        raise click.UsageError(msg)
+
+
+def proof_path(config: NodeConfig, answer: Answer) -> Path:
+    """Where an answer's proof is kept, unless the user says where."""
+    return config.home / "proofs" / f"{answer.receipt.body.job_id.hex()[:16]}.aciproof"

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 from rich.console import Console
 
 from aci_p2p.cli.answering import Show, speed_line, summary
-from aci_p2p.cli.asking import client_beside
+from aci_p2p.cli.asking import check_reachable, client_beside, proof_path
 from aci_p2p.cli.common import json_option, print_json, program
 from aci_p2p.cli.options import CLIENT, Given, configured
 from aci_p2p.cli.running import Stop, run
-from aci_p2p.client import ACI, Answer, Fallback, Requirements, conversation_of, resolve_model
+from aci_p2p.client import (
+    ACI,
+    Answer,
+    Fallback,
+    Requirements,
+    conversation_of,
+    fallback_of,
+    requirements_of,
+    resolve_model,
+)
 from aci_p2p.config import NodeConfig
 from aci_p2p.files import write_atomically
 from aci_p2p.protocol.errors import LocalError
@@ -62,21 +71,10 @@ def command(prompt: str, given: Given, proof: Path | None, verification: str, as
     """
     loaded = given.load()
     config, ask = client_beside(loaded), loaded.config.client
-    _check_reachable(config)
+    check_reachable(config)
     text = _read_prompt() if prompt == "-" else prompt
-    requirements = Requirements(
-        max_price=ask.max_price,
-        max_latency_ms=ask.max_latency_ms,
-        bid_window_ms=ask.bid_window_ms,
-        min_provider_stake=ask.min_provider_stake,
-        verification=verification,
-        priority_fee=ask.priority_fee,
-        latency_value=ask.latency_value,
-        retry_cost=ask.retry_cost,
-        quantisations=ask.quantisations,
-        regions=ask.regions,
-    )
-    fallback = Fallback(ask.providers)
+    requirements = replace(requirements_of(ask), verification=verification)
+    fallback = fallback_of(ask)
     request = _Request(text, ask.model, ask.max_tokens, ask.temperature, requirements, fallback, proof, as_json)
 
     # What can be refused here is refused before anybody is dialled.
@@ -87,14 +85,6 @@ def command(prompt: str, given: Given, proof: Path | None, verification: str, as
         await _infer(config, request, stop)
 
     run(work)
-
-
-def _check_reachable(config: NodeConfig) -> None:
-    """Raises click.UsageError when nobody is known who could be asked."""
-    if not (config.bootstrap or config.p2p.mdns or config.address_cache_path.exists()):
-        msg = "no node is known to ask, and none runs here: start one with aci-p2p join, or name one with --bootstrap, "
-        msg += "ACI_BOOTSTRAP or bootstrap in the configuration file"
-        raise click.UsageError(msg)
 
 
 def _read_prompt() -> str:
@@ -126,7 +116,7 @@ async def _infer(config: NodeConfig, request: _Request, stop: Stop) -> None:
                 answer = await show.run(stream)
     if answer is None:
         return
-    path = request.proof or config.home / "proofs" / f"{answer.receipt.body.job_id.hex()[:16]}.aciproof"
+    path = request.proof or proof_path(config, answer)
     saved: str | None = None
     try:
         write_atomically(path, encode_proof(answer.proof))

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Final, cast
+import json
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager, nullcontext
+from typing import Final, TypeAlias, cast
 
 import click
+import trio
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from aci_p2p.cli.asking import runs_at
 from aci_p2p.cli.common import json_option, print_json
 from aci_p2p.cli.options import FOLDERS, Given, configured
+from aci_p2p.cli.output import write_text
 from aci_p2p.cli.running import Stop, run
 from aci_p2p.cli.texts import amount, print_table
 from aci_p2p.client import resolve_model
-from aci_p2p.control import NoNode, ask
+from aci_p2p.control import ask
 from aci_p2p.control.market import AskEntry, MarketReport, ModelMarket, read_market
 from aci_p2p.node import open_node
 from aci_p2p.protocol.errors import ResourceError
@@ -22,12 +32,16 @@ _EPILOG: Final = """\b
 Examples:
   aci-p2p market                            all models that the running node looks at
   aci-p2p market MODEL                      one model
+  aci-p2p market --watch MODEL              as it changes, until Ctrl-C
   aci-p2p market MODEL --bootstrap ADDRESS  without a running node
   aci-p2p market --json | jq '.models[].asks[0]'
 """
 OPTIONS: Final = (*FOLDERS, "key", "network", "bootstrap", "offline", "p2p.relay_client", "p2p.mdns")
 """Settings of commands that read an order book."""
+WATCH_S: Final = 1.0
+"""Seconds between two looks at the book."""
 _COLUMNS: Final = ("provider", "prompt token", "output token", "latency", "free", "region", "age")
+_Read: TypeAlias = Callable[[], Awaitable[MarketReport]]
 _RIGHT: Final = frozenset({"prompt token", "output token", "latency", "free", "age"})
 
 
@@ -40,14 +54,18 @@ class NoAsks(ResourceError):
 @click.command("market", short_help="Show what providers ask for a model.", epilog=_EPILOG)
 @click.argument("model", required=False)
 @configured(*OPTIONS)
+@click.option("--watch", is_flag=True, help="Show it again each second; with --json a line each time.")
 @json_option
-def command(model: str | None, given: Given, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
+def command(model: str | None, given: Given, watch: bool, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
     """Show the live order book of MODEL, a name or a weights root in hex; exit code 4 when nobody asks anything.
 
     Prices are those of the moment, at each provider's load. The running node of this machine is asked; without MODEL it
     shows every model that it serves or has looked at lately. Without a running node, or with --bootstrap, the command
     joins the network itself.
     """
+    if watch:
+        _watch(given, model, as_json=as_json)
+        return
     report = market_report(given, model, all_models=True)
     if as_json:
         print_json(report)
@@ -61,24 +79,57 @@ def command(model: str | None, given: Given, as_json: bool) -> None:  # noqa: FB
 
 def market_report(given: Given, model: str | None, *, all_models: bool = False) -> MarketReport:
     """The order book of a model, or of the default one; with `all_models` of all that a running node looks at."""
-    loaded = given.load()
-    config = loaded.config.client_node
-    root = resolve_model(model or loaded.config.client.model, config).hex()
-    if "bootstrap" not in given.flags:
-        wanted = "" if all_models and model is None else root
-        try:
-            return cast("MarketReport", ask(loaded.config.node.control_socket_path, "market", wanted))
-        except NoNode:
-            pass
     reports: list[MarketReport] = []
 
     async def work(stop: Stop) -> None:
-        async with open_node(config) as node:
+        async with _open_book(given, model, all_models=all_models) as read:
             with stop:
-                reports.append(await read_market(node, root))
+                reports.append(await read())
 
     run(work)
     return reports[0]
+
+
+def _watch(given: Given, model: str | None, *, as_json: bool) -> None:
+    console = Console(highlight=False)
+
+    async def work(stop: Stop) -> None:
+        async with _open_book(given, model, all_models=True) as read:
+            with stop, Live(console=console, auto_refresh=False) if not as_json else nullcontext() as live:
+                while True:
+                    report = await read()
+                    if live is None:
+                        await write_text(sys.stdout, json.dumps(report) + "\n")
+                    else:
+                        live.update(_screen(report), refresh=True)
+                    await trio.sleep(WATCH_S)
+
+    run(work, daemon=True)
+
+
+@asynccontextmanager
+async def _open_book(given: Given, model: str | None, *, all_models: bool) -> AsyncGenerator[_Read]:
+    """Reads the order book, of the running node or of one that lives within the block."""
+    loaded = given.load()
+    config = loaded.config.client_node
+    root = resolve_model(model or loaded.config.client.model, config).hex()
+    wanted = "" if all_models and model is None else root
+
+    path = loaded.config.node.control_socket_path
+
+    async def read_beside() -> MarketReport:
+        answer = await trio.to_thread.run_sync(ask, path, "market", wanted, abandon_on_cancel=True)
+        return cast("MarketReport", answer)
+
+    if "bootstrap" not in given.flags and runs_at(path):
+        yield read_beside
+        return
+    async with open_node(config) as node:
+
+        async def read_own() -> MarketReport:
+            return await read_market(node, root)
+
+        yield read_own
 
 
 def nobody_asks(model: str) -> NoAsks:
@@ -90,6 +141,14 @@ def asks_of(report: MarketReport) -> ModelMarket:
     """The only model of a report."""
     (market,) = report["models"]
     return market
+
+
+def _screen(report: MarketReport) -> Group:
+    now = time.strftime("%H:%M:%S")
+    parts: list[Text | Table] = [Text(f"{now}  Ctrl-C ends", style="dim")]
+    for market in report["models"]:
+        parts += [Text(f"{market['model_root']}:"), _table(market["asks"])]
+    return Group(*parts)
 
 
 def _table(asks: list[AskEntry]) -> Table:

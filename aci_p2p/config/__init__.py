@@ -3,6 +3,7 @@
 from aci_p2p.config.changes import Change, Changes, apply, compare
 from aci_p2p.config.node import (
     DEFAULT_BID_WINDOW_MS,
+    DEFAULT_BUSY_WAIT_MS,
     DEFAULT_INPUT_PRICE,
     DEFAULT_LATENCY_VALUE,
     DEFAULT_MAX_TOKENS,
@@ -23,6 +24,7 @@ from aci_p2p.config.sources import ConfigError, Loaded, Origin, load, unknown_va
 
 __all__ = [
     "DEFAULT_BID_WINDOW_MS",
+    "DEFAULT_BUSY_WAIT_MS",
     "DEFAULT_INPUT_PRICE",
     "DEFAULT_LATENCY_VALUE",
     "DEFAULT_MAX_TOKENS",

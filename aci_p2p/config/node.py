@@ -26,6 +26,8 @@ DEFAULT_NETWORK: Final = "aci-main"
 """Network id of the public network."""
 DEFAULT_INPUT_PRICE: Final = ONE_ACI // 1_000_000
 """Base units for each prompt token: 1 ACI for a million."""
+DEFAULT_BUSY_WAIT_MS: Final = 10_000
+"""Providers that are busy say so for at most five seconds at a time; most jobs end sooner."""
 DEFAULT_PROVIDERS: Final = 3
 """One that fails, and one more, are bad luck; after a third something else is wrong."""
 DEFAULT_OUTPUT_PRICE: Final = 4 * ONE_ACI // 1_000_000
@@ -172,6 +174,10 @@ class ClientConfig:
     """Regions that will do; none: any."""
     providers: int = DEFAULT_PROVIDERS
     """Providers that may begin, one after the other: the next goes on where one has failed."""
+    hedge_after_ms: int = 0
+    """When the first token is so late, another provider is asked too, milliseconds from the award; 0: never."""
+    busy_wait_ms: int = DEFAULT_BUSY_WAIT_MS
+    """How long to wait while every provider is busy, milliseconds."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that an offer cannot carry."""
@@ -190,6 +196,9 @@ class ClientConfig:
         check_labels(*self.quantisations, *self.regions)
         if min(self.max_price, self.min_provider_stake, self.priority_fee, self.latency_value, self.retry_cost) < 0:
             msg = "prices are not negative"
+            raise LocalError(msg)
+        if min(self.hedge_after_ms, self.busy_wait_ms) < 0:
+            msg = "times to wait are not negative"
             raise LocalError(msg)
 
 

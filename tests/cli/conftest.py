@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.scenarios.daemons import Daemon, add_tiny_model, killed_at_the_end, until
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 COMMAND = (sys.executable, "-c", "from aci_p2p.cli import main; main()")
@@ -106,3 +108,14 @@ def finish(process: Process, timeout: float = START_S) -> subprocess.CompletedPr
     """Wait for a process to end."""
     out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess([], process.returncode, out, err)
+
+
+@pytest.fixture
+def provider(tmp_path: Path) -> Iterator[Daemon]:
+    """A running node that serves a model called `rare`."""
+    daemon = Daemon(tmp_path / "provider")
+    add_tiny_model(daemon.home, tmp_path / "tiny")
+    daemon.start()
+    with killed_at_the_end([daemon]):
+        until(lambda: daemon.is_up)
+        yield daemon

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.scenarios.daemons import Daemon, add_tiny_model, killed_at_the_end, run_command, until
+from tests.cli.conftest import SOON_S, Start, finish
+from tests.scenarios.daemons import Daemon, run_command
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def provider(tmp_path: Path) -> Iterator[Daemon]:
-    """A running node that serves a model called `rare`."""
-    daemon = Daemon(tmp_path / "provider")
-    add_tiny_model(daemon.home, tmp_path / "tiny")
-    daemon.start()
-    with killed_at_the_end([daemon]):
-        until(lambda: daemon.is_up)
-        yield daemon
 
 
 def test_what_is_asked_and_what_it_costs(provider: Daemon, tmp_path: Path) -> None:
@@ -59,6 +49,15 @@ def test_what_is_asked_and_what_it_costs(provider: Daemon, tmp_path: Path) -> No
     assert [line.split()[-1] for line in picture.splitlines()[1:6]] == ["#" * 24] * 5
     assert "a job of 100 + 500 tokens now: 0.0021 ACI at the cheapest" in picture
     assert "to providers: ask 0.000004 ACI for an output token" in picture
+
+
+def test_watching(provider: Daemon, start: Start) -> None:
+    watcher = start("market", "--watch", "--json", "rare", at=provider.home)
+    assert watcher.stdout is not None
+    looks = [json.loads(watcher.stdout.readline())["models"][0]["asks"] for _ in range(3)]
+    assert [len(asks) for asks in looks] == [1, 1, 1]
+    watcher.send_signal(signal.SIGINT)
+    assert finish(watcher, SOON_S).returncode == 0
 
 
 def test_nobody_asks(tmp_path: Path, provider: Daemon) -> None:

@@ -15,11 +15,12 @@ import pytest
 import trio
 from rich.console import Console
 
+from aci_p2p.attempts import Hedged, Update, Waiting
 from aci_p2p.cli.answering import Show
 from aci_p2p.cli.common import print_json
 from aci_p2p.client import AnswerStream
-from aci_p2p.consumer import JobUpdate
-from aci_p2p.protocol.job import Deliver
+from aci_p2p.protocol.identity import NodeId
+from aci_p2p.protocol.job import Deliver, FailedOver
 from tests.cli.conftest import one_line
 from tests.cli.views import NODE
 
@@ -28,13 +29,36 @@ def test_an_answer_is_printed_as_it_is() -> None:
     out = io.StringIO()
     console = Console(file=out, width=10)
 
-    async def updates() -> AsyncGenerator[JobUpdate]:
+    async def updates() -> AsyncGenerator[Update]:
         for text in ("a\tb :smile:", " [red]x[/red]  \n", "long " * 9):
             yield Deliver((1,), text)
 
     stream = cast("AnswerStream", SimpleNamespace(updates=updates(), answer=None))
     trio.run(Show(console, console, steps=False).run, stream)
     assert out.getvalue() == "a\tb :smile: [red]x[/red]  \n" + "long " * 9 + "\n"
+
+
+def test_setbacks_are_told() -> None:
+    out = io.StringIO()
+    provider = NodeId(bytes(32))
+    told: dict[Update, str] = {
+        FailedOver(
+            provider, "it died [at once]", 0
+        ): "failed before its first token (it died [at once]); another is to go on",
+        FailedOver(provider, "it died", 3): "failed after 3 tokens (it died); another is to go on",
+        Hedged(provider, 1_500): "is late: no token after 1.5 s; another is asked too",
+        Waiting(700, "all slots are taken"): "all slots are taken; asking again in 0.7 s",
+    }
+
+    async def updates() -> AsyncGenerator[Update]:
+        for update in told:
+            yield update
+
+    stream = cast("AnswerStream", SimpleNamespace(updates=updates(), answer=None))
+    trio.run(Show(Console(file=out, width=200), None, steps=False).run, stream)
+    assert out.getvalue().splitlines() == [
+        news if "asking" in news else f"{provider.short} {news}" for news in told.values()
+    ]
 
 
 def test_a_document_fits_every_encoding(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from aci_p2p.control.wire import BadRequest
-from tests.scenarios.daemons import Daemon, add_tiny_model, killed_at_the_end, run_command, until
+from tests.scenarios.daemons import Daemon, run_command
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def provider(tmp_path: Path) -> Iterator[Daemon]:
-    """A running node that serves a model called `rare`."""
-    daemon = Daemon(tmp_path / "provider")
-    add_tiny_model(daemon.home, tmp_path / "tiny")
-    daemon.start()
-    with killed_at_the_end([daemon]):
-        until(lambda: daemon.is_up)
-        yield daemon
 
 
 def test_who_serves_a_model(provider: Daemon, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ PEERS = [KeyPair(bytes([number]) * 32).node_id for number in (1, 2)]
 SPECIAL = {
     "client.temperature": ("0.5", "1.25"),
     "client.providers": ("2", "5"),
+    "client.hedge_after_ms": ("2500", "4000"),
+    "client.busy_wait_ms": ("0", "20000"),
     "log.format": ("logfmt", "json"),
     "log.level": ("debug", "error"),
     "network": ("aci-a", "aci-b"),

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from aci_p2p.protocol.bidding import LEASE_MS
-from aci_p2p.protocol.consumer import SEEK_MS, Start
+from aci_p2p.protocol.admission import LEASE_MS, MAX_WAIT_MS
+from aci_p2p.protocol.consumer import Start
 from aci_p2p.protocol.envelope import Sealer, open_envelope
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.job import (
@@ -24,11 +24,11 @@ from aci_p2p.protocol.job import (
 )
 from aci_p2p.protocol.leg import VOUCHER_STEP
 from aci_p2p.protocol.lifecycle import Party, State
-from aci_p2p.protocol.messages import AbortCode, Award, Input, Receipt, Voucher
+from aci_p2p.protocol.messages import Abort, AbortCode, Award, Input, Receipt, Voucher
 from aci_p2p.protocol.proof import verify_proof
 from aci_p2p.protocol.provider import GenerationFailed
 from aci_p2p.protocol.request import NoBids, PromptRefused, ProviderFault
-from aci_p2p.protocol.round import QUOTE_PATIENCE_MS, QUOTE_WAIT_MS, BidArrived, QuoteRefused, QuotesAsked
+from aci_p2p.protocol.round import QUOTE_PATIENCE_MS, QUOTE_WAIT_MS, SEEK_MS, BidArrived, QuoteRefused, QuotesAsked
 from aci_p2p.protocol.settlement import read_statement, settle
 from aci_p2p.protocol.validation import MessageRefused
 from tests.protocol.driver import (
@@ -272,6 +272,49 @@ def test_without_a_quote_everybody_is_asked() -> None:
     bench.time_out()
     assert isinstance(bench.error, NoBids)
     assert "busy" in bench.error.message
+
+
+@pytest.mark.parametrize(("told", "believed"), [(NOW + 700, NOW + 700), (NOW - 5, NOW), (2**60, NOW + MAX_WAIT_MS)])
+def test_who_is_busy_says_until_when(told: int, believed: int) -> None:
+    bench = ConsumerBench(ROBUST)
+    bench.feed(Start())
+    bench.feed(QuotesAsked(frozenset({PROVIDER.node_id, RIVAL.node_id})))
+    bench.feed(QuoteRefused(PROVIDER.node_id, "busy", told))
+    bench.feed(QuoteRefused(RIVAL.node_id, "busy", NOW + 2 * MAX_WAIT_MS))
+    bench.time_out()
+    assert isinstance(bench.error, NoBids)
+    assert bench.error.retry_at == believed
+
+
+def test_whose_asks_are_full_may_have_room_later() -> None:
+    bench = ConsumerBench(ROBUST)
+    bench.feed(Start())
+    bench.feed(QuotesAsked(frozenset(), NOW + 1_000))
+    bench.time_out()
+    assert isinstance(bench.error, NoBids)
+    assert bench.error.retry_at == NOW + 1_000
+
+
+def test_who_is_busy_when_it_is_awarded_says_until_when() -> None:
+    bench = ConsumerBench(ROBUST)
+    ask = one(bench.feed(Start()), AskForQuotes)
+    bench.feed(QuotesAsked(frozenset()))
+    bench.feed(BidArrived(make_bid(ask.offer, PROVIDER)))
+    bench.time_out()
+    assert bench.job.state is State.AWARDED
+    bench.receive(Abort(bench.job.job_id, AbortCode.BUSY, "all slots are taken", bench.now + 800))
+    assert isinstance(bench.error, NoBids)
+    assert bench.error.retry_at == bench.now + 800
+
+
+def test_who_is_to_be_avoided_has_no_chance() -> None:
+    bench = ConsumerBench(replace(ROBUST, avoid=frozenset({PROVIDER.node_id})))
+    ask = one(bench.feed(Start()), AskForQuotes)
+    assert ask.exclude == {PROVIDER.node_id}
+    bench.feed(QuotesAsked(frozenset()))
+    assert bench.feed(BidArrived(make_bid(ask.offer, PROVIDER))) == []
+    bench.feed(BidArrived(make_bid(ask.offer, RIVAL)))
+    assert one(bench.time_out(), Chosen).provider == RIVAL.node_id
 
 
 def test_who_quotes_and_does_not_answer_its_award_spoils_nothing() -> None:

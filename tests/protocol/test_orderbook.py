@@ -170,6 +170,15 @@ def test_the_best_meet_the_limits(book: OrderBook) -> None:
     assert best(book, 9, offer=replace(offer, max_price=limit - 1)) == []
 
 
+def test_a_book_is_full_when_nobody_has_a_free_slot(book: OrderBook) -> None:
+    assert not book.is_full(MODEL_ROOT, NOW, ())
+    full, free = ask_of(1, free_slots=0), ask_of(2)
+    put(book, full, free)
+    assert not book.is_full(MODEL_ROOT, NOW, ())
+    assert book.is_full(MODEL_ROOT, NOW, {free.sender})
+    assert not book.is_full(MODEL_ROOT, NOW, {full.sender, free.sender})
+
+
 def test_the_load_makes_the_price(book: OrderBook) -> None:
     """Half of its slots are in use, so that the first step holds."""
     curve = (PriceStep(500, 3_000), PriceStep(501, 9_000))

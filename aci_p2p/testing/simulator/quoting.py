@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from aci_p2p.protocol.bidding import LEASE_MS
+from aci_p2p.protocol.admission import LEASE_MS
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.messages import Offer
@@ -65,7 +65,7 @@ class Quotes:
         try:
             bid = read_quote(frame, provider, offer, self._node.clock)
         except (MessageRefused, QuoteDeclined) as error:
-            self._refused(provider, error.message)
+            self._refused(provider, error.message, error.retry_at if isinstance(error, QuoteDeclined) else None)
             return
         quote = self._asked.pop(provider)
         quote.patience.cancel()
@@ -75,13 +75,13 @@ class Quotes:
         self._quoted[provider] = quote
         self._tell(BidArrived(bid))
 
-    def _refused(self, provider: NodeId, detail: str) -> None:
+    def _refused(self, provider: NodeId, detail: str, retry_at: int | None = None) -> None:
         quote = self._asked.pop(provider, None)
         if quote is None:
             return
         quote.patience.cancel()
         quote.end.close()
-        self._tell(QuoteRefused(provider, detail))
+        self._tell(QuoteRefused(provider, detail, retry_at))
 
     def _drop(self, provider: NodeId) -> None:
         quote = self._quoted.pop(provider, None)

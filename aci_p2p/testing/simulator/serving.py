@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from aci_p2p.executor import FinishReason, Message, Sampling
-from aci_p2p.protocol.bidding import LEASE_MS, BidBook, Declined, Offering, Won
+from aci_p2p.protocol.admission import LEASE_MS
+from aci_p2p.protocol.bidding import BidBook, Declined, Offering, Won
 from aci_p2p.protocol.envelope import Envelope, kind_of
 from aci_p2p.protocol.job import (
     Effect,
