@@ -37,7 +37,19 @@ STALL_S: Final = 30.0
 SharedEvent: TypeAlias = FrameArrived | StreamEnded | TimerFired | Cancel
 """Events that the machines of both sides know."""
 E = TypeVar("E")
+T = TypeVar("T")
 E_contra = TypeVar("E_contra", contravariant=True)
+
+
+async def put(channel: trio.MemorySendChannel[T], value: T) -> None:
+    """Send into a channel, waiting only while it is full: whoever calls has waited for what it sends.
+
+    Raises BrokenResourceError, ClosedResourceError.
+    """
+    try:
+        channel.send_nowait(value)
+    except trio.WouldBlock:
+        await channel.send(value)
 
 
 class Machine(Protocol[E_contra]):
@@ -74,7 +86,7 @@ class StreamPump:
     async def send(self, frame: bytes) -> None:
         """Queue a frame. It is lost when the stream is gone, which the job learns from `StreamEnded`."""
         try:
-            await self._outbox.send(frame)
+            await put(self._outbox, frame)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             await trio.lowlevel.checkpoint()
 
@@ -138,7 +150,7 @@ class JobShell(Generic[E]):
     async def tell(self, event: E | SharedEvent, source: StreamPump | None = None) -> None:
         """Hand an event to the job; without effect when it is over, or has done with the stream it comes from."""
         try:
-            await self._inbox.send((event, source))
+            await put(self._inbox, (event, source))
         except trio.BrokenResourceError:
             await trio.lowlevel.checkpoint()
 

@@ -48,6 +48,8 @@ log = logging.getLogger("aci_p2p.node")
 REACH_WAIT_S: Final = 2.0
 """Seconds until found providers must have joined our gossip; two heartbeats."""
 
+CHANGE_GAP_S: Final = 0.05
+"""Seconds between two looks at what jobs have changed of what a provider announces and asks; the first is at once."""
 SETTLE_S: Final = 3_600.0
 """Seconds between looks for jobs whose challenge window of a day is over: nobody waits for it."""
 
@@ -170,7 +172,7 @@ class Node:
         finally:
             self.settler.wake()
             if job.record is not None:
-                self.reputation.note(job.record)
+                self.reputation.note(job.record, job.receipt.body if job.record.receipt else None)
 
     async def provide(self, config: ProviderConfig) -> None:
         """Serve from now on what `config` says: models, prices, slots; jobs that run are run to their end.
@@ -297,9 +299,19 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
             serving = node.config.provider
             return role.asks() if serving and serving.asks else ()
 
+        change = trio.Event()
+
         def changed() -> None:
-            node.discovery.look_again()
-            node.asks.look_again()
+            change.set()
+
+        async def tell_changes() -> None:
+            nonlocal change
+            while True:
+                await change.wait()
+                change = trio.Event()
+                node.discovery.look_again()
+                node.asks.look_again()
+                await trio.sleep(CHANGE_GAP_S)
 
         role = ProviderRole(
             network=node.network, market=node.market, executor=executor, store=node.store, sealer=sealer,
@@ -310,6 +322,7 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
         node.provider, node.executor, node.repricing = role, executor, repricing
         with node.network.serve(JOB_PROTOCOL, role.serve), node.network.serve(SETTLE_PROTOCOL, role.settle):
             nursery.start_soon(role.bid_on_offers)
+            nursery.start_soon(tell_changes)
             nursery.start_soon(repricing.run)
             await node.announce()
             node.asks.offer(asks)

@@ -20,7 +20,7 @@ from aci_p2p.protocol.admission import LEASE_MS
 from aci_p2p.protocol.bidding import BidBook, Declined, Offering, Won
 from aci_p2p.protocol.envelope import Sealer, kind_of
 from aci_p2p.protocol.errors import AciError
-from aci_p2p.protocol.messages import NONCE_BYTES, Kind
+from aci_p2p.protocol.messages import NONCE_BYTES, AbortCode, Kind
 from aci_p2p.protocol.pricing import format_amount
 from aci_p2p.protocol.provider import (
     ProviderJob,
@@ -243,6 +243,8 @@ class ProviderRole:
 
     async def _award(self, stream: Stream, frame: bytes) -> None:
         taken = self._book.take(frame, self._clock())
+        if isinstance(taken, Won):
+            taken = await self._check_new(taken)
         if isinstance(taken, Declined):
             await self._decline(stream, taken)
             return
@@ -259,6 +261,19 @@ class ProviderRole:
                 self._on_change()
                 if not self._jobs:
                     self._idle.set()
+
+    async def _check_new(self, won: Won) -> Won | Declined:
+        """Decline a job that we have served before: its record, and what we hold for it, are not to be replaced."""
+        job_id = won.offer.body.job_id
+        try:
+            served, _ = await self._store.served(job_id)
+        except StoreError:
+            self._book.is_suspended = True
+            return self._book.refuse(won, AbortCode.BUSY, "the provider cannot store jobs")
+        except trio.Cancelled:
+            self._book.release(won)
+            raise
+        return won if served is None else self._book.refuse(won, AbortCode.PROTOCOL, "this job was served before")
 
     async def _decline(self, stream: Stream, declined: Declined) -> None:
         await stream.send(self._sealer.seal(declined.answer, self._clock()).data)

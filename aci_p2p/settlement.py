@@ -15,7 +15,6 @@ from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.errors import AciError, ResourceError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import Payment
-from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.settlement import (
     SETTLE_PROTOCOL,
     acknowledged,
@@ -35,6 +34,8 @@ SETTLE_FOR_MS: Final = 24 * 3_600 * MS_PER_S
 """A provider that has not come back within a day is owed no more calls; it holds its last voucher."""
 AT_ONCE: Final = 8
 """Providers that are told at once."""
+STREAM_PAYMENTS: Final = 32
+"""Payments that are told over one stream, and noted in one transaction."""
 FLUSH_S: Final = 2.0
 """Seconds that a node which stops gives to what is not settled."""
 
@@ -92,14 +93,16 @@ class Settler:
 
     async def _tell(self, limit: trio.CapacityLimiter, provider: NodeId, payments: Sequence[Payment]) -> None:
         """Tell one provider everything; what it does not take must not hold up the rest."""
-        failed = False
+        failed, rest = False, payments
         async with limit:
-            for payment in payments:
-                error = await self._settle(payment)
+            while rest:
+                settled, error = await self._settle(provider, rest[:STREAM_PAYMENTS])
+                rest = rest[settled:]
                 if error is not None:
                     failed = True
-                    fields = {"peer": provider.short, "job": payment.job_id.hex()[:8], "error": error}
-                    log.info("not settled", extra={"fields": fields})
+                    job = rest[0].job_id.hex()[:8] if rest else ""
+                    log.info("not settled", extra={"fields": {"peer": provider.short, "job": job, "error": error}})
+                    rest = rest[1:]
                 if isinstance(error, ResourceError | trio.TooSlowError):
                     # It is not there.
                     break
@@ -110,19 +113,26 @@ class Settler:
         delay = min(2 * last, LAST_RETRY_S) or FIRST_RETRY_S
         self._retries[provider] = trio.current_time() + delay, delay
 
-    async def _settle(self, payment: Payment) -> Exception | None:
-        """Tell one payment, and note that it is settled; why not otherwise."""
+    async def _settle(self, provider: NodeId, payments: Sequence[Payment]) -> tuple[int, Exception | None]:
+        """Tell payments over one stream; how many of them are settled and noted so, and why not the next."""
+        settled: list[Payment] = []
         failure: Exception | None = None
         try:
             with trio.fail_after(ANSWER_S):
-                async with self._network.open_stream(payment.peer, SETTLE_PROTOCOL, eager=True) as stream:
-                    await stream.send(payment.statement)
-                    answer = await stream.receive()
-                settled = acknowledged(payment, answer, network=self._sealer.network, now=self._clock())
-                await self._store.put_jobs((), (settled,))
+                async with self._network.open_stream(provider, SETTLE_PROTOCOL, eager=True) as stream:
+                    for payment in payments:
+                        await stream.send(payment.statement)
+                        answer = await stream.receive()
+                        now = self._clock()
+                        settled.append(acknowledged(payment, answer, network=self._sealer.network, now=now))
         except* (AciError, trio.TooSlowError) as group:
             failure = group.exceptions[0]
-        return failure
+        if settled:
+            try:
+                await self._store.put_jobs((), settled)
+            except AciError as error:
+                return 0, error
+        return len(settled), failure
 
 
 class Till:
@@ -152,8 +162,7 @@ class Till:
         statement = read_statement(frame, self._sealer.node_id, network=network)
         # One at a time: what is stored depends on what is held.
         async with self._lock:
-            job = await self._store.get_job(statement.job_id, Party.PROVIDER)
-            held = next(iter(await self._store.payments(statement.job_id, Party.PROVIDER)), None)
+            job, held = await self._store.served(statement.job_id)
             change = settle(statement, job, held, now)
             if change is not None:
                 records, payment = change

@@ -215,6 +215,16 @@ class Store:
 
         return await self._run(total)
 
+    async def served(self, job_id: bytes) -> tuple[JobRecord | None, Payment | None]:
+        """One job that we served, if we have it, and what we were promised for it. Raises StoreError."""
+
+        def select() -> tuple[list[JobRecord], list[Payment]]:
+            key = self._key(job_id, Party.PROVIDER)
+            return self._select(_THIS_JOB, key), self._select_payments(_THIS_JOB, key)
+
+        jobs, payments = await self._run(select)
+        return next(iter(jobs), None), next(iter(payments), None)
+
     async def get_job(self, job_id: bytes, role: Party) -> JobRecord | None:
         """One job, if we have it in that role. Raises StoreError."""
         rows = await self._run(self._select, _THIS_JOB, self._key(job_id, role))

@@ -25,8 +25,10 @@ MAX_PER_CONSUMER: Final = 32
 not use up what we may say to all others (`replay.MAX_PER_SENDER`)."""
 FIRST_LATENCY_MS: Final = 2_000
 """Promised time to the first token before any was measured: loading a small model takes a second."""
-MOST_WON: Final = 1024
-"""Jobs remembered as won: far more than are broadcast again while their offers are valid."""
+WON_MS: Final = 60 * SECOND
+"""How long a job that was won is not bid for again: as long as its offer lives. Later its record tells."""
+MOST_WON: Final = 1_024
+"""Jobs remembered so."""
 LATENCY_WEIGHT: Final = 4
 """The measured latency moves by a quarter of each new measurement."""
 
@@ -83,7 +85,7 @@ class BidBook:
         self._sealer = sealer
         self._offerings = {offering.root: offering for offering in offerings}
         self._admission = Admission(slots)
-        self._won: OrderedDict[bytes, None] = OrderedDict()
+        self._won: OrderedDict[bytes, int] = OrderedDict()
         self._outstanding: OrderedDict[bytes, Won] = OrderedDict()
         self._consumers: Counter[NodeId] = Counter()
         self._latency_ms = FIRST_LATENCY_MS
@@ -170,10 +172,10 @@ class BidBook:
         offering = self._offerings.get(offer.body.model_root)
         if offering is None or not self.takes_jobs or offer.body.max_tokens >= offering.context:
             return False
+        self._forget_expired(now)
         # A job is won once.
         if offer.body.job_id in self._won:
             return False
-        self._forget_expired(now)
         return self._consumers[offer.sender] < MAX_PER_CONSUMER
 
     def _make_bid(
@@ -228,10 +230,15 @@ class BidBook:
             self._admission.begin(lease, now)
             known = replace(known, lease=lease)
         # The job of our bid: what the award calls it is checked later.
-        self._won[known.offer.body.job_id] = None
+        self._won[known.offer.body.job_id] = now + WON_MS
         if len(self._won) > MOST_WON:
             self._won.popitem(last=False)
         return known
+
+    def refuse(self, won: Won, code: AbortCode, detail: str) -> Declined:
+        """Decline what was won after all, and free its slot."""
+        self.release(won)
+        return Declined(Abort(won.offer.body.job_id, code, detail))
 
     def release(self, won: Won) -> None:
         """The job is over, and its slot free."""
@@ -262,6 +269,8 @@ class BidBook:
                 del self._consumers[consumer]
 
     def _forget_expired(self, now: int) -> None:
+        while self._won and next(iter(self._won.values())) <= now:
+            self._won.popitem(last=False)
         while self._outstanding:
             digest, known = next(iter(self._outstanding.items()))
             if len(self._outstanding) < MAX_OUTSTANDING and known.bid.header.expires_at > now:

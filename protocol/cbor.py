@@ -7,7 +7,8 @@ would re-encode differently. Size, depth and item counts are capped before anyth
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias, cast
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias, cast
 
 from aci_p2p.protocol.errors import LocalError, RemoteError
 
@@ -80,50 +81,76 @@ def _write(out: bytearray, value: Value, depth: int) -> None:
     if depth > MAX_DEPTH:
         msg = "nested too deep for CBOR"
         raise NotEncodable(msg)
-    if isinstance(value, bool):
-        out.append(_SIMPLE << 5 | (_TRUE if value else _FALSE))
-    elif isinstance(value, int):
-        major, argument = (_UINT, value) if value >= 0 else (_NEGATIVE, -1 - value)
-        if argument > _UINT64_MAX:
-            msg = f"{value} does not fit in 64 bits"
-            raise NotEncodable(msg)
-        _head(out, major, argument)
-    elif isinstance(value, bytes):
-        _head(out, _BYTES, len(value))
-        out += value
-    elif isinstance(value, str):
-        try:
-            text = value.encode()
-        except UnicodeEncodeError:
-            msg = "text with a lone surrogate"
-            raise NotEncodable(msg) from None
-        _head(out, _TEXT, len(text))
-        out += text
-    elif isinstance(value, list):
-        _head(out, _ARRAY, len(value))
-        for item in value:
-            _write(out, item, depth + 1)
-    else:
-        _write_map(out, value, depth)
+    write = _WRITERS.get(type(value)) or _writer_of_kin(value)
+    write(out, value, depth)
 
 
-def _write_map(out: bytearray, value: object, depth: int) -> None:
-    if not isinstance(value, dict):
-        msg = f"a {type(value).__name__} has no place in our CBOR"
+def _write_bool(out: bytearray, value: bool, _depth: int) -> None:  # noqa: FBT001 - what is written
+    out.append(_SIMPLE << 5 | (_TRUE if value else _FALSE))
+
+
+def _write_int(out: bytearray, value: int, _depth: int) -> None:
+    major, argument = (_UINT, value) if value >= 0 else (_NEGATIVE, -1 - value)
+    if argument > _UINT64_MAX:
+        msg = f"{value} does not fit in 64 bits"
         raise NotEncodable(msg)
-    entries: list[tuple[bytes, Value]] = []
-    for key, item in cast("dict[object, Value]", value).items():
-        if not isinstance(key, int) or isinstance(key, bool):
+    _head(out, major, argument)
+
+
+def _write_bytes(out: bytearray, value: bytes, _depth: int) -> None:
+    _head(out, _BYTES, len(value))
+    out += value
+
+
+def _write_text(out: bytearray, value: str, _depth: int) -> None:
+    try:
+        text = value.encode()
+    except UnicodeEncodeError:
+        msg = "text with a lone surrogate"
+        raise NotEncodable(msg) from None
+    _head(out, _TEXT, len(text))
+    out += text
+
+
+def _write_list(out: bytearray, value: list[Value], depth: int) -> None:
+    _head(out, _ARRAY, len(value))
+    for item in value:
+        _write(out, item, depth + 1)
+
+
+def _write_map(out: bytearray, value: dict[int, Value], depth: int) -> None:
+    for key in value:
+        if not isinstance(cast("object", key), int) or isinstance(key, bool):
             msg = "map keys are integers"
             raise NotEncodable(msg)
-        encoded = bytearray()
-        _write(encoded, key, depth)
-        entries.append((bytes(encoded), item))
-    entries.sort(key=lambda entry: entry[0])
-    _head(out, _MAP, len(entries))
-    for encoded_key, item in entries:
-        out += encoded_key
-        _write(out, item, depth + 1)
+    _head(out, _MAP, len(value))
+    # As their encodings sort: negative ones last, the largest of them first.
+    for key in sorted(value, key=_place) if min(value, default=0) < 0 else sorted(value):
+        _write_int(out, key, depth)
+        _write(out, value[key], depth + 1)
+
+
+def _place(key: int) -> tuple[bool, int]:
+    return key < 0, abs(key)
+
+
+_WRITERS: Final[dict[type, Callable[[bytearray, Any, int], None]]] = {
+    bool: _write_bool,
+    int: _write_int,
+    bytes: _write_bytes,
+    str: _write_text,
+    list: _write_list,
+    dict: _write_map,
+}
+
+
+def _writer_of_kin(value: object) -> Callable[[bytearray, Any, int], None]:
+    """Of a value of a subclass, such as an IntEnum. Raises NotEncodable."""
+    for kind, write in _WRITERS.items():
+        if isinstance(value, kind):
+            return write
+    msg = f"a {type(value).__name__} has no place in our CBOR"
+    raise NotEncodable(msg)
 
 
 def _integer(major: int, argument: int) -> int:

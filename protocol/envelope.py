@@ -26,6 +26,11 @@ MAX_SKEW_MS: Final = 30_000
 MAX_NETWORK_BYTES: Final = 32
 """Bytes of a network id such as `aci-main`."""
 
+_FIELDS_HEAD: Final = b"\xa8"
+"""Of a map of 8 entries in CBOR: the fields without the signature."""
+_SIGNATURE_HEAD: Final = b"\x09\x58\x40"
+"""Key 9, and the head of a byte string of SIGNATURE_BYTES."""
+
 MAX_KEPT: Final = 512
 """Envelopes kept opened: the same record comes over gossip, from the DHT, and again when a newer one is compared."""
 MAX_KEPT_BYTES: Final = 4_096
@@ -85,11 +90,14 @@ def envelope_digest(data: bytes) -> bytes:
     return digest("envelope", data)
 
 
-def _signed_bytes(header: Header) -> bytes:
-    value = wire.to_value(header)
-    assert isinstance(value, dict)  # every message is a map
-    del value[9]
-    return digest(f"sign/{header.kind.name}", header.network.encode(), cbor.encode(value))
+def _signed(header: Header, fields: bytes) -> bytes:
+    """What is signed: the domain, and the header's map without its signature as it is encoded."""
+    return digest(f"sign/{header.kind.name}", header.network.encode(), fields)
+
+
+def _unsigned(data: bytes) -> bytes:
+    """An envelope's map without the signature, its last entry: deterministic encoding leaves the rest as it is."""
+    return _FIELDS_HEAD + data[len(_FIELDS_HEAD) : -len(_SIGNATURE_HEAD) - SIGNATURE_BYTES]
 
 
 class Sealer:
@@ -135,8 +143,9 @@ class Sealer:
             body=cbor.encode(wire.to_value(body)),
             signature=bytes(SIGNATURE_BYTES),
         )
-        header = replace(unsigned, signature=self._key.sign(_signed_bytes(unsigned)))
-        data = cbor.encode(wire.to_value(header))
+        data = cbor.encode(wire.to_value(unsigned))
+        signature = self._key.sign(_signed(unsigned, _unsigned(data)))
+        header, data = replace(unsigned, signature=signature), data[:-SIGNATURE_BYTES] + signature
         if len(data) > rules.max_bytes:
             msg = f"the {kind.name.lower()} takes {len(data)} bytes, {rules.max_bytes} at most"
             raise LocalError(msg)
@@ -163,7 +172,7 @@ def open_envelope(data: bytes, body_type: type[B], *, network: str, now: int | N
 def _verify(data: bytes, kind: Kind) -> Envelope[Any]:
     header = _parse_header(data)
     try:
-        header.sender.verify(_signed_bytes(header), header.signature)
+        header.sender.verify(_signed(header, _unsigned(data)), header.signature)
     except BadSignature:
         # Signed by its sender.
         raise MessageRefused(Decision.REJECT, Reason.BAD_SIGNATURE) from None

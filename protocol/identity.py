@@ -6,6 +6,7 @@ Sources: RFC 8032 (Ed25519), libp2p peer-id specification (identity multihash of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 import base58
@@ -60,7 +61,7 @@ class NodeId:
 
     def __str__(self) -> str:
         """The libp2p peer id in base58btc (`12D3Koo...`)."""
-        return base58.b58encode(self.peer_id).decode("ascii")
+        return _text_of(self.public_key)
 
     def __repr__(self) -> str:
         return f"NodeId({self})"
@@ -93,6 +94,12 @@ class NodeId:
         except (NaclBadSignature, ValueError, TypeError):
             msg = f"the signature of {self.short} does not verify"
             raise BadSignature(msg) from None
+
+
+@lru_cache(maxsize=1_024)
+def _text_of(public_key: bytes) -> str:
+    # Logs and multiaddrs name the same few nodes again and again, and base 58 is slow.
+    return base58.b58encode(_PEER_ID_PREFIX + public_key).decode("ascii")
 
 
 class KeyPair:

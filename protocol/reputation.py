@@ -78,9 +78,12 @@ class Reputation:
         """Providers and models remembered."""
         return len(self._outcomes)
 
-    def note(self, job: JobRecord) -> None:
-        """Take a job into account as it stands; again, after a verdict, for what it has become."""
-        for outcome in outcomes(job, self._own, self._network):
+    def note(self, job: JobRecord, receipt: Receipt | None = None) -> None:
+        """Take a job into account as it stands; again, after a verdict, for what it has become.
+
+        `receipt`: the one that we signed for it, where it is at hand; None: it is read from the record.
+        """
+        for outcome in outcomes(job, self._own, self._network, receipt):
             self.add(outcome)
 
     def add(self, outcome: Outcome) -> None:
@@ -114,11 +117,11 @@ def decayed(weight: int, age_ms: int) -> int:
     return (weight * (2 * HALF_LIFE_MS - rest) // (2 * HALF_LIFE_MS)) >> halvings
 
 
-def outcomes(job: JobRecord, own: NodeId, network: str) -> Iterable[Outcome]:
-    """What a stored job says about providers: nothing, unless it was ours as a consumer."""
+def outcomes(job: JobRecord, own: NodeId, network: str, receipt: Receipt | None = None) -> Iterable[Outcome]:
+    """What a stored job says about providers: nothing, unless it was ours as a consumer; `receipt` as in `note`."""
     if job.role is not Party.CONSUMER:
         return
-    receipt = _own_receipt(job, own, network)
+    receipt = receipt or _own_receipt(job, own, network)
     if receipt:
         failed = {passed.provider for passed in receipt.passed if passed.why is Passing.FAILED}
         # Others went on from what these had begun.

@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from aci_p2p import ACI, Answer, BidSeen, NoBids, RemoteError
+from aci_p2p import ACI, Answer, BidSeen, Fallback, NoBids, RemoteError
 from aci_p2p.node import Node
 from aci_p2p.protocol.lifecycle import Party, State
 from tests.node.conftest import ROOT, OpenTestNode, ScriptedExecutor
@@ -68,7 +68,7 @@ async def test_a_provider_that_stops_finishes_what_it_runs_and_takes_no_more(
         await trio.sleep(0.5)
         assert [record.free_slots for record in provider.provider.capabilities()] == [0]
         with pytest.raises(NoBids):
-            await aci.inference(model=ROOT.hex(), prompt="another")
+            await aci.inference(model=ROOT.hex(), prompt="another", fallback=Fallback(busy_wait_ms=0))
         assert not answers
         taken = await drain(provider, 30)
         assert 1 < taken < 10

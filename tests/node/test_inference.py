@@ -30,12 +30,12 @@ from aci_p2p.consumer import Offered
 from aci_p2p.executor.api import ExecutorFailed, ModelUnavailable, PromptTooLong
 from aci_p2p.network.api import StreamClosed
 from aci_p2p.network.memory import MemoryHub
-from aci_p2p.protocol.envelope import Envelope, Sealer
+from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.job import JOB_PROTOCOL, BidSeen, Chosen, Deliver
 from aci_p2p.protocol.lifecycle import Party, State
-from aci_p2p.protocol.messages import Award, Bid, Offer
+from aci_p2p.protocol.messages import Abort, AbortCode, Award, Bid, Offer
 from aci_p2p.protocol.proof import ProofInvalid, encode_proof
 from tests.node.conftest import ROOT, OpenTestNode, ScriptedExecutor, due
 
@@ -506,6 +506,35 @@ async def test_a_stranger_cannot_use_up_a_bid(autojump_clock: MockClock, open_te
                 answer = await aci.inference(model=MODEL, prompt="count", requirements=request)
             assert answer.text == "one two three four"
             nursery.cancel_scope.cancel()
+
+
+async def test_a_job_is_served_once_whatever_is_forgotten(
+    autojump_clock: MockClock, open_test_node: OpenTestNode
+) -> None:
+    """Its record, and the promise to pay for it, would be replaced by those of a smaller job of the same name."""
+    async with open_test_node("consumer") as consumer, ACI(consumer) as aci:
+        async with open_test_node("provider", consumer.addresses[:1], executor=ScriptedExecutor()) as provider:
+            answer = await aci.inference(model=MODEL, prompt="count")
+            await trio.sleep(5)
+            served, held = await provider.store.served(answer.receipt.body.job_id)
+            offer = open_envelope(answer.proof.offer, Offer, network="aci-test", now=None)
+        assert served is not None
+        assert held is not None
+        async with open_test_node("provider", consumer.addresses[:1], executor=ScriptedExecutor()) as again:
+            assert again.node_id == provider.node_id
+            sealer = consumer._sealer
+            smaller = replace(offer.body, max_tokens=1, bid_deadline=virtual_clock() + 1_000)
+            async with consumer.network.open_stream(again.node_id, JOB_PROTOCOL) as stream:
+                await stream.send(sealer.seal(smaller, virtual_clock()).data)
+                bid = open_envelope(await stream.receive(), Bid, network="aci-test", now=virtual_clock())
+                await stream.send(sealer.seal(Award(smaller.job_id, bid.digest, 0), virtual_clock()).data)
+                refusal = open_envelope(await stream.receive(), Abort, network="aci-test", now=virtual_clock())
+            assert (refusal.body.abort, refusal.body.detail) == (AbortCode.PROTOCOL, "this job was served before")
+            assert await again.store.served(smaller.job_id) == (served, held)
+            assert again.provider is not None
+            assert again.provider.statistics().running == 0
+            # Another one finds its slot free.
+            assert (await aci.inference(model=MODEL, prompt="count on")).text
 
 
 async def test_a_clock_that_jumps_does_not_end_a_provider(

@@ -8,11 +8,11 @@ import pytest
 
 from aci_p2p.protocol import bidding
 from aci_p2p.protocol.admission import LEASE_MS, RETRY_MS
-from aci_p2p.protocol.bidding import BID_LIFETIME_MS, FIRST_LATENCY_MS, BidBook, Declined, Offering, Won
+from aci_p2p.protocol.bidding import BID_LIFETIME_MS, FIRST_LATENCY_MS, WON_MS, BidBook, Declined, Offering, Won
 from aci_p2p.protocol.commitments import derive_job_id
 from aci_p2p.protocol.envelope import Envelope, Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.messages import AbortCode, Award, Bid, Offer
+from aci_p2p.protocol.messages import Abort, AbortCode, Award, Bid, Offer
 from aci_p2p.protocol.publications import MAX_LATENCY_MS, PriceStep
 from aci_p2p.protocol.terms import Verification
 from aci_p2p.protocol.validation import MessageRefused, Reason
@@ -25,14 +25,14 @@ STRANGER = Sealer(KeyPair(bytes([4]) * 32), "aci-test")
 OFFERING = Offering("model", ROOT, context=100, input_token_price=1, output_token_price=4)
 
 
-def offer(number: int = 1, *, root: bytes = ROOT, max_tokens: int = 10) -> Envelope[Offer]:
+def offer(number: int = 1, *, root: bytes = ROOT, max_tokens: int = 10, at: int = 0) -> Envelope[Offer]:
     body = Offer(
         job_id=derive_job_id(CONSUMER.node_id, bytes([number]) * 32, bytes(32)), model_root=root,
         input_commitment=bytes([number]) * 32, nonce_commitment=bytes(32),
         input_bytes=10, input_turns=1, max_tokens=max_tokens, temperature_milli=0, max_price=10**6,
-        max_latency_ms=1_000, bid_deadline=NOW + 1_000, verification=Verification.OPTIMISTIC, priority_fee=0,
+        max_latency_ms=1_000, bid_deadline=NOW + at + 1_000, verification=Verification.OPTIMISTIC, priority_fee=0,
     )  # fmt: skip
-    return CONSUMER.seal(body, NOW)
+    return CONSUMER.seal(body, NOW + at)
 
 
 def award(bid: Envelope[Bid], *, by: Sealer = CONSUMER, now: int = NOW) -> bytes:
@@ -180,6 +180,17 @@ def test_a_job_is_won_once(book: BidBook) -> None:
     book.release(won)
     assert book.bid(offer(1), NOW, addresses=()) is None
     assert book.bid(offer(2), NOW, addresses=()) is not None
+    # Later its record tells that it was served.
+    assert book.bid(offer(1, at=WON_MS - 1), NOW + WON_MS - 1, addresses=()) is None
+    assert book.bid(offer(1, at=WON_MS), NOW + WON_MS, addresses=()) is not None
+
+
+def test_what_was_won_can_be_refused(book: BidBook) -> None:
+    won = book.take(award(quoted(book, 1)), NOW)
+    assert isinstance(won, Won)
+    refused = book.refuse(won, AbortCode.PROTOCOL, "no")
+    assert refused.answer == Abort(won.offer.body.job_id, AbortCode.PROTOCOL, "no")
+    assert book.admission.running == 0
 
 
 def test_what_was_declined_may_be_bid_for_again(book: BidBook) -> None:

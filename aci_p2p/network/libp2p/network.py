@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
+from math import inf
 from random import SystemRandom
 
 import trio
@@ -44,6 +45,8 @@ from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import Validation
 from aci_p2p.tasks import Notice, open_background
 
+INTERFACES_S = 1.0
+"""Seconds for which the addresses of our interfaces are as good as known."""
 CLOSE_SECONDS = 0.5
 """How long leaving waits for queued frames to reach the peers, seconds."""
 
@@ -58,10 +61,16 @@ class Libp2pNetwork(Network):
         self._traversal = traversal
         self._streams = 0
         self._changes = Notice()
+        self._addresses: tuple[str, ...] = ()
+        self._addresses_until = -inf
         host.on_connected.append(lambda _connection: self._changes.notify())
         host.on_disconnected.append(lambda _peer: self._changes.notify())
-        host.on_changed.append(self._changes.notify)
+        host.on_changed.append(self._changed)
         gossip.on_subscriptions.append(self._changes.notify)
+
+    def _changed(self) -> None:
+        self._addresses_until = -inf
+        self._changes.notify()
 
     @property
     def node_id(self) -> NodeId:
@@ -69,7 +78,12 @@ class Libp2pNetwork(Network):
 
     @property
     def addresses(self) -> Sequence[str]:
-        return tuple(address.owned_by(self.node_id) for address in self._host.addresses)
+        now = trio.current_time()
+        if now >= self._addresses_until:
+            # Providers tell them with each bid and each ask, and the system is asked for its interfaces.
+            self._addresses = tuple(address.owned_by(self.node_id) for address in self._host.addresses)
+            self._addresses_until = now + INTERFACES_S
+        return self._addresses
 
     @property
     def peers(self) -> Sequence[NodeId]:

@@ -138,7 +138,6 @@ class YamuxStream:
 
     async def read(self, limit: int) -> bytes:
         """Receive 1 to `limit` bytes. Raises EndOfStream or StreamReset. Loses nothing when cancelled."""
-        await trio.lowlevel.checkpoint()
         while expected := self._state.expected:
             first = await self._take(len(expected))
             if not expected.startswith(first):
@@ -150,6 +149,8 @@ class YamuxStream:
 
     async def _take(self, limit: int) -> bytes:
         state = self._state
+        if state.received or state.reset or state.ended_by_peer:
+            await trio.lowlevel.checkpoint()
         while not state.received:
             if state.reset:
                 msg = "the stream was reset"

@@ -17,6 +17,7 @@ from aci_p2p.protocol.job import (
     StartGeneration,
     StopGeneration,
 )
+from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.messages import AbortCode, Finish, Kind, Offer
 from aci_p2p.protocol.provider import GenerationEnded, GenerationFailed, Produced, ProviderJob, ProviderSecrets
 from aci_p2p.protocol.publications import Ask, CapabilityRecord, Engine
@@ -206,6 +207,8 @@ class Provider:
         except MessageRefused:
             end.close()
             return
+        if isinstance(taken, Won) and (taken.offer.body.job_id, Party.PROVIDER) in node.disk.jobs:
+            taken = self.book.refuse(taken, AbortCode.PROTOCOL, "this job was served before")
         if isinstance(taken, Declined):
             end.send(node.sealer.seal(taken.answer, node.clock).data)
             end.close()
