@@ -16,6 +16,7 @@ import trio
 from aci_p2p.clock import Clock, system_clock
 from aci_p2p.config import NodeConfig, ProviderConfig, parse_stakes
 from aci_p2p.consumer import RunningJob, Services, open_job
+from aci_p2p.database import StoreError
 from aci_p2p.dht import Discovery, DiscoveryOptions, RecordRules, open_discovery
 from aci_p2p.executor import Executor, ModelStore, open_process_executor
 from aci_p2p.gossip import Asks, Market, open_asks, open_market
@@ -39,7 +40,7 @@ from aci_p2p.protocol.terms import MAX_LABEL_BYTES
 from aci_p2p.provider import ProviderRole
 from aci_p2p.repricing import Repricing
 from aci_p2p.settlement import Settler
-from aci_p2p.store import Store, StoreError, open_store
+from aci_p2p.store import Store, open_store
 from aci_p2p.tasks import open_background
 from aci_p2p.version import SOFTWARE
 

@@ -10,6 +10,7 @@ from typing import Final
 import trio
 
 from aci_p2p.clock import MS_PER_S, Clock
+from aci_p2p.database import StoreError
 from aci_p2p.executor import (
     Executor,
 )
@@ -30,7 +31,7 @@ from aci_p2p.protocol.publications import Ask, CapabilityRecord
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.served_job import JobProgress, ServedJob, engine_of
 from aci_p2p.settlement import Till
-from aci_p2p.store import Store, StoreError
+from aci_p2p.store import Store
 
 AWARD_WAIT_S: Final = 5.0
 """Seconds for the award on a stream that a consumer opened."""

@@ -9,8 +9,8 @@ import trio
 from trio.testing import MockClock
 
 from aci_p2p import ACI, NoBids
+from aci_p2p.database import StoreError
 from aci_p2p.provider import PROBE_S
-from aci_p2p.store import StoreError
 from tests.node.conftest import ROOT, OpenTestNode, ScriptedExecutor
 
 

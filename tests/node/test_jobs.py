@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock, assert_checkpoints
 
 from aci_p2p.clock import virtual_clock
+from aci_p2p.database import StoreError
 from aci_p2p.jobs import FAREWELL_S, INBOX, OUTBOX, STALL_S, JobShell, SharedEvent, StreamPump
 from aci_p2p.network.api import PeerUnreachable, Stream
 from aci_p2p.network.memory_stream import MemoryStream, Pipe
@@ -31,7 +32,7 @@ from aci_p2p.protocol.job import (
     TimerFired,
 )
 from aci_p2p.protocol.lifecycle import Party, State
-from aci_p2p.store import Store, StoreError
+from aci_p2p.store import Store
 
 US: Final = KeyPair(bytes([1]) * 32).node_id
 PEER: Final = KeyPair(bytes([2]) * 32).node_id

@@ -20,12 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from aci_p2p import store
+from aci_p2p import database
+from aci_p2p.database import BUSY_TIMEOUT_S, SCHEMA_VERSION, StoreError
 from aci_p2p.files import write_atomically
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JobRecord
 from aci_p2p.protocol.lifecycle import CHALLENGE_WINDOW_MS, FINAL_STATES, LIMITS, Party, State
-from aci_p2p.store import BUSY_TIMEOUT_S, SCHEMA_VERSION, Store, StoreError, StoreStatistics, open_store
+from aci_p2p.store import Store, StoreStatistics, open_store
 from tests.protocol.driver import alter
 from tests.protocol.strategies import NODES
 
@@ -191,7 +192,7 @@ async def test_opening_waits_for_another_process(path: Path) -> None:
 
 
 async def test_opening_does_not_wait_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
     path.parent.mkdir(parents=True)
     with closing(sqlite3.connect(path)) as other:
         other.execute("BEGIN IMMEDIATE")

@@ -45,7 +45,8 @@ def vectors(name: str) -> dict[str, Any]:
 CBOR, COMMITMENTS, ENVELOPE, PROOF, SEALING = map(vectors, ("cbor", "commitments", "envelope", "proof", "sealing"))
 
 
-def test_generated_files_are_up_to_date() -> None:
+def test_generated_files_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SPEC)
     generated: dict[str, str] = runpy.run_path(str(SPEC / "generate.py"))["generated"]()
     stale = [path for path, text in generated.items() if (SPEC / path).read_text(encoding="utf-8") != text]
     assert not stale, "run: python spec/generate.py"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from aci_p2p.database import StoreError
 from aci_p2p.executor import Message, Sampling
 from aci_p2p.protocol.consumer import ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope
@@ -26,7 +27,6 @@ from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.round import BidArrived, QuoteRefused, QuotesAsked
 from aci_p2p.protocol.selection import ExpectedCost, Knowledge, StakeTable
-from aci_p2p.store import StoreError
 from aci_p2p.testing.simulator.asks import AskBoard
 from aci_p2p.testing.simulator.directory import Directory
 from aci_p2p.testing.simulator.driver import Driver
