@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ CBOR, COMMITMENTS, ENVELOPE, PROOF, SEALING = map(vectors, ("cbor", "commitments
 
 
 def test_generated_files_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SPEC)
+    monkeypatch.setattr(sys, "path", [str(SPEC), *sys.path])
     generated: dict[str, str] = runpy.run_path(str(SPEC / "generate.py"))["generated"]()
     stale = [path for path, text in generated.items() if (SPEC / path).read_text(encoding="utf-8") != text]
     assert not stale, "run: python spec/generate.py"
