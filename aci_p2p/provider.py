@@ -245,7 +245,7 @@ class ProviderRole:
     async def _award(self, stream: Stream, frame: bytes) -> None:
         taken = self._book.take(frame, self._clock())
         if isinstance(taken, Won):
-            taken = await self._check_new(taken)
+            taken = await self._confirm(taken)
         if isinstance(taken, Declined):
             await self._decline(stream, taken)
             return
@@ -263,18 +263,16 @@ class ProviderRole:
                 if not self._jobs:
                     self._idle.set()
 
-    async def _check_new(self, won: Won) -> Won | Declined:
-        """Decline a job that we have served before: its record, and what we hold for it, are not to be replaced."""
-        job_id = won.offer.body.job_id
+    async def _confirm(self, won: Won) -> Won | Declined:
         try:
-            served, _ = await self._store.served(job_id)
+            served, _ = await self._store.served(won.offer.body.job_id)
         except StoreError:
             self._book.is_suspended = True
             return self._book.refuse(won, AbortCode.BUSY, "the provider cannot store jobs")
         except trio.Cancelled:
             self._book.release(won)
             raise
-        return won if served is None else self._book.refuse(won, AbortCode.PROTOCOL, "this job was served before")
+        return self._book.confirm(won, is_on_record=served is not None)
 
     async def _decline(self, stream: Stream, declined: Declined) -> None:
         await stream.send(self._sealer.seal(declined.answer, self._clock()).data)

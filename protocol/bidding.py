@@ -235,6 +235,11 @@ class BidBook:
             self._won.popitem(last=False)
         return known
 
+    def confirm(self, won: Won, *, is_on_record: bool) -> Won | Declined:
+        """Decline what was won after all, if we have served the job before: its record is not to be replaced."""
+        # A job is served once: a smaller one of its name would take the place of the promise to pay for it.
+        return self.refuse(won, AbortCode.PROTOCOL, "this job was served before") if is_on_record else won
+
     def refuse(self, won: Won, code: AbortCode, detail: str) -> Declined:
         """Decline what was won after all, and free its slot."""
         self.release(won)

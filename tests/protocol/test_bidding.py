@@ -185,6 +185,17 @@ def test_a_job_is_won_once(book: BidBook) -> None:
     assert book.bid(offer(1, at=WON_MS), NOW + WON_MS, addresses=()) is not None
 
 
+def test_what_was_served_before_is_refused(book: BidBook) -> None:
+    won = book.take(award(quoted(book, 1)), NOW)
+    assert isinstance(won, Won)
+    assert book.confirm(won, is_on_record=False) is won
+    assert book.admission.running == 1
+    refused = book.confirm(won, is_on_record=True)
+    assert isinstance(refused, Declined)
+    assert refused.answer.abort is AbortCode.PROTOCOL
+    assert book.admission.running == 0
+
+
 def test_what_was_won_can_be_refused(book: BidBook) -> None:
     won = book.take(award(quoted(book, 1)), NOW)
     assert isinstance(won, Won)

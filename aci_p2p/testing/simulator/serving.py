@@ -207,8 +207,9 @@ class Provider:
         except MessageRefused:
             end.close()
             return
-        if isinstance(taken, Won) and (taken.offer.body.job_id, Party.PROVIDER) in node.disk.jobs:
-            taken = self.book.refuse(taken, AbortCode.PROTOCOL, "this job was served before")
+        if isinstance(taken, Won):
+            is_on_record = (taken.offer.body.job_id, Party.PROVIDER) in node.disk.jobs
+            taken = self.book.confirm(taken, is_on_record=is_on_record)
         if isinstance(taken, Declined):
             end.send(node.sealer.seal(taken.answer, node.clock).data)
             end.close()
