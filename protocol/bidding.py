@@ -141,10 +141,10 @@ class BidBook:
         """
         if not self._may_bid(offer, now):
             return None
-        # Our quote for it came too late, and must not stand in the way of our bid.
-        for quoted in tuple(self._outstanding.values()):
-            if quoted.offer.body.job_id == offer.body.job_id and quoted.offer.sender == offer.sender:
-                self.take_back(quoted)
+        # Our quote for it came late: the slot that it holds must not stand in the way of our bid. It stays firm, for it
+        # may be there before the bid is.
+        for quoted in self._bids_for(offer):
+            self.release(quoted)
         if self._admission.check(offer.sender, now) is not None:
             return None
         return self._make_bid(offer, now, addresses, None).bid
@@ -231,6 +231,8 @@ class BidBook:
             known = replace(known, lease=lease)
         # The job of our bid: what the award calls it is checked later.
         self._won[known.offer.body.job_id] = now + WON_MS
+        for other in self._bids_for(known.offer):
+            self.take_back(other)
         if len(self._won) > MOST_WON:
             self._won.popitem(last=False)
         return known
@@ -272,6 +274,11 @@ class BidBook:
             self._consumers[consumer] -= 1
             if not self._consumers[consumer]:
                 del self._consumers[consumer]
+
+    def _bids_for(self, offer: Envelope[Offer]) -> list[Won]:
+        job_id, consumer = offer.body.job_id, offer.sender
+        known = self._outstanding.values()
+        return [won for won in known if won.offer.body.job_id == job_id and won.offer.sender == consumer]
 
     def _forget_expired(self, now: int) -> None:
         while self._won and next(iter(self._won.values())) <= now:

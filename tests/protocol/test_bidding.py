@@ -162,14 +162,20 @@ def test_a_quote_keeps_a_slot(book: BidBook) -> None:
     assert (book.admission.running, book.admission.reserved) == (2, 0)
 
 
-def test_a_quote_that_came_too_late_does_not_stand_in_the_way_of_our_bid(book: BidBook) -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_quote_that_came_late_does_not_stand_in_the_way_of_our_bid(book: BidBook, first: int) -> None:
     late, _ = quoted(book, 1), quoted(book, 2)
     assert book.bid(offer(3), NOW, addresses=()) is None
     bid = book.bid(offer(1), NOW, addresses=())
     assert bid is not None
-    # One of the two holds: the later.
-    assert isinstance(book.take(award(late), NOW), Declined)
-    assert isinstance(book.take(award(bid), NOW), Won)
+    # Whichever its consumer heard first is firm, and then the other one is void.
+    heard = [late, bid]
+    taken = book.take(award(heard[first]), NOW)
+    assert isinstance(taken, Won)
+    assert isinstance(book.take(award(heard[1 - first]), NOW), Declined)
+    assert (book.admission.running, book.admission.reserved, len(book)) == (1, 1, 1)
+    book.release(taken)
+    assert book.admission.running == 0
 
 
 def test_a_job_is_won_once(book: BidBook) -> None:
