@@ -23,6 +23,7 @@ from aci_p2p.protocol.settlement import (
     settle,
 )
 from aci_p2p.store import Store
+from aci_p2p.tasks import open_background
 
 ANSWER_S: Final = 10.0
 """Seconds for a provider to answer, a dial included."""
@@ -61,13 +62,26 @@ class Settler:
 
     async def run(self) -> None:
         """Settle until cancelled."""
+        async with open_background() as tasks:
+            tasks.start_soon(self._watch)
+            while True:
+                self._woken = trio.Event()
+                await self._round()
+                if not self._woken.is_set():
+                    self._rest.set()
+                with trio.move_on_at(min((at for at, _ in self._retries.values()), default=float("inf"))):
+                    await self._woken.wait()
+
+    async def _watch(self) -> None:
+        """Try a provider anew as soon as it is connected again."""
+        seen: frozenset[NodeId] = frozenset()
         while True:
-            self._woken = trio.Event()
-            await self._round()
-            if not self._woken.is_set():
-                self._rest.set()
-            with trio.move_on_at(min((at for at, _ in self._retries.values()), default=float("inf"))):
-                await self._woken.wait()
+            peers = frozenset(self._network.peers)
+            for provider in self._retries.keys() & (peers - seen):
+                del self._retries[provider]
+                self._woken.set()
+            seen = peers
+            await self._network.changed()
 
     async def flush(self) -> None:
         """Wait until what is owed was told to whoever can be reached, FLUSH_S seconds at most."""

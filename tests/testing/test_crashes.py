@@ -102,6 +102,24 @@ async def test_what_a_dead_node_wants_to_write_does_not_reach_its_disk(swarm: Sw
     assert swarm.ledger.history(consumer.name, job.job_id, Party.CONSUMER) == [state for state, _ in history]
 
 
+async def test_who_is_back_is_paid_at_once(swarm: Swarm) -> None:
+    """However long it was away, and however seldom it was tried by then."""
+    consumer, provider = swarm.consumers[0], swarm.providers[0]
+    answer = await consumer.ask("Who answers?", max_tokens=4)
+    assert answer.provider == provider.node_id
+    provider.kill()
+    await provider.wait_until_down()
+    await swarm.advance(hours=3)
+    assert len(await consumer.node.store.owed(0)) == 1
+    await swarm.restart(provider)
+    began = trio.current_time()
+    await swarm.rendezvous()
+    while await consumer.node.store.owed(0):  # noqa: ASYNC110 - nobody tells
+        await trio.sleep(0.1)
+    assert trio.current_time() - began < 30
+    await swarm.settle()
+
+
 async def test_nothing_of_a_dead_node_is_heard(swarm: Swarm) -> None:
     provider, node = swarm.providers[0], swarm.consumers[0].node
     heard = swarm.trace
