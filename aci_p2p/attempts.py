@@ -17,6 +17,7 @@ import trio
 from aci_p2p.clock import MS_PER_S, Clock
 from aci_p2p.consumer import UPDATES, JobResult, JobUpdate, RunningJob
 from aci_p2p.jobs import put
+from aci_p2p.protocol.admission import MAX_WAIT_MS, RETRY_MS
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import BidSeen, Chosen, Deliver, FailedOver
@@ -110,6 +111,7 @@ class Attempts:
         self._attempts = [_Attempt(request)]
         self._leader: _Attempt | None = None
         self._begun = False
+        self._pause_ms = RETRY_MS
         self._wait_until = clock() + patience.busy_wait_ms
         self._updates_in, self._updates = trio.open_memory_channel[Update](UPDATES)
 
@@ -152,6 +154,7 @@ class Attempts:
         await self._run(self._attempts[0], task_status)
         while (wait_ms := self._wait_ms()) is not None:
             first = self._attempts[0]
+            self._pause_ms = min(2 * self._pause_ms, MAX_WAIT_MS)
             await self._updates_in.send(Waiting(wait_ms, str(first.outcome)))
             await trio.sleep(wait_ms / MS_PER_S)
             self._attempts = [_Attempt(first.request)]
@@ -163,7 +166,7 @@ class Attempts:
         first, now = self._attempts[0], self._clock()
         if len(self._attempts) > 1 or not isinstance(first.outcome, NoBids) or first.outcome.retry_at is None:
             return None
-        wait_ms = max(first.outcome.retry_at - now, 0)
+        wait_ms = max(first.outcome.retry_at - now, self._pause_ms)
         return wait_ms if now + wait_ms < self._wait_until else None
 
     async def _run(self, attempt: _Attempt, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -172,15 +175,23 @@ class Attempts:
                 async with self._open_job(attempt.request) as attempt.job:
                     self._begun = True
                     task_status.started()
-                    async for update in attempt.job:
-                        await self._take(attempt, update)
-                    attempt.outcome = attempt.job.result
-                    # The user has everything; farewells need not be waited for.
-                    self._close_if_over()
+                    await self._follow(attempt, attempt.job)
             except AciError as error:
                 if not self._begun:
                     raise
-                attempt.outcome = error
+                attempt.outcome = attempt.outcome or error
+
+    async def _follow(self, attempt: _Attempt, job: RunningJob) -> None:
+        """Hear the job to its end. Its error stays here: on its way out it would meet what ends with the job."""
+        try:
+            async for update in job:
+                await self._take(attempt, update)
+            attempt.outcome = job.result
+        except AciError as error:
+            attempt.outcome = error
+        else:
+            # The user has everything; farewells need not be waited for.
+            self._close_if_over()
 
     async def _take(self, attempt: _Attempt, update: JobUpdate) -> None:
         if self._leader is None:
@@ -190,7 +201,10 @@ class Attempts:
                 for other in self._attempts:
                     if other is not attempt:
                         other.scope.cancel()
-            elif has_left and len(self._attempts) > 1 and attempt is self._attempts[0]:
+            elif isinstance(update, Deliver):
+                # Text without a token makes no answer.
+                return
+            elif has_left and attempt is self._attempts[0] and not all(other.is_over for other in self._attempts[1:]):
                 # The other one takes its place already; a third would not be covered by the price.
                 attempt.scope.cancel()
             elif isinstance(update, Chosen) and len(self._attempts) == 1 and self._patience.hedge_after_ms:

@@ -330,6 +330,9 @@ class ACI:
         prompt that asks nothing, before anybody is asked; the rest is as in `inference`.
         """
         resolve_model(model, self.node.config)
+        if isinstance(prompts, str):
+            msg = "a batch takes several prompts, not one"
+            raise LocalError(msg)
         questions = enumerate([conversation_of(prompt).turns for prompt in prompts])
         if at_once < 1:
             msg = "at least one question is asked at once"

@@ -96,7 +96,8 @@ class Store:
         """Insert or replace jobs and payments, and note transitions, in one durable transaction. Raises StoreError.
 
         What several jobs wait to store goes into the same transaction: a commit costs more than what is in it. A write
-        that is cancelled before its transaction began is not stored; later it is, and its caller learns of it.
+        that is cancelled after its transaction began is stored all the same, and its caller learns of it. One that is
+        cancelled in that very moment may be stored, too; storing it again then notes its transitions twice.
         """
         write = _Write(records, payments)
         self._waiting.append(write)
@@ -249,7 +250,7 @@ class Store:
                 self._connection.execute("INSERT OR REPLACE INTO payments VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def _put_job(self, job: JobRecord) -> None:
-        stored = self._select(_THIS_JOB, self._key(job.job_id, job.role))
+        stored = self._select(_THIS_JOB, self._key(job.job_id, job.role), _NO_PROOF)
         row = (
             *self._key(job.job_id, job.role), job.state.value, job.updated_at, job.model_root,
             job.peer.public_key if job.peer else None, str(job.price), job.blame.value, job.detail, job.proof,

@@ -204,6 +204,10 @@ class BidBook:
         self._consumers[offer.sender] += 1
         return won
 
+    @property
+    def _why_none(self) -> str:
+        return "the provider is shutting down" if self.draining else "the provider cannot store jobs"
+
     def take_back(self, quoted: Won) -> None:
         """A quote's consumer has gone: it will not be awarded, and its slot is free."""
         self._forget(quoted.bid.digest)
@@ -221,8 +225,7 @@ class BidBook:
             return Declined(Abort(job_id, AbortCode.TIMEOUT, "there is no such bid, or it expired"))
         if not self.takes_jobs:
             self.release(known)
-            why = "the provider is shutting down" if self.draining else "the provider cannot store jobs"
-            return Declined(Abort(job_id, AbortCode.BUSY, why))
+            return Declined(Abort(job_id, AbortCode.BUSY, self._why_none))
         if known.lease is None or not self._admission.begin(known.lease, now):
             lease = self._admission.lease(award.sender, now, returns=False)
             if isinstance(lease, Busy):
@@ -238,9 +241,12 @@ class BidBook:
         return known
 
     def confirm(self, won: Won, *, is_on_record: bool) -> Won | Declined:
-        """Decline what was won after all, if we have served the job before: its record is not to be replaced."""
+        """Decline what was won after all, if we have served the job before, or take none any more."""
         # A job is served once: a smaller one of its name would take the place of the promise to pay for it.
-        return self.refuse(won, AbortCode.PROTOCOL, "this job was served before") if is_on_record else won
+        if is_on_record:
+            return self.refuse(won, AbortCode.PROTOCOL, "this job was served before")
+        # Its record was read meanwhile, and who waits for the last job to end was told that there is none.
+        return won if self.takes_jobs else self.refuse(won, AbortCode.BUSY, self._why_none)
 
     def refuse(self, won: Won, code: AbortCode, detail: str) -> Declined:
         """Decline what was won after all, and free its slot."""

@@ -90,7 +90,7 @@ def _read(file: Path) -> list[tuple[int, str]]:
         msg = f"{file} holds more than {MAX_FILE_BYTES >> 20} MiB"
         raise LocalError(msg, hint="ask in several batches")
     try:
-        lines = data.decode().splitlines()
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         msg = f"{file} is not UTF-8 text"
         raise LocalError(msg) from None

@@ -17,12 +17,12 @@ ASK = ("--model", "rare", "--max-tokens", "3")
 
 def test_many_questions(provider: Daemon, tmp_path: Path) -> None:
     file = tmp_path / "questions.txt"
-    file.write_text("Hello!\n\nWho are you?\n  And :x: I?  \n")
+    file.write_text("\ufeffHello!\r\n\nWho\u2028are you?\n  And :x: I?  \n", encoding="utf-8")
     asked = run_command(provider.home, "batch", *ASK, "--json", str(file))
     assert asked.returncode == 0, asked.stderr
     answers = {answer["line"]: answer for answer in map(json.loads, asked.stdout.splitlines())}
     assert {line: answer["question"] for line, answer in answers.items()} == {
-        1: "Hello!", 3: "Who are you?", 4: "And :x: I?",
+        1: "Hello!", 3: "Who\u2028are you?", 4: "And :x: I?",
     }  # fmt: skip
     assert "3 answers; " in asked.stderr
     for answer in answers.values():

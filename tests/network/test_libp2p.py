@@ -95,12 +95,12 @@ async def test_a_further_stream_does_not_wait_for_its_protocol(
                     await stream.send(b"second")
                     gate.set()
                     assert await stream.receive() == b"second"
-        # It is served no more.
+        # It is served no more, and then known to be so.
         with pytest.raises(StreamClosed):
             async with client.open_stream(server.node_id, ECHO, eager=True) as stream:
                 await stream.receive()
         with pytest.raises(PeerUnreachable):
-            async with client.open_stream(server.node_id, ECHO):
+            async with client.open_stream(server.node_id, ECHO, eager=True):
                 pass
 
 

@@ -214,9 +214,10 @@ async def test_tiny_frames_leave_others_their_turn(autojump_clock: MockClock) ->
 
 
 async def test_what_must_come_first_is_checked_and_not_read(autojump_clock: MockClock) -> None:
+    refused: list[YamuxStream] = []
     async with pair() as (dialler, _, inbound):
         stream = dialler.open_stream()
-        stream.expect(b"hello")
+        stream.expect(b"hello", lambda: refused.append(stream))
         remote = await inbound.receive.receive()
         await remote.write(b"hel")
         with trio.move_on_after(1):
@@ -224,13 +225,21 @@ async def test_what_must_come_first_is_checked_and_not_read(autojump_clock: Mock
         await remote.write(b"lo, you")
         assert await stream.read(10) == b", you"
         bad = dialler.open_stream()
-        bad.expect(b"hello")
+        bad.expect(b"hello", lambda: refused.append(bad))
         remote = await inbound.receive.receive()
         await remote.write(b"help")
         with pytest.raises(StreamReset):
             await bad.read(10)
         with pytest.raises(StreamReset):
             await remote.read(10)
+        assert refused == [bad]
+        ended = dialler.open_stream()
+        ended.expect(b"hello", lambda: refused.append(ended))
+        remote = await inbound.receive.receive()
+        remote.close()
+        with pytest.raises(EndOfStream):
+            await ended.read(10)
+        assert refused == [bad, ended]
 
 
 async def test_half_close(autojump_clock: MockClock) -> None:

@@ -202,6 +202,17 @@ def test_what_was_served_before_is_refused(book: BidBook) -> None:
     assert book.admission.running == 0
 
 
+@pytest.mark.parametrize("reason", ["draining", "is_suspended"])
+def test_what_was_won_is_refused_when_none_is_taken_any_more(book: BidBook, reason: str) -> None:
+    won = book.take(award(quoted(book, 1)), NOW)
+    assert isinstance(won, Won)
+    setattr(book, reason, True)
+    refused = book.confirm(won, is_on_record=False)
+    assert isinstance(refused, Declined)
+    assert refused.answer.abort is AbortCode.BUSY
+    assert book.admission.running == 0
+
+
 def test_what_was_won_can_be_refused(book: BidBook) -> None:
     won = book.take(award(quoted(book, 1)), NOW)
     assert isinstance(won, Won)

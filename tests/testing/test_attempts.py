@@ -23,7 +23,9 @@ from aci_p2p import (
 )
 from aci_p2p.client import AnswerStream
 from aci_p2p.executor import Executor
+from aci_p2p.protocol.bidding import BidBook, Declined, Won
 from aci_p2p.protocol.lifecycle import Party, State
+from aci_p2p.protocol.messages import Abort, AbortCode
 from aci_p2p.testing import Swarm, ToyExecutor, ToyModel
 
 SLOW, QUICK = 0.1, 100.0
@@ -135,6 +137,17 @@ async def test_the_other_takes_the_place_of_one_that_dies(open_swarm: OpenSwarm)
         assert stream.answer.provider == swarm.providers[1].node_id
 
 
+async def test_a_hedge_that_found_nobody_leaves_the_first_its_failover(open_swarm: OpenSwarm) -> None:
+    """The other may cost more than what the first leaves of the price, and still be affordable in its place."""
+    async with open_swarm(providers=2, executor=each(Dying(4), ToyExecutor(ToyModel()))) as swarm:
+        consumer, limit = swarm.consumers[0], Requirements(max_price=79_000)
+        question, patience = "What is the price?", Fallback(hedge_after_ms=2_000)
+        async with consumer.stream(question, max_tokens=1, requirements=limit, fallback=patience) as stream:
+            updates = await collect(stream)
+        assert any(isinstance(update, Hedged) for update in updates)
+        assert stream.answer.provider == swarm.providers[1].node_id
+
+
 @pytest.mark.parametrize(("first_s", "second_s"), [(9, 3), (4, 9)])
 async def test_when_both_fail_the_second_error_counts(open_swarm: OpenSwarm, first_s: float, second_s: float) -> None:
     executors = [Dying(first_s), Dying(second_s)]
@@ -188,6 +201,26 @@ async def test_waiting_has_an_end(open_swarm: OpenSwarm) -> None:
             with pytest.raises(NoBids):
                 await consumer.ask("Second?", max_tokens=2, fallback=Fallback(busy_wait_ms=6_000))
             assert 5 < trio.current_time() - began < 8
+
+
+@pytest.mark.parametrize("told", [0, 1])
+async def test_who_says_that_it_is_busy_and_is_not_gets_few_offers(
+    open_swarm: OpenSwarm, monkeypatch: pytest.MonkeyPatch, told: int
+) -> None:
+    real = BidBook.take
+
+    def take(book: BidBook, frame: bytes, now: int) -> Won | Declined:
+        won = real(book, frame, now)
+        assert isinstance(won, Won)
+        book.release(won)
+        return Declined(Abort(won.offer.body.job_id, AbortCode.BUSY, "come again", told))
+
+    monkeypatch.setattr(BidBook, "take", take)
+    async with open_swarm(providers=1) as swarm:
+        with pytest.raises(NoBids):
+            await swarm.consumers[0].ask("Who is busy?", fallback=Fallback(busy_wait_ms=10_000))
+        # It says when, or it does not; asked again after 1, 2 and 4 s at most.
+        assert len(swarm.consumers[0].jobs) == (4 if told else 1)
 
 
 async def test_what_was_left_is_no_answer(open_swarm: OpenSwarm) -> None:

@@ -78,6 +78,9 @@ async def test_nothing_is_asked_when_something_makes_no_sense(open_swarm: OpenSw
         with pytest.raises(LocalError, match="empty"):
             async with aci.batch(["Hello?", " "], model=swarm.model):
                 pass
+        with pytest.raises(LocalError, match="several"):
+            async with aci.batch("Hello?", model=swarm.model):
+                pass
         with pytest.raises(LocalError, match="at once"):
             async with aci.batch(QUESTIONS, at_once=0, model=swarm.model):
                 pass

@@ -8,7 +8,8 @@ Source: https://github.com/multiformats/multistream-select
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
+from functools import partial
 from typing import Protocol
 
 from aci_p2p.network.libp2p.varint import encode_varint, read_varint
@@ -42,8 +43,8 @@ class Channel(Protocol):
 class EagerChannel(Channel, Protocol):
     """A channel that can check later what the peer has to say first."""
 
-    def expect(self, first: bytes) -> None:
-        """The peer's first bytes must be these; they are not read by anybody."""
+    def expect(self, first: bytes, on_refusal: Callable[[], None]) -> None:
+        """The peer's first bytes must be these; they are not read by anybody. `on_refusal` hears when others come."""
         ...
 
 
@@ -84,7 +85,7 @@ async def select_again(stream: EagerChannel, protocol: str, accepted: set[str]) 
     It is checked when it comes. Saves a round trip for each stream, as go-libp2p does.
     """
     if protocol in accepted:
-        stream.expect(proposal(protocol))
+        stream.expect(proposal(protocol), partial(accepted.discard, protocol))
         await stream.write(proposal(protocol))
     else:
         await select_outbound(stream, protocol)

@@ -103,6 +103,7 @@ class _State:
         self.reset = False
         self.in_use = False
         self.expected = b""
+        self.on_refusal: Callable[[], None] = lambda: None
         self.changed = trio.Event()
 
     def notify(self) -> None:
@@ -132,20 +133,31 @@ class YamuxStream:
         """Somebody needs this stream, and so its connection."""
         self._state.in_use = True
 
-    def expect(self, first: bytes) -> None:
-        """What the peer sends first must be this, and is not read by anybody; the stream is reset otherwise."""
-        self._state.expected = first
+    def expect(self, first: bytes, on_refusal: Callable[[], None]) -> None:
+        """What the peer sends first must be this, and is not read by anybody.
+
+        The stream is reset otherwise, and `on_refusal` called; also when it ends before.
+        """
+        self._state.expected, self._state.on_refusal = first, on_refusal
 
     async def read(self, limit: int) -> bytes:
         """Receive 1 to `limit` bytes. Raises EndOfStream or StreamReset. Loses nothing when cancelled."""
-        while expected := self._state.expected:
-            first = await self._take(len(expected))
-            if not expected.startswith(first):
-                self.reset()
-                msg = "the peer did not begin as it must"
-                raise StreamReset(msg)
-            self._state.expected = expected[len(first) :]
+        while self._state.expected:
+            await self._take_expected(self._state.expected)
         return await self._take(limit)
+
+    async def _take_expected(self, expected: bytes) -> None:
+        try:
+            first = await self._take(len(expected))
+        except (EndOfStream, StreamReset):
+            self._state.on_refusal()
+            raise
+        if not expected.startswith(first):
+            self._state.on_refusal()
+            self.reset()
+            msg = "the peer did not begin as it must"
+            raise StreamReset(msg)
+        self._state.expected = expected[len(first) :]
 
     async def _take(self, limit: int) -> bytes:
         state = self._state
