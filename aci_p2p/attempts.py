@@ -37,10 +37,10 @@ class Hedged:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """All providers that could take the job are busy; they are asked again later."""
+    """Nobody took the job, at least one provider for want of a slot; all are asked again."""
 
     wait_ms: int
-    """When, milliseconds from now: they said so."""
+    """Until then, milliseconds: as the provider said, and longer with each try."""
     problem: str
     """Why nobody took it."""
 
@@ -58,7 +58,7 @@ class Patience:
     hedge_after_ms: int
     """When no token has come so long after the award, milliseconds; 0: never."""
     busy_wait_ms: int
-    """How long to wait for a free slot in all, milliseconds."""
+    """How long after the beginning another try may begin, milliseconds."""
 
 
 class _Attempt:
@@ -70,13 +70,21 @@ class _Attempt:
         self.job: RunningJob | None = None
         self.outcome: JobResult | AciError | None = None
         self.provider: NodeId | None = None
+        self._failed: set[NodeId] = set()
         self._worst: dict[NodeId, int] = {}
 
-    @property
-    def left(self) -> int:
-        """What the job leaves to another at least, base units, as long as its provider stays."""
+    def hedged(self) -> JobRequest | None:
+        """What another job may do while the provider stays: what is left of the price and of the providers.
+
+        None when nothing is.
+        """
         assert self.provider is not None  # callers come after the choice
-        return self.request.max_price - self._worst[self.provider]
+        price = self.request.max_price - self._worst[self.provider]
+        providers = self.request.max_providers - len(self._failed) - 1
+        if price <= 0 or providers <= 0:
+            return None
+        avoid = self.request.avoid | self._failed | {self.provider}
+        return replace(self.request, avoid=avoid, max_price=price, max_providers=providers)
 
     @property
     def is_over(self) -> bool:
@@ -91,7 +99,8 @@ class _Attempt:
             case Chosen(provider):
                 before, self.provider = self.provider, provider
                 return before is not None
-            case FailedOver():
+            case FailedOver(provider):
+                self._failed.add(provider)
                 return True
             case _:
                 pass
@@ -121,14 +130,14 @@ class Attempts:
 
     @property
     def job_id(self) -> bytes:
-        """32 bytes: of the job that has begun to answer; until then of the first one."""
+        """32 bytes: of the job that has begun to answer; until then of the latest that is no hedge."""
         job = (self._leader or self._attempts[0]).job
         assert job is not None  # it has begun
         return job.job_id
 
     @property
     def result(self) -> JobResult:
-        """The finished job. Raises the AciError that ended it otherwise, that of the first where both failed."""
+        """The finished job. Raises the AciError that ended it otherwise; of a hedge only if the first has none."""
         attempts = [self._leader] if self._leader else self._attempts
         for attempt in attempts:
             if isinstance(attempt.outcome, AciError):
@@ -216,16 +225,9 @@ class Attempts:
         """Ask another, when the first token has not come in time."""
         await trio.sleep(self._patience.hedge_after_ms / MS_PER_S)
         is_late = self._leader is None and not first.is_over and first.provider == provider
-        if not is_late or len(self._attempts) > 1 or first.left <= 0:
+        if not is_late or len(self._attempts) > 1 or (request := first.hedged()) is None:
             return
-        second = _Attempt(
-            replace(
-                first.request,
-                avoid=first.request.avoid | {provider},
-                max_price=first.left,
-                max_providers=max(first.request.max_providers - 1, 1),
-            )
-        )
+        second = _Attempt(request)
         self._attempts.append(second)
         await self._updates_in.send(Hedged(provider, self._patience.hedge_after_ms))
         await self._run(second)

@@ -18,6 +18,7 @@ from aci_p2p.config import (
     DEFAULT_MAX_TOKENS,
     DEFAULT_PROVIDERS,
     DEFAULT_RETRY_COST,
+    DEFAULT_SLOTS,
     ClientConfig,
     NodeConfig,
 )
@@ -41,8 +42,8 @@ from aci_p2p.protocol.terms import SelectionTerms, Verification
 from aci_p2p.protocol.wire import to_value
 from aci_p2p.tasks import open_background
 
-DEFAULT_AT_ONCE: Final = 4
-"""Questions of a batch that run together: as many slots as a provider has by default."""
+DEFAULT_AT_ONCE: Final = DEFAULT_SLOTS
+"""Questions of a batch that run together: one provider's slots."""
 MILLI: Final = 1_000
 VERIFICATIONS: Final = {"optimistic": Verification.OPTIMISTIC}
 """What `Requirements` may ask for, by name."""
@@ -115,9 +116,10 @@ class Fallback:
     """Whose answer counts: that of whoever answers."""
     hedge_after_ms: int = 0
     """When no token has come so long after the award, another provider is asked too, and the first to begin goes on;
-    milliseconds, 0: never. Both together cost no more than one may."""
+    milliseconds, 0: never. Both together cost no more than one may: nobody is asked too where nothing would be left."""
     busy_wait_ms: int = DEFAULT_BUSY_WAIT_MS
-    """How long to wait in all while every provider is busy, milliseconds; they say when to ask again."""
+    """How long after the beginning to ask again where nobody took the job and one was busy, milliseconds: when it says,
+    and after 1, 2, 4 and 5 seconds at least."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on what is not offered."""
@@ -132,7 +134,7 @@ class Fallback:
             raise LocalError(msg)
         if self.hedge_after_ms and self.providers == 1:
             msg = "a job that one provider may begin cannot be hedged"
-            raise LocalError(msg, hint="allow 2 providers, or do not hedge")
+            raise LocalError(msg, hint="allow 2 providers (--providers 2), or do not hedge (--hedge-after 0)")
 
     @property
     def patience(self) -> Patience:
@@ -182,7 +184,10 @@ class AnswerStream:
 
     @property
     def updates(self) -> AsyncIterator[Update]:
-        """Offer, bids, choice and text as they come; raises the AciError that ends the job."""
+        """Offers, bids, choices and text as they come, and what went wrong on the way: FailedOver, Hedged, Waiting.
+
+        Before the first token those of two jobs may be mixed. Raises the AciError that ends the job.
+        """
         return self._job
 
     @property

@@ -145,6 +145,9 @@ class Round:
         elif ranking.refused:
             message = ranking.why
             hint = "raise the maximum price or latency, or wait for cheaper providers"
+        elif self._busy_until is not None:
+            message = "no provider of this model has a free slot"
+            hint = "wait longer for one, or try again in a moment"
         else:
             message = f"nobody bid within {bid_window_ms / SECOND:g} s"
             hint = "check that a provider of this model is connected, or wait longer for bids"

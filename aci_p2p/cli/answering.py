@@ -32,7 +32,7 @@ class Timing:
     """When things happened, seconds on the monotonic clock; 0 until they do."""
 
     offered: float = 0.0
-    """The offer went out."""
+    """The first offer went out."""
     chosen: float = 0.0
     """A provider was awarded the job."""
     first: float = 0.0
@@ -71,7 +71,9 @@ class Show:
     timing: Timing = field(default_factory=Timing)
     """When things happened."""
     bids: list[BidSummary] = field(default_factory=list[BidSummary])
-    """Bids that arrived."""
+    """Bids that arrived for the latest offer."""
+    is_hedged: bool = False
+    """Whether a second provider is asked while the first is late."""
 
     async def run(self, stream: AnswerStream) -> Answer:
         """Show the job to its end. Raises the AciError that ends it."""
@@ -79,7 +81,7 @@ class Show:
             now = time.monotonic()
             match update:
                 case Offered(offer):
-                    self.timing.offered = now
+                    self.timing.offered = self.timing.offered or now
                     self.bids.clear()
                     if self.steps:
                         body = offer.body
@@ -108,6 +110,7 @@ class Show:
                 after = f"after {tokens} tokens" if tokens else "before its first token"
                 news = f"{provider.short} failed {after} ({printable(problem)}); another is to go on"
             case Hedged(provider, waited_ms):
+                self.is_hedged = True
                 news = f"{provider.short} is late: no token after {waited_ms / MS_PER_S:g} s; another is asked too"
             case Waiting(wait_ms, problem):
                 news = f"{printable(problem)}; asking again in {wait_ms / MS_PER_S:.1f} s"
@@ -127,7 +130,8 @@ class Show:
             self.status.print("\n[bold]Answer[/]")
         else:
             bids = f"{len(self.bids)} bid" + ("" if len(self.bids) == 1 else "s")
-            self.status.print(f"{bids}; {choice.provider.short} wins: {escape(choice.ranking.why)}", style="dim")
+            verb = "is asked too" if self.is_hedged else "wins"
+            self.status.print(f"{bids}; {choice.provider.short} {verb}: {escape(choice.ranking.why)}", style="dim")
 
 
 def speed_line(timing: Timing) -> str:
@@ -137,9 +141,9 @@ def speed_line(timing: Timing) -> str:
     return f"{timing.tokens} tokens, {speed}, first after {after:.2f} s"
 
 
-def summary(answer: Answer, show: Show) -> dict[str, object]:
+def document_of(answer: Answer) -> dict[str, object]:
     """An answer for programs."""
-    receipt, timing = answer.receipt.body, show.timing
+    receipt = answer.receipt.body
     return {
         **describe(verify_proof(encode_proof(answer.proof))),
         "tokens": list(answer.tokens),
@@ -155,6 +159,13 @@ def summary(answer: Answer, show: Show) -> dict[str, object]:
             for bid in receipt.bids
         ],
         "rule": receipt.rule,
+    }
+
+
+def summary(answer: Answer, timing: Timing) -> dict[str, object]:
+    """The same, with how long it took."""
+    return {
+        **document_of(answer),
         "first_token_s": round(timing.first - timing.offered, 4),
         "tokens_per_second": round(timing.tokens_per_second, 2),
     }

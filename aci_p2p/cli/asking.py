@@ -33,28 +33,22 @@ def ask_at(loaded: Loaded, command: str) -> object:
     return ask(loaded.config.node.control_socket_path, command)
 
 
-def runs_at(path: Path) -> bool:
-    """Whether a node answers on the socket at `path`."""
-    try:
-        ask(path, "status", timeout_s=BESIDE_S)
-    except NoNode:
-        return False
-    return True
-
-
-def client_beside(loaded: Loaded) -> NodeConfig:
-    """The node of a command that asks the network: unless --bootstrap says where, through the one that runs here."""
-    config = loaded.config.client_node
+def status_beside(loaded: Loaded) -> StatusReport | None:
+    """How the node is that runs here; None with --bootstrap, which names another way, and if its network is another."""
     if loaded.origins["bootstrap"].source == "flag":
-        return config
+        return None
     try:
         path = loaded.config.node.control_socket_path
         status = cast("StatusReport", ask(path, "status", timeout_s=BESIDE_S))
     except (NoNode, BadRequest):
-        return config
-    if status["node"]["network"] != config.network:
-        return config
-    return replace(config, bootstrap=(*status["addresses"], *config.bootstrap))
+        return None
+    return status if status["node"]["network"] == loaded.config.client_node.network else None
+
+
+def client_beside(loaded: Loaded) -> NodeConfig:
+    """The node of a command that asks the network: unless --bootstrap says where, through the one that runs here."""
+    config, status = loaded.config.client_node, status_beside(loaded)
+    return config if status is None else replace(config, bootstrap=(*status["addresses"], *config.bootstrap))
 
 
 def check_reachable(config: NodeConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from aci_p2p.cli.answering import document_of
 from aci_p2p.cli.asking import check_reachable, client_beside, proof_path
 from aci_p2p.cli.common import json_option
 from aci_p2p.cli.options import CLIENT, Given, configured
@@ -35,6 +37,8 @@ from aci_p2p.protocol.pricing import format_amount
 from aci_p2p.protocol.proof import encode_proof
 from aci_p2p.protocol.text import printable, printable_lines
 
+BUSY_WAIT_MS: Final = 600_000
+"""How long a question waits for a free slot unless it is set, milliseconds: nobody watches it."""
 MAX_FILE_BYTES: Final = 64 << 20
 """Bytes of questions, all of which are held in memory: a million short ones."""
 
@@ -50,17 +54,24 @@ Examples:
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True, allow_dash=True))
 @configured(*CLIENT)
 @click.option(
-    "--at-once", type=click.IntRange(min=1), default=DEFAULT_AT_ONCE, show_default=True, help="Questions at once."
+    "--at-once",
+    type=click.IntRange(min=1),
+    default=DEFAULT_AT_ONCE,
+    show_default=True,
+    help="Questions at once; those beyond the providers' free slots wait for one.",
 )
 @json_option
 def command(file: Path, given: Given, at_once: int, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
     """Ask a model of the network each line of FILE ('-' is standard input), several at once, and save the proofs.
 
-    Answers come in the order in which they are finished; with --json each is one line. A question that fails ends none
-    of the others; the exit code is then that of the first failure.
+    Answers come in the order in which they are finished; with --json each is one line, with the number and the text of
+    its question. A question that fails ends none of the others: it is named on standard error, and the exit code is
+    that of the first one. Questions wait ten minutes for a free slot, unless --busy-wait is set.
     """
     loaded = given.load()
     config, wanted = client_beside(loaded), loaded.config.client
+    if loaded.origins["client.busy_wait_ms"].source == "default":
+        wanted = replace(wanted, busy_wait_ms=BUSY_WAIT_MS)
     check_reachable(config)
     questions = _read(file)
     # What can be refused here is refused before anybody is dialled.
@@ -74,7 +85,8 @@ def command(file: Path, given: Given, at_once: int, as_json: bool) -> None:  # n
 
     run(work)
     if batch.failures:
-        raise batch.failures[0]
+        # Each was told when it came.
+        click.get_current_context().exit(batch.failures[0].exit_code)
 
 
 def _read(file: Path) -> list[tuple[int, str]]:
@@ -108,21 +120,23 @@ class _Batch:
         self, config: NodeConfig, wanted: ClientConfig, questions: Sequence[tuple[int, str]], *, as_json: bool
     ) -> None:
         self.failures: list[AciError] = []
-        """Why questions have no answer, in order of arrival."""
+        """What went wrong, in order of arrival: questions without an answer, and proofs that could not be saved."""
         self._config = config
         self._wanted = wanted
         self._questions = questions
         self._as_json = as_json
+        self._status = Console(stderr=True, highlight=False, soft_wrap=True)
         self._answers = self._price = 0
 
     async def run(self, stop: Stop, at_once: int) -> None:
         """Ask all questions."""
-        status, wanted = Console(stderr=True, highlight=False), self._wanted
+        status, wanted = self._status, self._wanted
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(),
         )  # fmt: skip
-        bars = Progress(*columns, console=status, transient=True, disable=not status.is_terminal)
+        # Answers on the same terminal would land in the middle of a bar, and show the progress themselves.
+        bars = Progress(*columns, console=status, transient=True, disable=not status.is_terminal or sys.stdout.isatty())
         async with ACI(self._config) as aci:
             with bars, stop:
                 task = bars.add_task("asking", total=len(self._questions))
@@ -145,36 +159,32 @@ class _Batch:
         line, question = self._questions[result.number]
         outcome = result.outcome
         if isinstance(outcome, AciError):
-            self.failures.append(outcome)
-            fields: dict[str, object] = {"error": outcome.message, "code": outcome.code}
-            text = f"failed: {printable(outcome.message)}"
+            self._fail(line, outcome)
+            fields: dict[str, object] = {"error": outcome.message, "hint": outcome.hint, "code": outcome.code}
         else:
             self._answers += 1
             self._price += outcome.receipt.body.price
-            fields = self._save(outcome)
-            text = printable_lines(outcome.text).strip()
-        document = {"line": line, "question": question, **fields}
-        shown = json.dumps(document) if self._as_json else f"{line}: {printable(question)}\n{text}\n"
+            fields = {**document_of(outcome), "proof_file": self._save(line, outcome)}
+        shown = ""
+        if self._as_json:
+            shown = json.dumps({"line": line, "question": question, **fields}) + "\n"
+        elif isinstance(outcome, Answer):
+            shown = f"{line}: {printable(question)}\n{printable_lines(outcome.text).strip()}\n\n"
         # A reader that takes its time holds up no job.
-        await write_text(sys.stdout, shown + "\n")
+        await write_text(sys.stdout, shown)
 
-    def _save(self, answer: Answer) -> dict[str, object]:
-        """Keep the proof; the answer for programs."""
+    def _save(self, line: int, answer: Answer) -> str | None:
+        """Keep the proof; in which file, if it could be written."""
         path = proof_path(self._config, answer)
-        saved: str | None = str(path)
         try:
             write_atomically(path, encode_proof(answer.proof))
         except AciError as error:
             # What was paid for is shown all the same.
-            self.failures.append(error)
-            saved = None
-        receipt = answer.receipt.body
-        return {
-            "text": answer.text,
-            "tokens": len(answer.tokens),
-            "job_id": receipt.job_id.hex(),
-            "provider": str(answer.provider),
-            "price": format_amount(receipt.price),
-            "price_base_units": str(receipt.price),
-            "proof_file": saved,
-        }
+            self._fail(line, error)
+            return None
+        return str(path)
+
+    def _fail(self, line: int, error: AciError) -> None:
+        self.failures.append(error)
+        hint = f"; {error.hint}" if error.hint else ""
+        self._status.print(f"line {line}: {printable(error.message + hint)}", style="yellow", markup=False)

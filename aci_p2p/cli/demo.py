@@ -133,7 +133,7 @@ def _conclude(answer: Answer, show: Show, plan: _Plan, console: Console) -> None
     write_atomically(plan.proof, data)
     verified = verify_proof(data)
     if plan.as_json:
-        print_json({**summary(answer, show), "proof_file": str(plan.proof)})
+        print_json({**summary(answer, show.timing), "proof_file": str(plan.proof)})
         return
     receipt = answer.receipt.body
     tokens = f"{receipt.shares[-1].input_tokens} + {len(answer.tokens)}"

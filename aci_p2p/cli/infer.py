@@ -124,7 +124,7 @@ async def _infer(config: NodeConfig, request: _Request, stop: Stop) -> None:
     finally:
         # What was paid for is shown, also when its proof cannot be saved.
         if request.as_json:
-            print_json({**summary(answer, show), "proof_file": saved})
+            print_json({**summary(answer, show.timing), "proof_file": saved})
     if request.as_json:
         return
     price = format_amount(answer.receipt.body.price)

@@ -16,13 +16,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from aci_p2p.cli.asking import runs_at
+from aci_p2p.cli.asking import status_beside
 from aci_p2p.cli.common import json_option, print_json
 from aci_p2p.cli.options import FOLDERS, Given, configured
 from aci_p2p.cli.output import write_text
 from aci_p2p.cli.running import Stop, run
 from aci_p2p.cli.texts import amount, print_table
 from aci_p2p.client import resolve_model
+from aci_p2p.clock import system_clock
 from aci_p2p.control import ask
 from aci_p2p.control.market import AskEntry, MarketReport, ModelMarket, read_market
 from aci_p2p.node import open_node
@@ -54,7 +55,9 @@ class NoAsks(ResourceError):
 @click.command("market", short_help="Show what providers ask for a model.", epilog=_EPILOG)
 @click.argument("model", required=False)
 @configured(*OPTIONS)
-@click.option("--watch", is_flag=True, help="Show it again each second; with --json a line each time.")
+@click.option(
+    "--watch", is_flag=True, help="Show it again, a second after each look, until Ctrl-C; with --json a line each time."
+)
 @json_option
 def command(model: str | None, given: Given, watch: bool, as_json: bool) -> None:  # noqa: FBT001 - click passes flags so
     """Show the live order book of MODEL, a name or a weights root in hex; exit code 4 when nobody asks anything.
@@ -70,9 +73,7 @@ def command(model: str | None, given: Given, watch: bool, as_json: bool) -> None
     if as_json:
         print_json(report)
     else:
-        for market in report["models"]:
-            click.echo(f"{market['model_root']}:")
-            print_table(_table(market["asks"]))
+        _print(report)
     if not any(market["asks"] for market in report["models"]):
         raise nobody_asks(model or "any model that the node looks at")
 
@@ -90,18 +91,29 @@ def market_report(given: Given, model: str | None, *, all_models: bool = False) 
     return reports[0]
 
 
+def _print(report: MarketReport) -> None:
+    for market in report["models"]:
+        click.echo(f"{market['model_root']}:")
+        print_table(_table(market["asks"]))
+
+
 def _watch(given: Given, model: str | None, *, as_json: bool) -> None:
     console = Console(highlight=False)
+    is_drawn = console.is_terminal and not as_json
 
     async def work(stop: Stop) -> None:
         async with _open_book(given, model, all_models=True) as read:
-            with stop, Live(console=console, auto_refresh=False) if not as_json else nullcontext() as live:
+            with stop, Live(console=console, auto_refresh=False, screen=True) if is_drawn else nullcontext() as live:
                 while True:
                     report = await read()
-                    if live is None:
-                        await write_text(sys.stdout, json.dumps(report) + "\n")
-                    else:
+                    if live is not None:
                         live.update(_screen(report), refresh=True)
+                    elif as_json:
+                        await write_text(sys.stdout, json.dumps({"at_ms": system_clock(), **report}) + "\n")
+                    else:
+                        click.echo(time.strftime("%H:%M:%S"))
+                        _print(report)
+                        sys.stdout.flush()
                     await trio.sleep(WATCH_S)
 
     run(work, daemon=True)
@@ -121,7 +133,7 @@ async def _open_book(given: Given, model: str | None, *, all_models: bool) -> As
         answer = await trio.to_thread.run_sync(ask, path, "market", wanted, abandon_on_cancel=True)
         return cast("MarketReport", answer)
 
-    if "bootstrap" not in given.flags and runs_at(path):
+    if await trio.to_thread.run_sync(status_beside, loaded, abandon_on_cancel=True) is not None:
         yield read_beside
         return
     async with open_node(config) as node:
@@ -148,6 +160,8 @@ def _screen(report: MarketReport) -> Group:
     parts: list[Text | Table] = [Text(f"{now}  Ctrl-C ends", style="dim")]
     for market in report["models"]:
         parts += [Text(f"{market['model_root']}:"), _table(market["asks"])]
+    if not any(market["asks"] for market in report["models"]):
+        parts.append(Text("nobody asks anything yet", style="dim"))
     return Group(*parts)
 
 

@@ -27,7 +27,7 @@ DEFAULT_NETWORK: Final = "aci-main"
 DEFAULT_INPUT_PRICE: Final = ONE_ACI // 1_000_000
 """Base units for each prompt token: 1 ACI for a million."""
 DEFAULT_BUSY_WAIT_MS: Final = 10_000
-"""Providers that are busy say so for at most five seconds at a time; most jobs end sooner."""
+"""Milliseconds: twice the longest time that a busy provider may name; most jobs end sooner."""
 DEFAULT_PROVIDERS: Final = 3
 """One that fails, and one more, are bad luck; after a third something else is wrong."""
 DEFAULT_OUTPUT_PRICE: Final = 4 * ONE_ACI // 1_000_000
@@ -177,7 +177,7 @@ class ClientConfig:
     hedge_after_ms: int = 0
     """When the first token is so late, another provider is asked too, milliseconds from the award; 0: never."""
     busy_wait_ms: int = DEFAULT_BUSY_WAIT_MS
-    """How long to wait while every provider is busy, milliseconds."""
+    """How long after the beginning to ask again where providers are busy, milliseconds."""
 
     def __post_init__(self) -> None:
         """Raises LocalError on values that an offer cannot carry."""
@@ -199,6 +199,9 @@ class ClientConfig:
             raise LocalError(msg)
         if min(self.hedge_after_ms, self.busy_wait_ms) < 0:
             msg = "times to wait are not negative"
+            raise LocalError(msg)
+        if self.hedge_after_ms and self.providers == 1:
+            msg = "hedge_after_ms needs 2 providers at least, and providers allows 1"
             raise LocalError(msg)
 
 

@@ -54,10 +54,23 @@ def test_what_is_asked_and_what_it_costs(provider: Daemon, tmp_path: Path) -> No
 def test_watching(provider: Daemon, start: Start) -> None:
     watcher = start("market", "--watch", "--json", "rare", at=provider.home)
     assert watcher.stdout is not None
-    looks = [json.loads(watcher.stdout.readline())["models"][0]["asks"] for _ in range(3)]
-    assert [len(asks) for asks in looks] == [1, 1, 1]
+    looks = [json.loads(watcher.stdout.readline()) for _ in range(3)]
+    assert [len(look["models"][0]["asks"]) for look in looks] == [1, 1, 1]
+    assert looks[0]["at_ms"] < looks[1]["at_ms"] < looks[2]["at_ms"]
     watcher.send_signal(signal.SIGINT)
     assert finish(watcher, SOON_S).returncode == 0
+    # A pipe has every look, too.
+    watcher = start("market", "--watch", "rare", at=provider.home)
+    assert watcher.stdout is not None
+    lines = [watcher.stdout.readline() for _ in range(8)]
+    assert sum("(this node)" in line for line in lines) == 2
+    watcher.send_signal(signal.SIGINT)
+    assert finish(watcher, SOON_S).returncode == 0
+
+
+def test_a_node_of_another_network_is_not_asked(provider: Daemon) -> None:
+    result = run_command(provider.home, "market", "rare", "--network", "aci-other")
+    assert result.returncode == 4
 
 
 def test_nobody_asks(tmp_path: Path, provider: Daemon) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -23,6 +24,7 @@ from aci_p2p.tasks import open_background
 from tests.protocol.driver import REQUEST
 
 FIRST, SECOND = KeyPair(b"1" * 32).node_id, KeyPair(b"2" * 32).node_id
+TWO = replace(REQUEST, max_providers=2)
 PATIENCE = Patience(hedge_after_ms=1_000, busy_wait_ms=0)
 
 
@@ -124,7 +126,7 @@ async def test_the_error_of_the_loser_is_no_concern_of_the_winner(autojump_clock
             await trio.sleep(0.3)
 
     jobs = scripted((FIRST, first), (SECOND, second))
-    async with open_attempts(jobs, REQUEST, PATIENCE, clock) as attempts:
+    async with open_attempts(jobs, TWO, PATIENCE, clock) as attempts:
         assert await answer(attempts) == attempts.result.text == "hello world"
 
 
@@ -138,7 +140,7 @@ async def test_text_without_a_token_is_nobody_s_answer(autojump_clock: MockClock
         job.end("Paris.")
 
     jobs = scripted((FIRST, first), (SECOND, second))
-    async with open_attempts(jobs, REQUEST, PATIENCE, clock) as attempts:
+    async with open_attempts(jobs, TWO, PATIENCE, clock) as attempts:
         assert await answer(attempts) == attempts.result.text == "Paris."
 
 

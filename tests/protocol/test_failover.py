@@ -293,6 +293,7 @@ def test_whose_asks_are_full_may_have_room_later() -> None:
     bench.time_out()
     assert isinstance(bench.error, NoBids)
     assert bench.error.retry_at == NOW + 1_000
+    assert bench.error.message == "no provider of this model has a free slot"
 
 
 def test_who_is_busy_when_it_is_awarded_says_until_when() -> None:

@@ -137,6 +137,18 @@ async def test_the_other_takes_the_place_of_one_that_dies(open_swarm: OpenSwarm)
         assert stream.answer.provider == swarm.providers[1].node_id
 
 
+async def test_no_more_providers_begin_than_may(open_swarm: OpenSwarm) -> None:
+    """One has failed and one is late: with two allowed, that is all; with three, who failed has no second chance."""
+    for allowed, hedges in ((2, 0), (3, 1)):
+        executors = [Dying(0.5), ToyExecutor(ToyModel(), tokens_per_second=SLOW), ToyExecutor(ToyModel())]
+        async with open_swarm(providers=3, executor=each(*executors)) as swarm:
+            patience = Fallback(providers=allowed, hedge_after_ms=2_000)
+            async with swarm.consumers[0].stream("Who is left?", max_tokens=2, fallback=patience) as stream:
+                updates = await collect(stream)
+            assert sum(isinstance(update, Hedged) for update in updates) == hedges
+            assert stream.answer.provider == swarm.providers[1 + hedges].node_id
+
+
 async def test_a_hedge_that_found_nobody_leaves_the_first_its_failover(open_swarm: OpenSwarm) -> None:
     """The other may cost more than what the first leaves of the price, and still be affordable in its place."""
     async with open_swarm(providers=2, executor=each(Dying(4), ToyExecutor(ToyModel()))) as swarm:
