@@ -31,14 +31,15 @@ async def open_background() -> AsyncGenerator[trio.Nursery]:
     """A nursery that is cancelled at the end of the block.
 
     A lone error, of the block or of a task, comes out as itself and not in a group of one, so that callers can catch
-    it by type; several come out in a group.
+    it by type, even if the block was cancelled meanwhile; several come out in a group.
     """
     try:
         async with trio.open_nursery() as nursery:
             yield nursery
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        error = _lone(group)
+        _, errors = group.split(trio.Cancelled)
+        error = _lone(errors or group)
         raise error from error.__cause__
 
 

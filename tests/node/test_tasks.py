@@ -183,3 +183,17 @@ async def test_an_error_while_the_block_ends_comes_out(autojump_clock: MockClock
         async with open_background() as tasks:
             tasks.start_soon(fail_at_the_end)
             await trio.sleep(1)
+
+
+async def test_an_error_comes_out_as_itself_though_all_was_cancelled(autojump_clock: MockClock) -> None:
+    async def fail_at_the_end() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            msg = "at the end"
+            raise LocalError(msg)
+
+    with pytest.raises(LocalError, match="at the end"), trio.move_on_after(5):
+        async with open_background() as tasks:
+            tasks.start_soon(fail_at_the_end)
+            await trio.sleep_forever()
