@@ -16,7 +16,7 @@ import trio
 
 from aci_p2p.clock import MS_PER_S, Clock
 from aci_p2p.consumer import UPDATES, JobResult, JobUpdate, RunningJob
-from aci_p2p.jobs import put
+from aci_p2p.jobs import send_promptly
 from aci_p2p.protocol.admission import MAX_WAIT_MS, RETRY_MS
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
@@ -219,7 +219,7 @@ class Attempts:
             elif isinstance(update, Chosen) and len(self._attempts) == 1 and self._patience.hedge_after_ms:
                 self._tasks.start_soon(self._hedge, attempt, update.provider)
         if self._leader in (None, attempt):
-            await put(self._updates_in, update)
+            await send_promptly(self._updates_in, update)
 
     async def _hedge(self, first: _Attempt, provider: NodeId) -> None:
         """Ask another, when the first token has not come in time."""

@@ -12,7 +12,7 @@ import trio
 
 from aci_p2p.clock import Clock
 from aci_p2p.gossip import Asks, Market
-from aci_p2p.jobs import JobShell, StreamPump, put
+from aci_p2p.jobs import JobShell, StreamPump, send_promptly
 from aci_p2p.network.api import Network
 from aci_p2p.protocol.consumer import ConsumerEvent, ConsumerJob, Start
 from aci_p2p.protocol.envelope import Envelope
@@ -179,7 +179,7 @@ class RunningJob(JobShell[ConsumerEvent]):
     async def _update(self, update: JobUpdate) -> None:
         # A user who leaves reads no more, and must not hold up the farewell.
         if not self._leaving:
-            await put(self._updates_in, update)
+            await send_promptly(self._updates_in, update)
 
 
 @asynccontextmanager

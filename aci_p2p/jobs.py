@@ -41,9 +41,10 @@ T = TypeVar("T")
 E_contra = TypeVar("E_contra", contravariant=True)
 
 
-async def put(channel: trio.MemorySendChannel[T], value: T) -> None:
-    """Send into a channel, waiting only while it is full: whoever calls has waited for what it sends.
+async def send_promptly(channel: trio.MemorySendChannel[T], value: T) -> None:
+    """Send into a channel without a turn of the event loop for each value, which trio's own `send` takes.
 
+    Waits only while the channel is full, so it is no checkpoint otherwise: callers have waited for what they send.
     Raises BrokenResourceError, ClosedResourceError.
     """
     try:
@@ -86,7 +87,7 @@ class StreamPump:
     async def send(self, frame: bytes) -> None:
         """Queue a frame. It is lost when the stream is gone, which the job learns from `StreamEnded`."""
         try:
-            await put(self._outbox, frame)
+            await send_promptly(self._outbox, frame)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             await trio.lowlevel.checkpoint()
 
@@ -150,7 +151,7 @@ class JobShell(Generic[E]):
     async def tell(self, event: E | SharedEvent, source: StreamPump | None = None) -> None:
         """Hand an event to the job; without effect when it is over, or has done with the stream it comes from."""
         try:
-            await put(self._inbox, (event, source))
+            await send_promptly(self._inbox, (event, source))
         except trio.BrokenResourceError:
             await trio.lowlevel.checkpoint()
 

@@ -105,27 +105,28 @@ class Store:
             with write.scope:
                 async with self._lock:
                     if write in self._waiting:
-                        await self._put_waiting()
+                        await self._commit_waiting()
                     if not write.is_stored:
                         # One of them may not fit, which is no fault of the others.
-                        await self._put([write])
+                        await self._commit([write])
         finally:
             if write in self._waiting:
                 self._waiting.remove(write)
 
-    async def _put_waiting(self) -> None:
+    async def _commit_waiting(self) -> None:
         writes, self._waiting = self._waiting, []
         for write in writes:
             write.scope.shield = True
         with suppress(StoreError):
-            await self._put(writes)
+            await self._commit(writes)
         for write in writes:
             write.scope.shield = write.is_stored
 
-    async def _put(self, writes: Sequence[_Write]) -> None:
+    async def _commit(self, writes: Sequence[_Write]) -> None:
+        """Store them in one transaction; the caller holds the lock. Raises StoreError."""
         records = [record for write in writes for record in write.records]
         payments = [payment for write in writes for payment in write.payments]
-        await self._call(self._put_jobs, records, payments)
+        await self._run_locked(self._put_jobs, records, payments)
         self._transactions += 1
         self._writes += len(writes)
         for write in writes:
@@ -277,9 +278,10 @@ class Store:
 
     async def _run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         async with self._lock:
-            return await self._call(function, *arguments)
+            return await self._run_locked(function, *arguments)
 
-    async def _call(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    async def _run_locked(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        """Call a function of the database; the caller holds the lock. Raises StoreError."""
         try:
             if not self._threads:
                 return function(*arguments)

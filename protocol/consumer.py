@@ -112,7 +112,7 @@ class ConsumerJob(Job):
         self._leg: Leg | None = None
         self._output = Output()
         self._shares: list[Share] = []
-        self._failed = set(request.avoid)
+        self._excluded = set(request.avoid)
         self._begun = 0
         self._seeks_until = 0
         self._is_stale = False
@@ -225,7 +225,7 @@ class ConsumerJob(Job):
     def _ask(self, now: int) -> list[Effect]:
         """Begin a round: ask those whose prices are known."""
         self._current.ends_at = now + QUOTE_WAIT_MS
-        return [AskForQuotes(self._current.offer, frozenset(self._failed)), SetTimer(self._current.ends_at)]
+        return [AskForQuotes(self._current.offer, frozenset(self._excluded)), SetTimer(self._current.ends_at)]
 
     def _broadcast(self, now: int) -> list[Effect]:
         """Ask everybody."""
@@ -234,7 +234,7 @@ class ConsumerJob(Job):
         return [Broadcast(self._current.offer), SetTimer(self._current.ends_at)]
 
     def _on_asked(self, asked: QuotesAsked, now: int) -> list[Effect]:
-        self._current.busy(asked.retry_at, now)
+        self._current.note_busy(asked.retry_at, now)
         if self._current.awaited is None:
             return []
         self._current.awaited |= asked.providers
@@ -245,7 +245,7 @@ class ConsumerJob(Job):
         if not awaited or refusal.provider not in awaited:
             return []
         self._last_decline = f"{refusal.provider.short}: {printable(refusal.detail)}"
-        self._current.busy(refusal.retry_at, now)
+        self._current.note_busy(refusal.retry_at, now)
         awaited.discard(refusal.provider)
         return [] if awaited else self._choose(now)
 
@@ -253,14 +253,14 @@ class ConsumerJob(Job):
         current = self._current
         if (
             bid.sender == self._sealer.node_id
-            or bid.sender in self._failed
+            or bid.sender in self._excluded
             or (summary := current.take(bid, now)) is None
         ):
             return []
         effects: list[Effect] = [BidSeen(summary)]
         if current.awaited is not None:
             return effects + self._on_quote(bid.sender, now)
-        expected = self._request.expected_bidders - self._failed
+        expected = self._request.expected_bidders - self._excluded
         if expected and expected <= current.bidders:
             effects += self._choose(now)
         return effects
@@ -277,7 +277,7 @@ class ConsumerJob(Job):
     def _choose(self, now: int) -> list[Effect]:
         """Award the best bid that is left; else ask everybody, once, in time; else there is nobody."""
         current = self._current
-        bid = current.next(now, self._failed, self._is_affordable)
+        bid = current.next(now, self._excluded, self._is_affordable)
         if bid is not None:
             return self._award(bid, now)
         if self._is_stale:
@@ -338,7 +338,7 @@ class ConsumerJob(Job):
         self._current.pass_over(self._working.provider, why)
         if why is Passing.FAILED and self._current.awaited is not None:
             # The quotes of others have expired meanwhile; bids over gossip last.
-            self._failed.add(self._working.provider)
+            self._excluded.add(self._working.provider)
             self._is_stale |= now < self._seeks_until
         return [*self._advance(trigger, now), *farewell, CloseStream(), *self._choose(now)]
 
@@ -360,7 +360,7 @@ class ConsumerJob(Job):
         """The provider cannot go on: another does, from what has come."""
         provider, tokens = self._working.provider, len(self._output.tokens)
         self._failure = ProviderFault(provider, problem, tokens=tokens)
-        self._failed.add(provider)
+        self._excluded.add(provider)
         self._begun += 1
         self._detail = problem
         if self._begun >= self._request.max_providers:
@@ -375,7 +375,7 @@ class ConsumerJob(Job):
     def _seek_another(self, now: int) -> list[Effect]:
         """A bid that is still firm, or a new round."""
         self._is_stale, self._seeks_until = True, now + SEEK_MS
-        return self._choose(now) if self._current.has_more(now, self._failed) else self._begin_again(now)
+        return self._choose(now) if self._current.has_more(now, self._excluded) else self._begin_again(now)
 
     def _begin_again(self, now: int) -> list[Effect]:
         self._is_stale, self._round = False, self._new_round(now)
@@ -478,13 +478,13 @@ class ConsumerJob(Job):
     def _on_abort(self, abort: Abort, now: int) -> list[Effect]:
         detail = printable(abort.detail) or abort.abort.name.lower().replace("_", " ")
         if self._state is State.AWARDED:
-            self._current.busy(abort.retry_at or None, now)
+            self._current.note_busy(abort.retry_at or None, now)
             # It has not seen the prompt, so whatever ails it is no word on the job.
             return self._decline(detail, now, why=Passing.DECLINED)
         if abort.abort in _PROMPT_FAULTS and self._state is State.STREAMING and not self._working.own_tokens:
             is_second = bool(self._prompt_fault)
             self._prompt_fault = detail
-            self._failed.add(self._working.provider)
+            self._excluded.add(self._working.provider)
             self._begun += 1
             if is_second or self._begun >= self._request.max_providers:
                 return self._refuse_prompt(now)

@@ -90,12 +90,12 @@ def envelope_digest(data: bytes) -> bytes:
     return digest("envelope", data)
 
 
-def _signed(header: Header, fields: bytes) -> bytes:
-    """What is signed: the domain, and the header's map without its signature as it is encoded."""
+def _digest_to_sign(header: Header, fields: bytes) -> bytes:
+    """What is signed, 32 bytes: of the domain and of `fields`, the header's encoded map without its signature."""
     return digest(f"sign/{header.kind.name}", header.network.encode(), fields)
 
 
-def _unsigned(data: bytes) -> bytes:
+def _without_signature(data: bytes) -> bytes:
     """An envelope's map without the signature, its last entry: deterministic encoding leaves the rest as it is."""
     return _FIELDS_HEAD + data[len(_FIELDS_HEAD) : -len(_SIGNATURE_HEAD) - SIGNATURE_BYTES]
 
@@ -144,7 +144,7 @@ class Sealer:
             signature=bytes(SIGNATURE_BYTES),
         )
         data = cbor.encode(wire.to_value(unsigned))
-        signature = self._key.sign(_signed(unsigned, _unsigned(data)))
+        signature = self._key.sign(_digest_to_sign(unsigned, _without_signature(data)))
         header, data = replace(unsigned, signature=signature), data[:-SIGNATURE_BYTES] + signature
         if len(data) > rules.max_bytes:
             msg = f"the {kind.name.lower()} takes {len(data)} bytes, {rules.max_bytes} at most"
@@ -172,7 +172,7 @@ def open_envelope(data: bytes, body_type: type[B], *, network: str, now: int | N
 def _verify(data: bytes, kind: Kind) -> Envelope[Any]:
     header = _parse_header(data)
     try:
-        header.sender.verify(_signed(header, _unsigned(data)), header.signature)
+        header.sender.verify(_digest_to_sign(header, _without_signature(data)), header.signature)
     except BadSignature:
         # Signed by its sender.
         raise MessageRefused(Decision.REJECT, Reason.BAD_SIGNATURE) from None

@@ -203,7 +203,7 @@ class ProviderJob(Job):
         return self._offer.body.model_root, self._offer.sender
 
     def _on_frame(self, data: bytes, now: int) -> list[Effect]:
-        allowed: tuple[Kind, ...] = _ALLOWED.get(self._state, (Kind.ABORT,))
+        allowed: tuple[Kind, ...] = _FROM_CONSUMER.get(self._state, (Kind.ABORT,))
         try:
             frame = self._read_frame(data, self._offer.sender, allowed, now)
             return self._on_message(frame, now)
@@ -400,7 +400,7 @@ class ProviderJob(Job):
 
 _WORKING: Final = (State.STREAMING, State.UNPAID)
 """States in which the model may produce."""
-_ALLOWED: Final[dict[State, tuple[Kind, ...]]] = {
+_FROM_CONSUMER: Final[dict[State, tuple[Kind, ...]]] = {
     State.OFFERED: (Kind.AWARD,),
     State.ACCEPTED: (Kind.INPUT, Kind.ABORT),
     State.STREAMING: (Kind.VOUCHER, Kind.ABORT),

@@ -128,7 +128,7 @@ class Round:
                 return bid
         return None
 
-    def busy(self, retry_at: int | None, now: int) -> None:
+    def note_busy(self, retry_at: int | None, now: int) -> None:
         """A provider has no room before `retry_at`, by its word; more than MAX_WAIT_MS from now is not believed."""
         if retry_at is not None:
             until = min(max(retry_at, now), now + MAX_WAIT_MS)
