@@ -33,6 +33,7 @@ Examples:
   aci-p2p demo                                 a whole market on this machine
   aci-p2p join                                 serve a model
   aci-p2p infer "Hello!"                       ask it
+  aci-p2p batch questions.txt                  ask it each line of a file
   aci-p2p verify answer.aciproof               check an answer offline
   aci-p2p jobs                                 what was asked and served
   aci-p2p why JOB                              why a job's provider was chosen
