@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 import trio
 
 from aci_p2p.clock import MS_PER_S, Clock
-from aci_p2p.consumer import UPDATES, JobResult, JobUpdate, RunningJob
+from aci_p2p.consumer import UPDATES, JobResult, JobUpdate, RunningJob, UpdateStream
 from aci_p2p.jobs import send_promptly
 from aci_p2p.protocol.admission import MAX_WAIT_MS, RETRY_MS
 from aci_p2p.protocol.errors import AciError
@@ -107,8 +107,8 @@ class _Attempt:
         return False
 
 
-class Attempts:
-    """The way to one answer: iterate over it for its updates, then read `result`. Made by `open_attempts`."""
+class Attempts(UpdateStream[Update]):
+    """The way to one answer. Made by `open_attempts`."""
 
     def __init__(
         self, open_job: OpenJob, request: JobRequest, patience: Patience, clock: Clock, tasks: trio.Nursery
@@ -146,17 +146,6 @@ class Attempts:
                 return attempt.outcome
         msg = "the job did not run to its end"
         raise JobCancelled(msg)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Update:
-        """The next update, until the job has ended. Raises the AciError that ended it, if one did."""
-        try:
-            return await self._updates.receive()
-        except trio.EndOfChannel:
-            _ = self.result
-            raise StopAsyncIteration from None
 
     async def _pursue(self, task_status: trio.TaskStatus[None]) -> None:
         """Run the first job, and anew as long as all are busy and there is time."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
-from typing import Final, Self, TypeAlias
+from typing import Final, Generic, Self, TypeAlias, TypeVar
 
 import trio
 
@@ -42,6 +43,8 @@ from aci_p2p.tasks import open_background
 
 UPDATES: Final = 2 * MAX_TOKENS
 """Updates waiting for the user: all of the longest answer, so that one who reads slowly makes no job late."""
+
+U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +95,31 @@ class Services:
     """Spreads jobs over providers."""
 
 
-class RunningJob(JobShell[ConsumerEvent]):
-    """One job of ours: iterate over it for its updates, then read `result`. Made by `open_job`."""
+class UpdateStream(ABC, Generic[U]):
+    """The way to a result: iterate over it for its updates, then read `result`."""
+
+    _updates: trio.MemoryReceiveChannel[U]
+    """Ends with the job."""
+
+    @property
+    @abstractmethod
+    def result(self) -> JobResult:
+        """The finished job. Raises the AciError that ended it otherwise."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> U:
+        """The next update, until the job has ended. Raises the AciError that ended it, if one did."""
+        try:
+            return await self._updates.receive()
+        except trio.EndOfChannel:
+            _ = self.result
+            raise StopAsyncIteration from None
+
+
+class RunningJob(JobShell[ConsumerEvent], UpdateStream[JobUpdate]):
+    """One job of ours. Made by `open_job`."""
 
     def __init__(self, job: ConsumerJob, services: Services) -> None:
         super().__init__(job, services.store, services.clock)
@@ -112,21 +138,9 @@ class RunningJob(JobShell[ConsumerEvent]):
 
     @property
     def result(self) -> JobResult:
-        """The finished job. Raises the AciError that ended it otherwise."""
         if isinstance(self._outcome, AciError):
             raise self._outcome
         return self._outcome
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> JobUpdate:
-        """The next update, until the job has ended. Raises the AciError that ended it, if one did."""
-        try:
-            return await self._updates.receive()
-        except trio.EndOfChannel:
-            _ = self.result
-            raise StopAsyncIteration from None
 
     async def serve(self) -> None:
         """Run the job to its end. Its streams may end a little later than the job itself."""

@@ -13,7 +13,7 @@ from trio.testing import MockClock
 
 from aci_p2p.attempts import Attempts, OpenJob, Patience, open_attempts
 from aci_p2p.clock import MS_PER_S
-from aci_p2p.consumer import JobResult, JobUpdate, RunningJob
+from aci_p2p.consumer import JobResult, JobUpdate, RunningJob, UpdateStream
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import BidSeen, Chosen, Deliver
@@ -28,7 +28,7 @@ TWO = replace(REQUEST, max_providers=2)
 PATIENCE = Patience(hedge_after_ms=1_000, busy_wait_ms=0)
 
 
-class Scripted:
+class Scripted(UpdateStream[JobUpdate]):
     """A job that does as it is told."""
 
     def __init__(self, provider: NodeId) -> None:
@@ -42,7 +42,6 @@ class Scripted:
 
     @property
     def result(self) -> JobResult:
-        """Its answer, or its error."""
         assert self.outcome is not None
         if isinstance(self.outcome, AciError):
             raise self.outcome
@@ -60,16 +59,6 @@ class Scripted:
         else:
             self.outcome = outcome
         self._send.close()
-
-    def __aiter__(self) -> Scripted:
-        return self
-
-    async def __anext__(self) -> JobUpdate:
-        try:
-            return await self._updates.receive()
-        except trio.EndOfChannel:
-            _ = self.result
-            raise StopAsyncIteration from None
 
 
 Script = Callable[[Scripted, trio.Nursery], Awaitable[None]]
