@@ -108,7 +108,7 @@ class Requirements:
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """What to do when a provider fails."""
+    """What to do when a provider fails, is late or is busy."""
 
     providers: int = DEFAULT_PROVIDERS
     """Providers that may begin, one after the other: the next goes on behind the tokens that have come."""

@@ -26,7 +26,7 @@ from aci_p2p.store import Store
 from aci_p2p.tasks import open_background
 
 ANSWER_S: Final = 10.0
-"""Seconds for a provider to answer, a dial included."""
+"""Seconds for a provider to answer all that is told over one stream, a dial included."""
 FIRST_RETRY_S: Final = 1.0
 """Seconds until a provider that did not answer is tried again; doubled each time."""
 LAST_RETRY_S: Final = 600.0
@@ -36,7 +36,8 @@ SETTLE_FOR_MS: Final = 24 * 3_600 * MS_PER_S
 AT_ONCE: Final = 8
 """Providers that are told at once."""
 STREAM_PAYMENTS: Final = 32
-"""Payments that are told over one stream, and noted in one transaction."""
+"""Payments that are told over one stream, and noted in one transaction: so many answers fit into ANSWER_S where a round
+trip takes 300 ms."""
 FLUSH_S: Final = 2.0
 """Seconds that a node which stops gives to what is not settled."""
 

@@ -192,4 +192,4 @@ def _sealed(award: Envelope[Award]) -> bytes:
 
 
 SEALED: Final = _sealed(make_award())
-"""Of one sealing, for all vectors."""
+"""The encapsulated key and the ciphertext, bytes; made once, for vectors must agree and no two sealings are alike."""

@@ -40,10 +40,10 @@ Examples:
 OPTIONS: Final = (*FOLDERS, "key", "network", "bootstrap", "offline", "p2p.relay_client", "p2p.mdns")
 """Settings of commands that read an order book."""
 WATCH_S: Final = 1.0
-"""Seconds between two looks at the book."""
+"""Seconds between two looks at the book: as fast as one reads."""
 _COLUMNS: Final = ("provider", "prompt token", "output token", "latency", "free", "region", "age")
-_Read: TypeAlias = Callable[[], Awaitable[MarketReport]]
 _RIGHT: Final = frozenset({"prompt token", "output token", "latency", "free", "age"})
+_Read: TypeAlias = Callable[[], Awaitable[MarketReport]]
 
 
 class NoAsks(ResourceError):
@@ -121,12 +121,11 @@ def _watch(given: Given, model: str | None, *, as_json: bool) -> None:
 
 @asynccontextmanager
 async def _open_book(given: Given, model: str | None, *, all_models: bool) -> AsyncGenerator[_Read]:
-    """Reads the order book, of the running node or of one that lives within the block."""
+    """How to read the order book: that of the running node, or of one that lives within the block."""
     loaded = given.load()
     config = loaded.config.client_node
     root = resolve_model(model or loaded.config.client.model, config).hex()
     wanted = "" if all_models and model is None else root
-
     path = loaded.config.node.control_socket_path
 
     async def read_beside() -> MarketReport:

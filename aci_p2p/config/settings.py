@@ -240,16 +240,8 @@ SETTINGS: Final = (
     _row("client.quantisations", "--quantisation", "Weight format that will do; more than one may be given."),
     _row("client.regions", "--provider-region", "Region that will do; more than one may be given."),
     _row("client.providers", "--providers", "Providers that may begin: the next goes on where one has failed."),
-    _row(
-        "client.hedge_after_ms",
-        "--hedge-after",
-        "Ask another too when no token has come after so many ms; 0: never.",
-    ),
-    _row(
-        "client.busy_wait_ms",
-        "--busy-wait",
-        "How long to ask again where providers are busy, ms.",
-    ),
+    _row("client.hedge_after_ms", "--hedge-after", "Ask another too when no token has come for so many ms; 0: never."),
+    _row("client.busy_wait_ms", "--busy-wait", "How long to ask again where providers are busy, ms."),
     _row("log.level", "--log-level", "Least that is logged.", live=True, kind=kinds.Choice(*LOG_LEVELS)),
     _row("log.format", "--log-format", "How each event is logged, in a line.", kind=kinds.Choice(*LOG_FORMATS)),
 )

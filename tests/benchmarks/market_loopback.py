@@ -79,7 +79,7 @@ class _Watch:
         return open_store(path, node, make=partial(_WatchedStore, watch=self))
 
     def stored(self, records: Sequence[JobRecord]) -> None:
-        """A transaction has reached the disk."""
+        """Records have reached the disk."""
         for record in records:
             if record.role is Party.CONSUMER:
                 self.moved.setdefault(record.job_id, {}).setdefault(record.state, time.perf_counter())
