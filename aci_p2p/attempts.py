@@ -40,7 +40,7 @@ class Waiting:
     """Nobody took the job, at least one provider for want of a slot; all are asked again."""
 
     wait_ms: int
-    """Until then, milliseconds: as the provider said, and longer with each try."""
+    """Until then, milliseconds: as a provider said, but 1, 2, 4 and then 5 seconds at least."""
     problem: str
     """Why nobody took it."""
 
