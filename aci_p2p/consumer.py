@@ -126,7 +126,10 @@ class RunningJob(JobShell[ConsumerEvent], UpdateStream[JobUpdate]):
         self._job = job
         self._network = services.network
         self._market = services.market
-        self._quotes = Quotes(services.network, services.asks, services.clock, services.random, self.tell)
+        self._asks = services.asks
+        self._quotes = Quotes(
+            services.network, services.market, services.asks, services.clock, services.random, self.tell
+        )
         self._updates_in, self._updates = trio.open_memory_channel[JobUpdate](UPDATES)
         self._outcome: JobResult | AciError = JobCancelled("the job did not run to its end")
         self._streams: trio.Nursery | None = None
@@ -165,6 +168,7 @@ class RunningJob(JobShell[ConsumerEvent], UpdateStream[JobUpdate]):
     async def _perform(self, effect: Effect) -> None:
         match effect:
             case Broadcast(offer):
+                await self._asks.join(offer.body.model_root)
                 await self._market.publish_offer(offer)
             case AskForQuotes(offer, exclude):
                 await self._update(Offered(offer))

@@ -31,7 +31,7 @@ from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.messages import NONCE_BYTES
-from aci_p2p.protocol.publications import Ask, CapabilityRecord, NodeRecord
+from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.selection import ExpectedCost, Knowledge, SelectionRule, Stakes, StakeTable
@@ -155,7 +155,7 @@ class Node:
         if found:
             self.asks.follow(model_root)
         connected = [record.sender for record in found if record.sender in self.network.peers]
-        await self.market.wait_until_reachable(connected, REACH_WAIT_S)
+        await self.market.wait_until_reachable(model_root, connected, REACH_WAIT_S)
         return found
 
     @asynccontextmanager
@@ -217,7 +217,7 @@ async def open_node(
             open_discovery(
                 network, sealer, rules, parts.clock, _discovery_options(config, parts), parts.random
             ) as discovery,
-            open_asks(network, sealer, parts.clock, random=parts.random) as asks,
+            open_asks(network, market, sealer, parts.clock, random=parts.random) as asks,
             open_background() as tasks,
         ):
             await store.note_key(parts.clock())
@@ -296,9 +296,8 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
     async with opening as executor, open_background() as nursery:
         offerings = await _offerings(executor, models, config)
 
-        def asks() -> Sequence[Ask]:
-            serving = node.config.provider
-            return role.asks() if serving and serving.asks else ()
+        def speaks() -> bool:
+            return node.config.provider is not None and node.config.provider.asks
 
         change = trio.Event()
 
@@ -326,7 +325,7 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
             nursery.start_soon(tell_changes)
             nursery.start_soon(repricing.run)
             await node.announce()
-            node.asks.offer(asks)
+            node.asks.offer(role.asks, speaks)
             try:
                 yield
             finally:

@@ -10,7 +10,7 @@ from typing import Final
 import trio
 
 from aci_p2p.clock import MS_PER_S, Clock
-from aci_p2p.gossip import Asks
+from aci_p2p.gossip import Asks, Market
 from aci_p2p.jobs import StreamPump
 from aci_p2p.network.api import Network
 from aci_p2p.protocol.admission import LEASE_MS, RETRY_MS
@@ -19,7 +19,7 @@ from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.messages import Offer
-from aci_p2p.protocol.round import BidArrived, QuoteDeclined, QuoteRefused, QuotesAsked, read_quote
+from aci_p2p.protocol.round import CROWD, BidArrived, QuoteDeclined, QuoteRefused, QuotesAsked, read_quote
 
 QUOTES: Final = 4
 """Providers that are asked at once: with one in twenty dead, one answers in all but six of a million jobs."""
@@ -52,6 +52,7 @@ class Quotes:
     def __init__(
         self,
         network: Network,
+        market: Market,
         asks: Asks,
         clock: Clock,
         random: Random,
@@ -59,6 +60,7 @@ class Quotes:
     ) -> None:
         """`tell` hands an event to the job; `clock` gives Unix milliseconds; `random` spreads jobs over providers."""
         self._network = network
+        self._market = market
         self._asks = asks
         self._clock = clock
         self._random = random
@@ -70,8 +72,10 @@ class Quotes:
         out = {*exclude, self._network.node_id}
         book, root, now = self._asks.book, offer.body.model_root, self._clock()
         asks = book.best(root, offer=offer.body, k=QUOTES, now=now, exclude=out, random=self._random)
-        retry_at = now + RETRY_MS if book.is_full(root, now, out) else None
-        await self._tell(QuotesAsked(frozenset(ask.sender for ask in asks), retry_at))
+        full, busy_until = book.full(root, now, out), self._market.busy_until(root)
+        retry_at = now + RETRY_MS if full else busy_until
+        held_back = full >= CROWD or (busy_until is not None and book.providers(root, now) >= CROWD)
+        await self._tell(QuotesAsked(frozenset(ask.sender for ask in asks), retry_at, may_broadcast=not held_back))
         async with trio.open_nursery() as nursery:
             for ask in asks:
                 self._network.learn_addresses(ask.sender, ask.body.addresses)

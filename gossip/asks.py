@@ -1,7 +1,7 @@
 """Standing asks over pubsub: a topic for each model, the order book that it fills, and what we ask ourselves.
 
-Who serves a model takes part in its topic, and publishes as `AskPacer` says. Who wants to know follows the model: the
-topic is joined at the first interest, and left some minutes after the last.
+Who serves a model takes part in its topics, those of its market among them, and publishes asks as `AskPacer` says. Who
+wants to know follows the model: the topics are joined at the first interest, and left some minutes after the last.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Final
 import trio
 
 from aci_p2p.clock import Clock, trio_deadline
+from aci_p2p.gossip.market import Market
 from aci_p2p.gossip.topic import Topic, open_topic
 from aci_p2p.network.api import Network
 from aci_p2p.protocol.envelope import Envelope, Sealer, header_of
@@ -32,7 +33,7 @@ FOLLOW_S: Final = 300.0
 MAX_FOLLOWED: Final = 16
 """Models followed at once, and not served; the one that interests us the least recently makes room."""
 MAX_OFFERED: Final = 32
-"""Models whose asks we publish: with those followed, below what neighbours take (`limits.MAX_TOPICS_PER_PEER`)."""
+"""Models that we serve over gossip: with those followed, at three topics each, below `limits.MAX_TOPICS_PER_PEER`."""
 LEAVE_S: Final = 1.0
 """Seconds to take back our asks when we leave."""
 LINGER_S: Final = 0.2
@@ -46,7 +47,7 @@ class AsksStatistics:
     """A snapshot of the asks of all models."""
 
     models: int
-    """Models whose topic we take part in."""
+    """Models whose topics we take part in."""
     held: int
     """Asks in the order book."""
     heard: int
@@ -60,44 +61,61 @@ class AsksStatistics:
 class Asks:
     """Standing asks of one network. Made by `open_asks`."""
 
-    def __init__(self, network: Network, sealer: Sealer, clock: Clock, random: Random, tasks: trio.Nursery) -> None:
+    def __init__(
+        self, network: Network, market: Market, sealer: Sealer, clock: Clock, random: Random, tasks: trio.Nursery
+    ) -> None:
         """`sealer` signs our asks; `clock` gives Unix milliseconds; `tasks` runs the topics."""
         self.book = OrderBook(sealer.network)
         """What others ask."""
         self.changed = Notice()
-        """Told of every ask that comes."""
+        """Told of every ask that comes, and when a model's topics are joined."""
         self._network = network
+        self._market = market
         self._sealer = sealer
         self._clock = clock
         self._random = random
         self._tasks = tasks
         self._models: dict[bytes, _Model] = {}
         self._describe: Callable[[], Sequence[Ask]] = tuple
+        self._speaks: Callable[[], bool] = bool
         self._heard = self._published = 0
         self._refused: Counter[Reason] = Counter()
 
     @property
     def models(self) -> tuple[bytes, ...]:
-        """Weights roots of the models whose topic we take part in."""
+        """Weights roots of the models whose topics we take part in."""
         return tuple(self._models)
 
     def follow(self, model_root: bytes) -> None:
-        """Hear the asks for a model from now on, until FOLLOW_S seconds after the last call."""
+        """Take part in a model's topics from now on, until FOLLOW_S seconds after the last call."""
         model = self._models.get(model_root)
         if model is None:
-            followed = [one for root, one in self._models.items() if self.offered(root) is None]
+            followed = [one for root, one in self._models.items() if self.served(root) is None]
             if len(followed) >= MAX_FOLLOWED:
                 min(followed, key=lambda one: one.followed_until).drop()
             model = self._join(model_root)
         model.followed_until = trio.current_time() + FOLLOW_S
 
-    def offer(self, describe: Callable[[], Sequence[Ask]]) -> None:
-        """Publish from now on what `describe` says at the time; of more than MAX_OFFERED asks the first ones."""
-        self._describe = describe
+    async def join(self, model_root: bytes) -> None:
+        """Follow a model, and wait until its topics are joined."""
+        await trio.lowlevel.checkpoint()
+        self.follow(model_root)
+        while not ((model := self._models.get(model_root)) and model.joined):
+            self.follow(model_root)
+            await self.changed.wait()
+
+    def offer(self, describe: Callable[[], Sequence[Ask]], speaks: Callable[[], bool]) -> None:
+        """Serve from now on what `describe` says at the time: take part in the topics, and publish it while `speaks`.
+
+        Of more than MAX_OFFERED models the first ones.
+        """
+        self._describe, self._speaks = describe, speaks
+        if len(describe()) > MAX_OFFERED:
+            log.warning("more than %d models: the last are not offered over gossip", MAX_OFFERED)
         self.look_again()
 
     def look_again(self) -> None:
-        """What we ask may differ."""
+        """What we serve may differ."""
         for ask in self._describe()[:MAX_OFFERED]:
             if ask.model_root not in self._models:
                 self._join(ask.model_root)
@@ -105,7 +123,11 @@ class Asks:
             model.look.notify()
 
     def offered(self, model_root: bytes) -> Ask | None:
-        """What we ask for a model, if we serve it."""
+        """What we ask for a model, if we serve it and say so."""
+        return self.served(model_root) if self._speaks() else None
+
+    def served(self, model_root: bytes) -> Ask | None:
+        """What we would ask for a model, if we serve it."""
         return next((ask for ask in self._describe()[:MAX_OFFERED] if ask.model_root == model_root), None)
 
     async def wait_for_asks(self, model_root: bytes, timeout_s: float) -> bool:
@@ -167,8 +189,12 @@ class Asks:
         name = f"/aci/{self._sealer.network}/asks/{model.root.hex()}/1"
         while True:
             with model.scope:
-                async with open_topic(self._network, name, model.check, self._clock, random=self._random) as topic:
+                async with (
+                    self._market.take_part(model.root),
+                    open_topic(self._network, name, model.check, self._clock, random=self._random) as topic,
+                ):
                     await model.take_part(topic)
+            model.joined = False
             if not model.is_wanted:
                 break
             # It interests us again, since it was dropped.
@@ -189,6 +215,8 @@ class _Model:
         """What we ask may differ, or others asked."""
         self.scope = trio.CancelScope()
         """Ends the part that we take."""
+        self.joined = False
+        """Whether we take part in all its topics."""
         self._asks = asks
         self._clock = clock
         self._random = random
@@ -201,7 +229,7 @@ class _Model:
     @property
     def is_wanted(self) -> bool:
         """Whether we serve or follow it."""
-        return self._asks.offered(self.root) is not None or self.followed_until > trio.current_time()
+        return self._asks.served(self.root) is not None or self.followed_until > trio.current_time()
 
     def drop(self) -> None:
         """Follow it no more."""
@@ -218,13 +246,15 @@ class _Model:
     async def take_part(self, topic: Topic[Ask]) -> None:
         """Hear what others ask, and publish what we do, until we neither serve nor follow the model."""
         self._topic, self._accepted, self._observed = topic, 0, 0
+        self.joined = True
+        self._asks.changed.notify()
         async with open_background() as tasks:
             tasks.start_soon(_drain, topic)
             while self.is_wanted:
                 ask = self._asks.offered(self.root)
                 if ask is None:
                     await self.take_back()
-                    deadline = self.followed_until
+                    deadline = self.followed_until if self._asks.served(self.root) is None else float("inf")
                 else:
                     deadline = await self._speak(topic, ask)
                 with trio.move_on_at(deadline):
@@ -279,14 +309,15 @@ def _nothing(ask: Ask) -> Ask:
 
 @asynccontextmanager
 async def open_asks(
-    network: Network, sealer: Sealer, clock: Clock, *, random: Random | None = None
+    network: Network, market: Market, sealer: Sealer, clock: Clock, *, random: Random | None = None
 ) -> AsyncGenerator[Asks]:
     """Standing asks of a network within the block: nothing is joined before `follow` or `offer`.
 
-    `clock` gives Unix milliseconds; `random` is as in `open_topic`, and picks the moments of our asks.
+    The topics of `market` are joined and left together with those of the asks. `clock` gives Unix milliseconds;
+    `random` is as in `open_topic`, and picks the moments of our asks.
     """
     async with open_background() as tasks:
-        asks = Asks(network, sealer, clock, random or SystemRandom(), tasks)
+        asks = Asks(network, market, sealer, clock, random or SystemRandom(), tasks)
         try:
             yield asks
         finally:

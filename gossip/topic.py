@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import trio
 from aci_p2p.clock import Clock
 from aci_p2p.gossip.catchup import ANNOUNCE_DELAY_S, ANNOUNCE_GAP_S, ANNOUNCE_TO, CatchUp, Quotas
 from aci_p2p.gossip.flooding import FloodWitness
+from aci_p2p.gossip.inbox import Inbox
 from aci_p2p.gossip.log import TopicLog
 from aci_p2p.network import Network, PeerUnreachable, Stream, StreamClosed, Subscription
 from aci_p2p.network.delivery import message_id
@@ -50,8 +51,6 @@ PROTOCOL_PREFIX: Final = "/aci/catch-up/1.0.0"
 """Stream protocol id of a topic's log, followed by the topic's name."""
 HEAD_PROTOCOL_PREFIX: Final = "/aci/log-head/1.0.0"
 """Stream protocol id of announcements of a topic's log, followed by the topic's name."""
-QUEUE: Final = 256
-"""Messages waiting for their consumer, unless a topic says otherwise; the oldest make room."""
 MAX_REMEMBERED: Final = 16_384
 """Messages of a topic remembered as delivered until they expire: four times the log."""
 MAX_PUBLISHED: Final = MAX_PER_SENDER * 3 // 4
@@ -66,9 +65,6 @@ TURN_S: Final = 15.0
 """Time for all answers of one neighbour in a row, seconds: while it takes them, no other is asked."""
 REQUEST_S: Final = 30.0
 """Time for a neighbour to ask its next question, seconds: it checks signatures in between."""
-
-ROOM_S: Final = 5.0
-"""How long fetching waits for a consumer to take one message, seconds; one that takes none is waited for no more."""
 
 _MALFORMED: Final = Validation(Decision.REJECT, Reason.MALFORMED)
 
@@ -106,7 +102,7 @@ class Topic(Generic[T]):
     """One topic of one node. Made by `open_topic`."""
 
     def __init__(
-        self, network: Network, name: str, check: Check[T], clock: Clock, *, capacity: int, random: Random
+        self, network: Network, name: str, check: Check[T], clock: Clock, *, inbox: Inbox[Envelope[T]], random: Random
     ) -> None:
         """See `open_topic`."""
         self._network = network
@@ -122,13 +118,10 @@ class Topic(Generic[T]):
         self._remembered: OrderedDict[bytes, int] = OrderedDict()
         self._refused: OrderedDict[bytes, None] = OrderedDict()
         self._checked: OrderedDict[bytes, Envelope[T]] = OrderedDict()
-        self._capacity = capacity
-        self._queue: deque[Envelope[T]] = deque()
-        self._queue_changed = trio.Event()
+        self._inbox = inbox
         self._log_grew = Notice()
         self._look = Notice()
-        self._is_consumed = False
-        self._dropped = self._exchanges = self._failed_exchanges = self._caught_up = self._served = 0
+        self._exchanges = self._failed_exchanges = self._caught_up = self._served = 0
 
     async def publish(self, envelope: Envelope[T]) -> None:
         """Broadcast a message of ours, and keep it for those who miss it. Our own topic does not deliver it.
@@ -147,13 +140,7 @@ class Topic(Generic[T]):
 
     async def receive(self) -> Envelope[T]:
         """Wait for the next message."""
-        await trio.lowlevel.checkpoint()
-        while not self._queue:
-            await self._queue_changed.wait()
-        envelope = self._queue.popleft()
-        self._is_consumed = True
-        self._notify()
-        return envelope
+        return await self._inbox.receive()
 
     def __aiter__(self) -> Self:
         return self
@@ -165,8 +152,8 @@ class Topic(Generic[T]):
         """A snapshot of queue and log."""
         self._log.trim(self._clock())
         return TopicStatistics(
-            waiting=len(self._queue),
-            dropped=self._dropped,
+            waiting=len(self._inbox),
+            dropped=self._inbox.dropped,
             log_messages=len(self._log),
             log_bytes=self._log.payload_bytes,
             exchanges=self._exchanges,
@@ -190,7 +177,7 @@ class Topic(Generic[T]):
         if self._catchup.heard(trio.current_time()):
             self._look.notify()
         self._checked[identifier] = envelope
-        if len(self._checked) > self._capacity:
+        if len(self._checked) > self._inbox.capacity:
             # As many as the subscription can hold; older ones were dropped there too.
             self._checked.popitem(last=False)
         return ACCEPTED
@@ -208,18 +195,7 @@ class Topic(Generic[T]):
         async for message in subscription:
             envelope = self._checked.pop(message_id(self.name, message.data), None)
             if envelope is not None:
-                self._enqueue(envelope)
-
-    def _enqueue(self, envelope: Envelope[T]) -> None:
-        if len(self._queue) >= self._capacity:
-            self._queue.popleft()
-            self._dropped += 1
-        self._queue.append(envelope)
-        self._notify()
-
-    def _notify(self) -> None:
-        self._queue_changed.set()
-        self._queue_changed = trio.Event()
+                self._inbox.put(envelope)
 
     def _remember(self, identifier: bytes, envelope: Envelope[T]) -> None:
         now, expires_at = self._clock(), envelope.header.expires_at
@@ -390,17 +366,9 @@ class Topic(Generic[T]):
             return
         self._remember(identifier, envelope)
         self._caught_up += 1
-        await self._wait_for_room()
-        self._enqueue(envelope)
-
-    async def _wait_for_room(self) -> None:
-        """Unlike gossip, fetching can wait for a slow consumer, if there is one."""
-        await trio.lowlevel.checkpoint()
-        while len(self._queue) >= self._capacity and self._is_consumed:
-            with trio.move_on_after(ROOM_S) as scope:
-                await self._queue_changed.wait()
-            if scope.cancelled_caught:
-                self._is_consumed = False
+        # Unlike gossip, fetching can wait for a slow consumer, if there is one.
+        await self._inbox.wait_for_room()
+        self._inbox.put(envelope)
 
 
 class _Turn:
@@ -426,20 +394,21 @@ async def open_topic(
     check: Check[T],
     clock: Clock,
     *,
-    capacity: int = QUEUE,
+    inbox: Inbox[Envelope[T]] | None = None,
     random: Random | None = None,
 ) -> AsyncGenerator[Topic[T]]:
     """Join a topic of signed envelopes within the block.
 
     `name`: of the topic, the same for all who take part. `check` judges each message once, whichever way it comes, and
-    must not block. `clock`: Unix milliseconds, which decide when messages expire. `capacity`: messages that wait for
-    `Topic.receive`; beyond it the oldest are lost, and counted. `random` picks the neighbours that are asked and the
-    moments; by default the system's. Raises LocalError when the topic is joined already.
+    must not block. `clock`: Unix milliseconds, which decide when messages expire. `inbox`: where messages wait for
+    `Topic.receive`; several topics may share one. `random` picks the neighbours that are asked and the moments; by
+    default the system's. Raises LocalError when the topic is joined already.
     """
-    topic = Topic(network, name, check, clock, capacity=capacity, random=random or SystemRandom())
+    inbox = Inbox() if inbox is None else inbox
+    topic = Topic(network, name, check, clock, inbox=inbox, random=random or SystemRandom())
     with network.serve(PROTOCOL_PREFIX + name, topic.serve), network.serve(HEAD_PROTOCOL_PREFIX + name, topic.hear):
         async with (
-            network.subscribe(name, topic.validate, capacity=capacity) as subscription,
+            network.subscribe(name, topic.validate, capacity=inbox.capacity) as subscription,
             open_background() as tasks,
         ):
             tasks.start_soon(topic.deliver, subscription)

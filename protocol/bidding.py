@@ -193,6 +193,7 @@ class BidBook:
         body = Bid(
             job_id=offer.body.job_id,
             offer_digest=offer.digest,
+            model_root=offer.body.model_root,
             input_token_price=scaled_price(offering.input_token_price, factor),
             output_token_price=scaled_price(offering.output_token_price, factor),
             latency_ms=self._latency_ms,

@@ -15,7 +15,7 @@ from aci_p2p.protocol.validation import Decision, Reason, require
 B = TypeVar("B")
 
 MAX_OFFERS: Final = 4_096
-"""Live offers remembered; at 60 s each that is 68 new jobs per second on one topic."""
+"""Live offers remembered; at 60 s each that is 68 new jobs per second on the topics of one node."""
 MAX_BID_WINDOW_MS: Final = 10 * SECOND
 """Longest time that a consumer may wait for bids, milliseconds; longer holds providers' slots for nothing."""
 
@@ -71,35 +71,41 @@ class MarketView:
         known = self._known.get(job_id)
         return known.offer if known else None
 
-    def check_offer(self, data: bytes, now: int) -> Envelope[Offer]:
-        """Check a broadcast offer and remember it. Raises MessageRefused."""
+    def check_offer(self, model_root: bytes, data: bytes, now: int) -> Envelope[Offer]:
+        """Check an offer that was broadcast on a model's topic, and remember it. Raises MessageRefused."""
         offer = self._open(data, Offer, network=self._network, now=now)
+        # About the model whose topic it came on.
+        require(offer.body.model_root == model_root, Decision.REJECT, Reason.WRONG_MODEL)
         # Not seen before, and its consumer does not flood.
-        self._replay.check(offer.header, now)
+        self._replay.check(model_root, offer.header, now)
         body = offer.body
         check_terms(offer)
         known = self._known.get(body.job_id)
         # Newer than what is known of this job: its consumer asks again when a provider has failed.
         newer = known is None or offer.header.sequence > known.offer.header.sequence
         require(newer, Decision.IGNORE, Reason.REPLAYED)
-        self._replay.remember(offer.header)
+        self._replay.remember(model_root, offer.header)
         self._forget_expired(now)
         self._known.pop(body.job_id, None)
         self._known[body.job_id] = _Known(offer)
         return offer
 
-    def check_bid(self, data: bytes, now: int) -> Envelope[Bid]:
-        """Check a broadcast bid. Raises MessageRefused.
+    def check_bid(self, model_root: bytes, data: bytes, now: int) -> Envelope[Bid]:
+        """Check a bid that was broadcast on a model's topic. Raises MessageRefused.
 
         A bid whose offer has not come by here yet passes: gossip reorders, and its consumer must still hear it.
         """
         bid = self._open(data, Bid, network=self._network, now=now)
+        # About the model whose topic it came on.
+        require(bid.body.model_root == model_root, Decision.REJECT, Reason.WRONG_MODEL)
         # Not seen before, and its provider does not flood.
-        self._replay.check(bid.header, now)
+        self._replay.check(model_root, bid.header, now)
         known = self._known.get(bid.body.job_id)
         if known:
             # Answers the terms that were offered; its forwarder may not have seen them, or been told others.
             require(bid.body.offer_digest == known.offer.digest, Decision.IGNORE, Reason.WRONG_JOB)
+            # For the model that was asked for.
+            require(model_root == known.offer.body.model_root, Decision.IGNORE, Reason.WRONG_MODEL)
             # One bid from each provider.
             require(bid.sender not in known.bidders, Decision.IGNORE, Reason.DUPLICATE_BID)
             # No more bids than a consumer weighs.
@@ -108,7 +114,7 @@ class MarketView:
             in_time = bid.header.issued_at <= known.offer.body.bid_deadline + MAX_SKEW_MS
             require(in_time, Decision.IGNORE, Reason.EXPIRED)
             known.bidders.add(bid.sender)
-        self._replay.remember(bid.header)
+        self._replay.remember(model_root, bid.header)
         return bid
 
     def _forget_expired(self, now: int) -> None:

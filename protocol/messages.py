@@ -160,17 +160,19 @@ class Bid:
     """The offer's job."""
     offer_digest: Annotated[bytes, Wire(2, DIGEST)]
     """Digest of the offer's envelope: the bid answers these terms and no others."""
-    input_token_price: Annotated[int, Wire(3, TOKEN_PRICE)]
+    model_root: Annotated[bytes, Wire(3, DIGEST)]
+    """Weights root of the offer's model: who has not seen the offer knows on which topic the bid belongs."""
+    input_token_price: Annotated[int, Wire(4, TOKEN_PRICE)]
     """Base units for each prompt token."""
-    output_token_price: Annotated[int, Wire(4, TOKEN_PRICE)]
+    output_token_price: Annotated[int, Wire(5, TOKEN_PRICE)]
     """Base units for each output token."""
-    latency_ms: Annotated[int, Wire(5, Uint(MAX_LATENCY_MS))]
+    latency_ms: Annotated[int, Wire(6, Uint(MAX_LATENCY_MS))]
     """Expected time from award to first token, milliseconds."""
-    addresses: Annotated[tuple[str, ...], Wire(6, ADDRESSES)]
+    addresses: Annotated[tuple[str, ...], Wire(7, ADDRESSES)]
     """Where the provider may be dialled."""
-    quantisation: Annotated[str, Wire(7, LABEL)]
+    quantisation: Annotated[str, Wire(8, LABEL)]
     """Weight format that it computes with."""
-    region: Annotated[str, Wire(8, LABEL)]
+    region: Annotated[str, Wire(9, LABEL)]
     """Where it says that it is; empty: it does not say."""
 
 

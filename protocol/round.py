@@ -21,6 +21,9 @@ QUOTE_WAIT_MS: Final = 400
 """How long quotes are awaited, milliseconds: two round trips around the world."""
 QUOTE_PATIENCE_MS: Final = 30
 """How long more once one has come: who is much farther away would be slow with each token too."""
+CROWD: Final = 8
+"""Providers of a model with live asks from which on it is common. Its jobs are held back, not broadcast, while all of
+them are full, or while its topics carry enough: where more is asked than served, broadcasts would add to the load."""
 SEEK_MS: Final = 30 * SECOND
 """How long a quote whose award is not answered leads to another round: as long as a bid over gossip is firm."""
 
@@ -32,7 +35,9 @@ class QuotesAsked:
     providers: frozenset[NodeId]
     """Empty: nobody is known whom one could ask."""
     retry_at: int | None = None
-    """When to ask again, Unix milliseconds, since all that serve the model are full; None: they are not."""
+    """When to ask again, Unix milliseconds, since all that serve the model or its topics are full; None: neither."""
+    may_broadcast: bool = True
+    """Whether to ask everybody when nobody of them takes the job; see CROWD."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,8 @@ class Round:
         """When waiting for bids ends, Unix milliseconds."""
         self.expired: NodeId | None = None
         """Whose bid was passed over last because it had expired."""
+        self.may_broadcast = True
+        """Whether everybody may be asked when no quote leads to the job."""
         self.passed: list[PassedOver] = []
         """Who had a turn, and does not have the job; in order."""
         self._terms = terms
@@ -99,6 +106,7 @@ class Round:
             or len(self._bids) >= MAX_BIDS
             or bid.body.job_id != self.offer.body.job_id
             or bid.body.offer_digest != self.offer.digest
+            or bid.body.model_root != self.offer.body.model_root
         ):
             return None
         summary = self._knowledge.summarise(self.offer.body, bid, now, accepted_tokens=self._accepted_tokens)
@@ -191,4 +199,6 @@ def read_quote(data: bytes, provider: NodeId, offer: Envelope[Offer], now: int) 
     # Its own word, about our offer.
     require(bid.sender == provider, Decision.REJECT, Reason.WRONG_SENDER)
     require(bid.body.offer_digest == offer.digest, Decision.REJECT, Reason.WRONG_JOB)
+    # For its model.
+    require(bid.body.model_root == offer.body.model_root, Decision.REJECT, Reason.WRONG_MODEL)
     return bid

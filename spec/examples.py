@@ -91,6 +91,7 @@ def make_bid() -> Envelope[Bid]:
     bid = Bid(
         job_id=offer.body.job_id,
         offer_digest=offer.digest,
+        model_root=offer.body.model_root,
         input_token_price=3 * 10**12,
         output_token_price=5 * 10**12,
         latency_ms=300,

@@ -383,14 +383,18 @@ def _file(
     return encode_proof(change_file(file))
 
 
+def _spoilt(envelope: bytes) -> bytes:
+    return envelope[:-1] + bytes([envelope[-1] ^ 1])
+
+
 def _bad_proofs() -> Iterator[tuple[str, bytes]]:
     good, other = _file(), bytes(32)
     yield "cut off", good[:-1]
     yield "a byte behind it", good + b"\0"
     yield "another version", _file(change_file=lambda file: replace(file, magic="aci-proof/2"))
     yield "another network", _file(change_file=lambda file: replace(file, network="aci-main"))
-    yield "provider's signature", _file(change_file=lambda file: replace(file, proof=file.proof[:-1] + b"\0"))
-    yield "consumer's signature", _file(change_file=lambda file: replace(file, offer=file.offer[:-1] + b"\0"))
+    yield "provider's signature", _file(change_file=lambda file: replace(file, proof=_spoilt(file.proof)))
+    yield "consumer's signature", _file(change_file=lambda file: replace(file, offer=_spoilt(file.offer)))
     yield "another offer", _file(change_proof=lambda proof: replace(proof, offer_digest=other))
     yield "another consumer", _file(change_proof=lambda proof: replace(proof, consumer=STRANGER.node_id))
     yield "another job", _file(change_proof=lambda proof: replace(proof, job_id=other))

@@ -131,9 +131,8 @@ class Observer:
     async def peers(self) -> PeersReport:
         """All connections."""
         await trio.lowlevel.checkpoint()
-        network, market = self._node.network, self._node.market
-        joined = {"offers": market.offer_topic, "bids": market.bid_topic}
-        members = {name: set(network.topic_peers(topic)) for name, topic in joined.items()}
+        network = self._node.network
+        members = dict(zip(("offers", "bids"), self._node.market.members(), strict=True))
         return PeersReport(
             peers=[
                 {

@@ -25,7 +25,7 @@ RECORD_SECONDS = RECORD_LIFETIME_MS / SECOND
 """How long a DHT value is kept, seconds: as long as the signed records in it hold."""
 PROVIDER_SECONDS = RECORD_SECONDS
 """How long an announcement that somebody provides a key is kept, seconds: as long as the provider's signed record."""
-MAX_TOPICS_PER_PEER = 128
-"""Topics that one neighbour may subscribe to."""
+MAX_TOPICS_PER_PEER = 192
+"""Topics that one neighbour may subscribe to: three for each model that it serves or follows."""
 MAX_TOPIC_BYTES = 128
 """Longest topic name, bytes."""

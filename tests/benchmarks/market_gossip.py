@@ -2,7 +2,8 @@
 
 Assumed: PROVIDERS of the nodes serve a model each, of MODELS that do not become more with the nodes, so that topics
 become crowded; every node takes part in TOPICS of them; every node offers a job each JOB_S seconds, BROADCASTS of which
-no ask answers. Every message goes once to each mesh neighbour but the one that it came from, and its id to some others.
+no ask answers: they are broadcast, and held back where a common model's topics carry enough. Every message goes once to
+each mesh neighbour but the one that it came from, and its id to some others.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
+from aci_p2p.gossip.market import CARRIED, CARRIED_S
 from aci_p2p.network.delivery import message_id
 from aci_p2p.network.libp2p.router import DEGREE, DEGREE_LAZY, HISTORY_GOSSIP
 from aci_p2p.protocol.envelope import Envelope, Sealer
@@ -21,6 +23,7 @@ from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
 from aci_p2p.protocol.pacing import LIFETIME_MS, AskPacer
 from aci_p2p.protocol.publications import Ask, Engine
+from aci_p2p.protocol.round import CROWD
 from aci_p2p.protocol.terms import Verification
 
 SIZES: Final = (1_000, 10_000, 100_000, 1_000_000)
@@ -28,7 +31,7 @@ SIZES: Final = (1_000, 10_000, 100_000, 1_000_000)
 PROVIDERS: Final = 0.3
 """Share of the nodes that serve a model."""
 MODELS: Final = 64
-"""Models with a topic of asks each."""
+"""Models with topics of their own."""
 TOPICS: Final = 3
 """Of them that a node takes part in: it serves one or asks for some."""
 JOB_S: Final = 300.0
@@ -59,8 +62,10 @@ class Cost:
     """On one such topic."""
     asks_bytes: int
     """Bytes per second that a node sends for the asks of all its topics; as many come."""
+    broadcasts_per_second: float
+    """Offers on the topic of one model."""
     broadcast_bytes: int
-    """The same for offers and bids that are broadcast: every node hears all of them."""
+    """Bytes per second that a node sends for the offers of all its models and for the bids; as many come."""
 
 
 def cost(nodes: int) -> Cost:
@@ -70,8 +75,11 @@ def cost(nodes: int) -> Cost:
     ask, offer, bid = _messages()
     bids = min(providers, MAX_BIDS)
     asks = TOPICS * rate * _sent(ask, f"/aci/aci-main/asks/{ROOT.hex()}/1")
-    job = _sent(offer, "/aci/aci-main/offers/1") + bids * _sent(bid, "/aci/aci-main/bids/1")
-    return Cost(providers, round(rate, 2), round(asks), round(BROADCASTS * nodes / JOB_S * job))
+    job = _sent(offer, f"/aci/aci-main/offers/{ROOT.hex()}/1") + bids * _sent(bid, f"/aci/aci-main/bids/{ROOT.hex()}/1")
+    offers = BROADCASTS * nodes / JOB_S / MODELS
+    if providers >= CROWD:
+        offers = min(offers, CARRIED / CARRIED_S / (1 + bids))
+    return Cost(providers, round(rate, 2), round(asks), round(offers, 3), round(TOPICS * offers * job))
 
 
 def asks_per_second(providers: int) -> float:
@@ -147,6 +155,7 @@ def _messages() -> tuple[Envelope[Ask], Envelope[Offer], Envelope[Bid]]:
     bid = Bid(
         job_id=some,
         offer_digest=some,
+        model_root=ROOT,
         input_token_price=250,
         output_token_price=1_000,
         latency_ms=300,

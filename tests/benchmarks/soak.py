@@ -37,7 +37,7 @@ from aci_p2p.node import Node
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.tasks import open_background
 from tests.executor.tiny import write_tiny_model
-from tests.scenarios.messages import make_offer
+from tests.scenarios.messages import MODEL_ROOT, make_offer
 
 RESIDENTS: Final = 6
 """Nodes that stay; the first provides."""
@@ -255,6 +255,7 @@ async def _publish(node: Node) -> None:
     """A resident broadcasts offers that nobody bids for, for ever."""
     number = 0
     while True:
+        await node.asks.join(MODEL_ROOT)
         await node.market.publish_offer(make_offer(node._sealer, system_clock(), b"%d" % number))
         number += 1
         await trio.sleep(OFFER_S)

@@ -13,9 +13,10 @@ from trio.testing import MockClock
 
 from aci_p2p.clock import virtual_clock
 from aci_p2p.dht import RecordRules
-from aci_p2p.gossip import Asks, asks, open_asks
+from aci_p2p.gossip import Asks, Market, asks, open_asks, open_market
 from aci_p2p.gossip.asks import FOLLOW_S
 from aci_p2p.network import Network
+from aci_p2p.network.limits import MAX_TOPICS_PER_PEER
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.identity import KeyPair, NodeId
@@ -44,13 +45,14 @@ class Trader:
     """A node with asks; what it offers can be changed."""
 
     network: Network
+    market: Market
     asks: Asks
     offers: list[Ask] = field(default_factory=list[Ask])
 
     def offer(self, *offers: Ask) -> None:
         """Ask this from now on."""
         self.offers[:] = offers
-        self.asks.offer(lambda: self.offers)
+        self.asks.offer(lambda: self.offers, lambda: True)
 
     def book(self, root: bytes = MODEL_ROOT) -> dict[NodeId, Ask]:
         """What it knows."""
@@ -62,11 +64,12 @@ async def open_trader(hub: MemoryHub, number: int, *others: Trader) -> AsyncGene
     key, rules = KeyPair(number.to_bytes(32)), RecordRules(NETWORK, clock)
     async with (
         hub.open_network(key, record_validator=rules.validate, record_selector=rules.select) as network,
-        open_asks(network, Sealer(key, NETWORK), clock, random=chance(number)) as opened,
+        open_market(network, NETWORK, clock, random=chance(number)) as market,
+        open_asks(network, market, Sealer(key, NETWORK), clock, random=chance(number)) as opened,
     ):
         for other in others:
             await network.connect(other.network.addresses[0])
-        yield Trader(network, opened)
+        yield Trader(network, market, opened)
 
 
 async def test_followers_hear_what_is_asked(autojump_clock: MockClock, hub: MemoryHub) -> None:
@@ -173,6 +176,41 @@ async def test_followed_models_have_a_bound(
         node.asks.follow(first)
         await trio.sleep(1)
         assert first in node.asks.models
+
+
+async def test_who_serves_takes_part_in_the_market_and_may_ask_nothing(
+    autojump_clock: MockClock, hub: MemoryHub
+) -> None:
+    async with open_trader(hub, 1) as seller, open_trader(hub, 2, seller) as buyer:
+        await buyer.asks.join(MODEL_ROOT)
+        speaks = False
+        seller.offers[:] = [ASK]
+        seller.asks.offer(lambda: seller.offers, lambda: speaks)
+        topics = [f"/aci/{NETWORK}/{kind}/{MODEL_ROOT.hex()}/1" for kind in ("offers", "bids", "asks")]
+        await trio.sleep(400)
+        assert all(buyer.network.topic_peers(topic) == (seller.network.node_id,) for topic in topics)
+        assert seller.asks.offered(MODEL_ROOT) is None
+        assert seller.asks.statistics().published == 0
+        # The buyer has left them meanwhile.
+        assert not any(seller.network.topic_peers(topic) for topic in topics)
+        speaks = True
+        seller.asks.look_again()
+        assert await buyer.asks.wait_for_asks(MODEL_ROOT, 5)
+
+
+async def test_joining_waits_until_all_topics_are_joined(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_trader(hub, 1) as node, trio.open_nursery() as nursery:
+        assert not node.asks.models
+        for _ in range(3):
+            nursery.start_soon(node.asks.join, MODEL_ROOT)
+        await node.asks.join(MODEL_ROOT)
+        # Would raise if it had not joined.
+        node.market._topics(MODEL_ROOT)
+
+
+def test_neighbours_take_as_many_topics_as_a_node_has() -> None:
+    exchange = 1
+    assert 3 * (asks.MAX_FOLLOWED + asks.MAX_OFFERED) + exchange <= MAX_TOPICS_PER_PEER
 
 
 async def test_offered_models_have_a_bound(

@@ -21,7 +21,7 @@ from aci_p2p.network.limits import MAX_REJECTS_PER_MINUTE
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.protocol.commitments import derive_job_id
 from aci_p2p.protocol.envelope import MAX_SKEW_MS, Envelope, Sealer
-from aci_p2p.protocol.errors import ResourceError
+from aci_p2p.protocol.errors import LocalError, ResourceError
 from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
 from aci_p2p.protocol.replay import MAX_PER_SENDER
@@ -30,6 +30,7 @@ from aci_p2p.protocol.validation import ACCEPTED, Decision, Reason, Validation
 from tests.protocol.driver import NETWORK, NOW, PRICES, alter
 
 LATENCY: Final = 0.01
+MODEL: Final = bytes(32)
 
 
 def is_quiet(statistics: MarketStatistics) -> bool:
@@ -58,7 +59,7 @@ class Trader:
         nonce = number.to_bytes(32)
         body = Offer(
             job_id=derive_job_id(self.sealer.node_id, bytes(32), nonce),
-            model_root=bytes(32),
+            model_root=MODEL,
             input_commitment=bytes(32),
             nonce_commitment=nonce,
             input_bytes=10,
@@ -76,7 +77,8 @@ class Trader:
     def bid(self, offer: Envelope[Offer], *, at: int = 0, **changes: object) -> Envelope[Bid]:
         """A bid for an offer, made `at` milliseconds from now."""
         body = Bid(
-            job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=1, addresses=(),
+            job_id=offer.body.job_id, offer_digest=offer.digest, model_root=offer.body.model_root, **PRICES,
+            latency_ms=1, addresses=(),
             quantisation="none", region="",
         )  # fmt: skip
         return self.sealer.seal(alter(body, **changes), clock() + at)
@@ -117,7 +119,11 @@ async def open_raw(hub: MemoryHub, number: int) -> AsyncGenerator[Network]:
 
 @asynccontextmanager
 async def open_trader(hub: MemoryHub, number: int) -> AsyncGenerator[Trader]:
-    async with open_raw(hub, number) as network, open_market(network, NETWORK, clock) as opened:
+    async with (
+        open_raw(hub, number) as network,
+        open_market(network, NETWORK, clock) as opened,
+        opened.take_part(MODEL),
+    ):
         yield Trader(network, opened, Sealer(KeyPair(number.to_bytes(32)), NETWORK))
 
 
@@ -225,14 +231,19 @@ async def test_an_offer_of_ours_is_not_delivered_to_us(
         offer = a.offer()
     async with open_traders(1) as (a,), open_raw(hub, 9) as echo:
         await echo.connect(a.network.addresses[0])
-        await echo.publish(a.market.offer_topic, offer.data)
+        await echo.publish(a.market.offer_topic(MODEL), offer.data)
         assert await a.heard() == []
         assert a.network.statistics().gossip_accepted == 1
         assert is_quiet(a.market.statistics())
 
 
 async def test_markets_of_two_networks_are_apart(autojump_clock: MockClock, hub: MemoryHub) -> None:
-    async with open_trader(hub, 1) as a, open_raw(hub, 2) as network, open_market(network, "aci-other", clock) as other:
+    async with (
+        open_trader(hub, 1) as a,
+        open_raw(hub, 2) as network,
+        open_market(network, "aci-other", clock) as other,
+        other.take_part(MODEL),
+    ):
         await network.connect(a.network.addresses[0])
         await a.market.publish_offer(a.offer())
         with trio.move_on_after(1) as scope:
@@ -245,11 +256,11 @@ async def test_a_market_is_left_with_its_block(autojump_clock: MockClock, hub: M
     async with open_raw(hub, 1) as network, open_trader(hub, 2) as other:
         await other.network.connect(network.addresses[0])
         for _ in range(2):
-            async with open_market(network, NETWORK, clock) as opened:
-                for topic in (opened.offer_topic, opened.bid_topic):
+            async with open_market(network, NETWORK, clock) as opened, opened.take_part(MODEL):
+                for topic in (opened.offer_topic(MODEL), opened.bid_topic(MODEL)):
                     assert list(other.network.topic_peers(topic)) == [network.node_id]
-            assert other.network.topic_peers(opened.offer_topic) == ()
-            assert other.network.topic_peers(opened.bid_topic) == ()
+            assert other.network.topic_peers(opened.offer_topic(MODEL)) == ()
+            assert other.network.topic_peers(opened.bid_topic(MODEL)) == ()
 
 
 # Refusal.
@@ -291,7 +302,7 @@ async def test_a_bad_offer_is_refused_by_its_reason(
     async with open_traders(3) as (a, b, c):
         offers = [a.offer(0), a.offer(1)]
         await a.market.publish_offer(offers[0])
-        await a.network.publish(a.market.offer_topic, make(a))
+        await a.network.publish(a.market.offer_topic(MODEL), make(a))
         await a.market.publish_offer(offers[1])
         assert await b.heard() == offers
         assert await c.heard() == offers
@@ -332,7 +343,7 @@ async def test_a_bad_bid_is_refused_by_its_reason(
             # The sealer's first, so that one that begins anew repeats its number.
             sent = [c.bid(offer), c.bid(other)]
             await c.market.publish_bid(sent[0])
-            await c.network.publish(c.market.bid_topic, make(c, offer))
+            await c.network.publish(c.market.bid_topic(MODEL), make(c, offer))
             await c.market.publish_bid(sent[1])
             assert await received(bids) == sent[:1]
             assert await received(other_bids) == sent[1:]
@@ -350,12 +361,12 @@ async def test_a_message_seen_before_is_not_delivered_again(
         await a.market.publish_offer(offer)
         assert await b.heard() == [offer]
         await echo.connect(b.network.addresses[0])
-        await echo.publish(b.market.offer_topic, offer.data)
+        await echo.publish(b.market.offer_topic(MODEL), offer.data)
         assert await b.heard() == []
         await trio.sleep(300)
         async with open_raw(hub, 10) as late:
             await late.connect(b.network.addresses[0])
-            await late.publish(b.market.offer_topic, offer.data)
+            await late.publish(b.market.offer_topic(MODEL), offer.data)
             assert await b.heard() == []
         assert b.network.statistics().gossip_refused == {Reason.EXPIRED: 1}
 
@@ -368,7 +379,7 @@ async def test_who_forwards_what_no_honest_node_does_is_left(
         for number in range(MAX_REJECTS_PER_MINUTE):
             is_forged = reason is Reason.BAD_SIGNATURE
             data = forged(a.offer(number)) if is_forged else a.offer(number, at=-60_000).data
-            await a.network.publish(a.market.offer_topic, data)
+            await a.network.publish(a.market.offer_topic(MODEL), data)
         await trio.sleep(1)
         assert b.network.statistics().gossip_refused == {reason: MAX_REJECTS_PER_MINUTE}
         # Who was late may be honest.
@@ -383,7 +394,7 @@ def test_what_the_network_is_told(hub: MemoryHub) -> None:
             offer = a.offer()
             bid = a.bid(offer)
             node = a.network.node_id
-            judge_offer, judge_bid = b.market._offers.validate, b.market._bids.validate
+            judge_offer, judge_bid = b.market._models[MODEL].offers.validate, b.market._models[MODEL].bids.validate
             reject, ignore = Decision.REJECT, Decision.IGNORE
             assert judge_offer(node, forged(offer)) == Validation(reject, Reason.BAD_SIGNATURE)
             assert judge_offer(node, offer.data) == ACCEPTED
@@ -456,11 +467,13 @@ async def test_only_the_author_of_a_flood_is_blamed_for_it(
 ) -> None:
     async with open_traders(3) as (a, b, c):
         for number in range(MAX_PER_SENDER):
-            assert b.market._offers.validate(a.network.node_id, a.offer(number).data) == ACCEPTED
+            assert b.market._models[MODEL].offers.validate(a.network.node_id, a.offer(number).data) == ACCEPTED
         more = [a.offer(MAX_PER_SENDER + number).data for number in range(2)]
         ignored = Validation(Decision.IGNORE, Reason.FLOODED)
-        assert b.market._offers.validate(c.network.node_id, more[0]) == ignored
-        assert b.market._offers.validate(a.network.node_id, more[1]) == replace(ignored, decision=Decision.REJECT)
+        assert b.market._models[MODEL].offers.validate(c.network.node_id, more[0]) == ignored
+        assert b.market._models[MODEL].offers.validate(a.network.node_id, more[1]) == replace(
+            ignored, decision=Decision.REJECT
+        )
 
 
 class Delivered(Subscription):
@@ -483,15 +496,18 @@ async def test_a_flood_of_bids_costs_no_offer(autojump_clock: MockClock, open_tr
     """Both are checked before they are queued, and what was checked is remembered within limits."""
     async with open_traders(2) as (a, b), trio.open_nursery() as nursery:
         offer = a.offer(0)
-        assert b.market._offers.validate(a.network.node_id, offer.data) == ACCEPTED
+        assert b.market._models[MODEL].offers.validate(a.network.node_id, offer.data) == ACCEPTED
         bids = [a.bid(offer, job_id=number.to_bytes(32)) for number in range(2 * OFFER_QUEUE - 10)]
         for bid in bids:
-            assert b.market._bids.validate(a.network.node_id, bid.data) == ACCEPTED
-        remembered = [*b.market._offers._checked.values(), *b.market._bids._checked.values()]
+            assert b.market._models[MODEL].bids.validate(a.network.node_id, bid.data) == ACCEPTED
+        remembered = [
+            *b.market._models[MODEL].offers._checked.values(),
+            *b.market._models[MODEL].bids._checked.values(),
+        ]
         assert remembered == [offer, *bids[-OFFER_QUEUE:]]
-        nursery.start_soon(b.market._offers.deliver, Delivered(offer.data))
+        nursery.start_soon(b.market._models[MODEL].offers.deliver, Delivered(offer.data))
         assert await b.heard() == [offer]
-        assert not b.market._offers._checked
+        assert not b.market._models[MODEL].offers._checked
         nursery.cancel_scope.cancel()
 
 
@@ -500,8 +516,10 @@ async def test_a_message_that_was_not_checked_is_not_delivered(
 ) -> None:
     async with open_traders(2) as (a, b), trio.open_nursery() as nursery:
         unchecked, checked = a.offer(0), a.offer(1)
-        b.market._offers.validate(a.network.node_id, checked.data)
-        nursery.start_soon(b.market._offers.deliver, Delivered(unchecked.data, checked.data, checked.data))
+        b.market._models[MODEL].offers.validate(a.network.node_id, checked.data)
+        nursery.start_soon(
+            b.market._models[MODEL].offers.deliver, Delivered(unchecked.data, checked.data, checked.data)
+        )
         assert await b.heard() == [checked]
         nursery.cancel_scope.cancel()
 
@@ -517,17 +535,85 @@ async def test_waiting_until_peers_have_joined(autojump_clock: MockClock, hub: M
 
         async def join(network: Network, after: float) -> None:
             await trio.sleep(after)
-            async with open_market(network, NETWORK, clock):
+            async with open_market(network, NETWORK, clock) as market, market.take_part(MODEL):
                 await trio.sleep_forever()
 
         nursery.start_soon(join, b, 1)
         nursery.start_soon(join, c, 2)
-        await a.market.wait_until_reachable([], 10)
+        await a.market.wait_until_reachable(MODEL, [], 10)
         assert trio.current_time() == start
-        await a.market.wait_until_reachable([b.node_id], 10)
+        await a.market.wait_until_reachable(MODEL, [b.node_id], 10)
         assert 1 <= trio.current_time() - start < 1.1
-        await a.market.wait_until_reachable([b.node_id, c.node_id], 10)
+        await a.market.wait_until_reachable(MODEL, [b.node_id, c.node_id], 10)
         assert 2 <= trio.current_time() - start < 2.1
-        await a.market.wait_until_reachable([b.node_id, KeyPair(bytes(32)).node_id], 10)
+        await a.market.wait_until_reachable(MODEL, [b.node_id, KeyPair(bytes(32)).node_id], 10)
         assert 12 <= trio.current_time() - start < 12.2
         nursery.cancel_scope.cancel()
+
+
+# Models.
+
+OTHER: Final = bytes([1]) * 32
+
+
+async def test_models_are_apart(autojump_clock: MockClock, hub: MemoryHub, open_traders: OpenTraders) -> None:
+    """Who takes part in one model carries nothing of another; one queue holds the offers for all of ours."""
+    async with open_traders(3) as (a, b, c), a.market.take_part(OTHER), c.market.take_part(OTHER):
+        await a.network.connect(c.network.addresses[0])
+        await trio.sleep(1)
+        both = [a.offer(1), a.offer(2, model_root=OTHER)]
+        for offer in both:
+            await a.market.publish_offer(offer)
+        assert await b.heard() == both[:1]
+        assert sorted(offer.digest for offer in await c.heard()) == sorted(offer.digest for offer in both)
+        assert b.network.statistics().gossip_accepted == 1
+        assert c.market.statistics().offers_heard == 2
+        with a.market.bids(both[1].body.job_id) as bids:
+            bid = c.bid(both[1])
+            await c.market.publish_bid(bid)
+            assert await received(bids) == [bid]
+
+
+async def test_members_take_part_in_any_of_our_models(autojump_clock: MockClock, open_traders: OpenTraders) -> None:
+    async with open_traders(2) as (a, b), b.market.take_part(OTHER):
+        nodes = frozenset({b.network.node_id})
+        await trio.sleep(1)
+        assert a.market.members() == (nodes, nodes)
+    async with open_traders(1) as (a,):
+        assert a.market.members() == (frozenset(), frozenset())
+
+
+async def test_nothing_is_said_where_no_part_is_taken(autojump_clock: MockClock, open_traders: OpenTraders) -> None:
+    async with open_traders(1) as (a,):
+        offer = a.offer(model_root=OTHER)
+        with pytest.raises(LocalError, match="no part"):
+            await a.market.publish_offer(offer)
+        with pytest.raises(LocalError, match="no part"):
+            await a.market.publish_bid(a.bid(offer))
+        async with a.market.take_part(OTHER):
+            # It was not remembered as said.
+            await a.market.publish_offer(offer)
+        with pytest.raises(LocalError, match="no part"):
+            await a.market.publish_offer(a.offer(1, model_root=OTHER))
+
+
+async def test_a_topic_says_when_it_carries_enough(
+    autojump_clock: MockClock, open_traders: OpenTraders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(market, "CARRIED", 4)
+    async with open_traders(2) as (a, b), b.market.take_part(OTHER):
+        assert b.market.busy_until(MODEL) is None
+        began = clock()
+        offers = [a.offer(number) for number in range(3)]
+        for offer in offers:
+            await a.market.publish_offer(offer)
+        await trio.sleep(1)
+        assert b.market.busy_until(MODEL) is None
+        await a.market.publish_bid(a.bid(offers[0]))
+        await trio.sleep(1)
+        until = b.market.busy_until(MODEL)
+        assert until is not None
+        assert 10_000 <= until - began <= 10_100
+        assert b.market.busy_until(OTHER) is None
+        await trio.sleep(9)
+        assert b.market.busy_until(MODEL) is None

@@ -15,6 +15,7 @@ from trio.testing import MockClock
 from aci_p2p.clock import system_clock, virtual_clock
 from aci_p2p.gossip import Topic, catchup, open_topic
 from aci_p2p.gossip import topic as topics
+from aci_p2p.gossip.inbox import QUEUE, Inbox
 from aci_p2p.network import Network, Stream, StreamClosed
 from aci_p2p.network.delivery import message_id
 from aci_p2p.network.limits import MAX_REJECTS_PER_MINUTE
@@ -75,7 +76,7 @@ def make_key(number: int) -> KeyPair:
 
 @asynccontextmanager
 async def join(
-    network: Network, number: int, clock: Callable[[], int] = virtual_clock, capacity: int = topics.QUEUE
+    network: Network, number: int, clock: Callable[[], int] = virtual_clock, capacity: int = QUEUE
 ) -> AsyncGenerator[Node]:
     """Join the topic; messages that say `bad` are refused."""
     checked: list[bytes] = []
@@ -90,12 +91,12 @@ async def join(
         return envelope
 
     random = Random(number)  # noqa: S311 - the same moments in every run
-    async with open_topic(network, NAME, check, clock, capacity=capacity, random=random) as topic:
+    async with open_topic(network, NAME, check, clock, inbox=Inbox(capacity), random=random) as topic:
         yield Node(number, network, topic, Sealer(make_key(number), NETWORK), clock, checked)
 
 
 @asynccontextmanager
-async def open_node(hub: MemoryHub, number: int, capacity: int = topics.QUEUE) -> AsyncGenerator[Node]:
+async def open_node(hub: MemoryHub, number: int, capacity: int = QUEUE) -> AsyncGenerator[Node]:
     """A member on a hub."""
     async with open_on(hub, number) as network, join(network, number, capacity=capacity) as node:
         yield node
@@ -395,7 +396,7 @@ async def test_fetching_waits_for_a_consumer_that_works(autojump_clock: MockCloc
 
             # So that the consumer is known to take messages.
             envelope = a.seal("first")
-            b.topic._enqueue(envelope)
+            b.topic._inbox.put(envelope)
             await b.connect(a.network)
             await trio.sleep(10)
             nursery.cancel_scope.cancel()

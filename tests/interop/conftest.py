@@ -14,7 +14,7 @@ from aci_p2p.gossip import open_market
 from aci_p2p.network.libp2p import open_libp2p_network
 from aci_p2p.protocol.envelope import Sealer
 from aci_p2p.protocol.identity import KeyPair
-from tests.interop.driver import JS, JsNode, Trader, open_js_node
+from tests.interop.driver import JS, MODEL, JsNode, Trader, open_js_node
 from tests.protocol.driver import NETWORK
 
 OpenTrader = Callable[[int], AbstractAsyncContextManager[Trader]]
@@ -42,6 +42,7 @@ def open_trader() -> OpenTrader:
         async with (
             open_libp2p_network(key, record_validator=rules.validate, record_selector=rules.select) as network,
             open_market(network, NETWORK, system_clock) as market,
+            market.take_part(MODEL),
         ):
             yield Trader(network, market, Sealer(key, NETWORK))
 

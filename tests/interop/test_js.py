@@ -14,7 +14,7 @@ from aci_p2p.network import Network, Stream
 from aci_p2p.network.libp2p import yamux
 from aci_p2p.protocol.publications import NodeRecord
 from tests.interop.conftest import OpenTrader
-from tests.interop.driver import ECHO, Gossip, JsNode, Trader, eventually, until
+from tests.interop.driver import ECHO, MODEL, Gossip, JsNode, Trader, eventually, until
 
 pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
@@ -50,7 +50,7 @@ async def ours(open_trader: OpenTrader) -> AsyncGenerator[Trader]:
 
 async def subscribe(js: JsNode, *traders: Trader) -> str:
     """Let the js node join the offers' topic and wait until all of its neighbours know; returns the topic."""
-    topic = traders[0].market.offer_topic
+    topic = traders[0].market.offer_topic(MODEL)
 
     async def all_know() -> bool:
         subscribers = (await js("subscribers", topic=topic))["peers"]
@@ -227,7 +227,7 @@ async def test_js_is_killed(js: JsNode, ours: Trader, connect: Connect, open_tra
             await stream.receive()
     async with open_trader(2) as other:
         await other.network.connect(ours.network.addresses[0])
-        await eventually(lambda: ours.network.node_id in other.network.topic_peers(ours.market.offer_topic))
+        await eventually(lambda: ours.network.node_id in other.network.topic_peers(ours.market.offer_topic(MODEL)))
         offer = other.offer(1)
         await other.market.publish_offer(offer)
         with trio.fail_after(10):

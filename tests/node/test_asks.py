@@ -82,7 +82,7 @@ async def test_a_provider_without_asks_only_bids(autojump_clock: MockClock, open
         await configured(provider, asks=False)
         await trio.sleep(1)
         assert book(consumer) == []
-        assert provider.asks.models == ()
+        assert provider.asks.models == (ROOT,)
         assert (await aci.inference(model=ROOT.hex(), prompt="count")).text
         await configured(provider, asks=True)
         assert await consumer.asks.wait_for_asks(ROOT, 5)

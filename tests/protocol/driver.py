@@ -163,7 +163,8 @@ def make_bid(
 ) -> Envelope[Bid]:
     """A bid for an offer."""
     bid = Bid(
-        job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=300, addresses=("/ip4/192.0.2.1",),
+        job_id=offer.body.job_id, offer_digest=offer.digest, model_root=offer.body.model_root, **PRICES,
+        latency_ms=300, addresses=("/ip4/192.0.2.1",),
         quantisation="none", region="eu-west",
     )  # fmt: skip
     return Sealer(key, NETWORK).seal(alter(bid, **terms), now, lifetime_ms=lifetime_ms)

@@ -401,8 +401,9 @@ def test_a_lone_surrogate_in_the_prompt_is_refused() -> None:
         (CONSUMER, {}),
         (STRANGER, {"job_id": bytes(32)}),
         (STRANGER, {"offer_digest": bytes(32)}),
+        (STRANGER, {"model_root": bytes([1]) * 32}),
     ],
-    ids=["second of its provider", "our own", "another job", "other terms"],
+    ids=["second of its provider", "our own", "another job", "other terms", "another model"],
 )
 def test_bids_that_do_not_count(bench: ConsumerBench, key: KeyPair, terms: dict[str, Any]) -> None:
     bench.start()

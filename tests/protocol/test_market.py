@@ -17,6 +17,9 @@ from aci_p2p.protocol.terms import Verification
 from aci_p2p.protocol.validation import Decision, MessageRefused, Reason, Validation
 from tests.protocol.driver import CONSUMER, NETWORK, NOW, PRICES, PROVIDER, RIVAL, STRANGER, alter
 
+MODEL = bytes(32)
+"""Whose topic all is about."""
+
 
 @pytest.fixture
 def view() -> MarketView:
@@ -33,7 +36,7 @@ class Maker:
         commitments = bytes(32), nonce.to_bytes(32, "big")
         body = Offer(
             job_id=derive_job_id(self.sealer.node_id, *commitments),
-            model_root=bytes(32),
+            model_root=MODEL,
             input_commitment=commitments[0],
             nonce_commitment=commitments[1],
             input_bytes=10,
@@ -52,7 +55,8 @@ class Maker:
         self, offer: Envelope[Offer], *, now: int = NOW, lifetime_ms: int = 60_000, **changes: object
     ) -> Envelope[Bid]:
         body = Bid(
-            job_id=offer.body.job_id, offer_digest=offer.digest, **PRICES, latency_ms=1, addresses=(),
+            job_id=offer.body.job_id, offer_digest=offer.digest, model_root=offer.body.model_root, **PRICES,
+            latency_ms=1, addresses=(),
             quantisation="none", region="",
         )  # fmt: skip
         return self.sealer.seal(alter(body, **changes), now, lifetime_ms=lifetime_ms)
@@ -64,14 +68,34 @@ def forge(envelope: Envelope[Any]) -> bytes:
 
 def refuse_offer(view: MarketView, data: bytes, decision: Decision, reason: Reason, now: int = NOW) -> None:
     with pytest.raises(MessageRefused) as caught:
-        view.check_offer(data, now)
+        view.check_offer(MODEL, data, now)
     assert caught.value.validation == Validation(decision, reason)
 
 
 def refuse_bid(view: MarketView, data: bytes, decision: Decision, reason: Reason, now: int = NOW) -> None:
     with pytest.raises(MessageRefused) as caught:
-        view.check_bid(data, now)
+        view.check_bid(MODEL, data, now)
     assert caught.value.validation == Validation(decision, reason)
+
+
+def test_messages_of_another_models_topic(view: MarketView) -> None:
+    """They leave nothing behind: on their own topic they are new."""
+    offer, other = Maker().offer(), bytes([1]) * 32
+    bid = Maker(PROVIDER).bid(offer)
+    for check, data in ((view.check_offer, offer.data), (view.check_bid, bid.data)):
+        with pytest.raises(MessageRefused) as caught:
+            check(other, data, NOW)
+        assert caught.value.validation == Validation(Decision.REJECT, Reason.WRONG_MODEL)
+    assert view.check_offer(MODEL, offer.data, NOW) == offer
+    assert view.check_bid(MODEL, bid.data, NOW) == bid
+
+
+def test_a_bid_for_another_model_than_was_asked_for(view: MarketView) -> None:
+    offer, other = Maker().offer(), bytes([1]) * 32
+    view.check_offer(MODEL, offer.data, NOW)
+    with pytest.raises(MessageRefused) as caught:
+        view.check_bid(other, Maker(PROVIDER).bid(offer, model_root=other).data, NOW)
+    assert caught.value.validation == Validation(Decision.IGNORE, Reason.WRONG_MODEL)
 
 
 # Offers.
@@ -80,25 +104,25 @@ def refuse_bid(view: MarketView, data: bytes, decision: Decision, reason: Reason
 def test_an_offer_is_remembered(view: MarketView) -> None:
     offer = Maker().offer()
     assert view.offer(offer.body.job_id) is None
-    assert view.check_offer(offer.data, NOW) == offer
+    assert view.check_offer(MODEL, offer.data, NOW) == offer
     assert view.offer(offer.body.job_id) == offer
 
 
 def test_an_offer_seen_before(view: MarketView) -> None:
     offer = Maker().offer()
-    view.check_offer(offer.data, NOW)
+    view.check_offer(MODEL, offer.data, NOW)
     refuse_offer(view, offer.data, Decision.IGNORE, Reason.REPLAYED)
 
 
 def test_a_second_offer_for_a_job(view: MarketView) -> None:
     maker = Maker()
     first, second = maker.offer(), maker.offer(max_price=11)
-    view.check_offer(second.data, NOW)
+    view.check_offer(MODEL, second.data, NOW)
     # The older one comes behind it, or again.
     refuse_offer(view, first.data, Decision.IGNORE, Reason.REPLAYED)
     assert view.offer(first.body.job_id) == second
     third = maker.offer(max_price=12)
-    view.check_offer(third.data, NOW)
+    view.check_offer(MODEL, third.data, NOW)
     # Bids are for the terms that they name.
     assert view.offer(first.body.job_id) == third
     assert len(view) == 1
@@ -121,7 +145,7 @@ def test_a_job_of_another_consumer(view: MarketView) -> None:
 @pytest.mark.parametrize("change", ["max_tokens", "input_turns"])
 def test_an_offer_that_asks_for_nothing(view: MarketView, change: str) -> None:
     refuse_offer(view, Maker().offer(**{change: 0}).data, Decision.REJECT, Reason.MALFORMED)
-    assert view.check_offer(Maker().offer(1, **{change: 1}).data, NOW)
+    assert view.check_offer(MODEL, Maker().offer(1, **{change: 1}).data, NOW)
 
 
 @pytest.mark.parametrize("window", [0, -1, MAX_BID_WINDOW_MS + 1])
@@ -137,9 +161,9 @@ def test_a_bid_window_beyond_the_offers_life(view: MarketView) -> None:
 
 def test_bid_windows_at_their_edges(view: MarketView) -> None:
     maker = Maker()
-    assert view.check_offer(maker.offer(1, bid_deadline=NOW + 1).data, NOW)
-    assert view.check_offer(maker.offer(2, bid_deadline=NOW + MAX_BID_WINDOW_MS).data, NOW)
-    assert view.check_offer(maker.offer(3, lifetime_ms=2_000).data, NOW)
+    assert view.check_offer(MODEL, maker.offer(1, bid_deadline=NOW + 1).data, NOW)
+    assert view.check_offer(MODEL, maker.offer(2, bid_deadline=NOW + MAX_BID_WINDOW_MS).data, NOW)
+    assert view.check_offer(MODEL, maker.offer(3, lifetime_ms=2_000).data, NOW)
 
 
 def test_offers_pass_the_checks_of_every_envelope(view: MarketView) -> None:
@@ -158,15 +182,15 @@ def test_a_refused_offer_leaves_nothing_behind(view: MarketView) -> None:
     good = Maker().offer()
     refuse_offer(view, forge(good), Decision.REJECT, Reason.BAD_SIGNATURE)
     refuse_offer(view, Maker().offer(max_tokens=0).data, Decision.REJECT, Reason.MALFORMED)
-    assert view.check_offer(good.data, NOW) == good
+    assert view.check_offer(MODEL, good.data, NOW) == good
 
 
 def test_expired_offers_are_forgotten(view: MarketView) -> None:
     maker = Maker()
     offers = [maker.offer(number, lifetime_ms=2_000 + number) for number in range(3)]
     for offer in offers:
-        view.check_offer(offer.data, NOW)
-    view.check_offer(maker.offer(9, now=NOW + 2_001).data, NOW + 2_001)
+        view.check_offer(MODEL, offer.data, NOW)
+    view.check_offer(MODEL, maker.offer(9, now=NOW + 2_001).data, NOW + 2_001)
     assert [view.offer(offer.body.job_id) for offer in offers] == [None, None, offers[2]]
 
 
@@ -176,7 +200,7 @@ def test_offers_are_bounded(view: MarketView, monkeypatch: pytest.MonkeyPatch) -
     maker = Maker()
     offers = [maker.offer(number) for number in range(5)]
     for offer in offers:
-        view.check_offer(offer.data, NOW)
+        view.check_offer(MODEL, offer.data, NOW)
         assert len(view._known) <= 3
     assert [bool(view.offer(offer.body.job_id)) for offer in offers] == [False, False, True, True, True]
 
@@ -186,49 +210,49 @@ def test_offers_are_bounded(view: MarketView, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_bid_for_a_known_offer(view: MarketView) -> None:
     offer = Maker().offer()
-    view.check_offer(offer.data, NOW)
+    view.check_offer(MODEL, offer.data, NOW)
     bid = Maker(PROVIDER).bid(offer)
-    assert view.check_bid(bid.data, NOW) == bid
+    assert view.check_bid(MODEL, bid.data, NOW) == bid
     refuse_bid(view, bid.data, Decision.IGNORE, Reason.REPLAYED)
 
 
 def test_a_bid_before_its_offer(view: MarketView) -> None:
     bid = Maker(PROVIDER).bid(Maker().offer())
-    assert view.check_bid(bid.data, NOW) == bid
+    assert view.check_bid(MODEL, bid.data, NOW) == bid
     refuse_bid(view, bid.data, Decision.IGNORE, Reason.REPLAYED)
 
 
 def test_a_bid_for_other_terms(view: MarketView) -> None:
     offer = Maker().offer()
-    view.check_offer(offer.data, NOW)
+    view.check_offer(MODEL, offer.data, NOW)
     bid = Maker(PROVIDER).bid(offer, offer_digest=bytes(32))
     refuse_bid(view, bid.data, Decision.IGNORE, Reason.WRONG_JOB)
 
 
 def test_a_second_bid_of_a_provider(view: MarketView) -> None:
     offer = Maker().offer()
-    view.check_offer(offer.data, NOW)
+    view.check_offer(MODEL, offer.data, NOW)
     provider = Maker(PROVIDER)
-    view.check_bid(provider.bid(offer).data, NOW)
+    view.check_bid(MODEL, provider.bid(offer).data, NOW)
     refuse_bid(view, provider.bid(offer, latency_ms=2).data, Decision.IGNORE, Reason.DUPLICATE_BID)
-    assert view.check_bid(Maker(RIVAL).bid(offer).data, NOW)
+    assert view.check_bid(MODEL, Maker(RIVAL).bid(offer).data, NOW)
 
 
 def test_bids_are_bounded(view: MarketView) -> None:
     offer = Maker().offer()
-    view.check_offer(offer.data, NOW)
+    view.check_offer(MODEL, offer.data, NOW)
     for number in range(MAX_BIDS):
-        view.check_bid(Maker(KeyPair(bytes([100 + number]) * 32)).bid(offer).data, NOW)
+        view.check_bid(MODEL, Maker(KeyPair(bytes([100 + number]) * 32)).bid(offer).data, NOW)
     refuse_bid(view, Maker(PROVIDER).bid(offer).data, Decision.IGNORE, Reason.TOO_MANY_BIDS)
 
 
 def test_a_late_bid(view: MarketView) -> None:
     offer = Maker().offer()
-    view.check_offer(offer.data, NOW)
+    view.check_offer(MODEL, offer.data, NOW)
     last = offer.body.bid_deadline + MAX_SKEW_MS
     late = Maker(PROVIDER).bid(offer, now=last + 1)
     refuse_bid(view, late.data, Decision.IGNORE, Reason.EXPIRED, last + 1)
-    assert view.check_bid(Maker(PROVIDER).bid(offer, now=last).data, last)
+    assert view.check_bid(MODEL, Maker(PROVIDER).bid(offer, now=last).data, last)
 
 
 def test_bids_pass_the_checks_of_every_envelope(view: MarketView) -> None:
@@ -243,11 +267,11 @@ def test_bids_pass_the_checks_of_every_envelope(view: MarketView) -> None:
 
 def test_a_refused_bid_leaves_nothing_behind(view: MarketView) -> None:
     offer = Maker().offer()
-    view.check_offer(offer.data, NOW)
+    view.check_offer(MODEL, offer.data, NOW)
     good = Maker(PROVIDER).bid(offer)
     refuse_bid(view, forge(good), Decision.REJECT, Reason.BAD_SIGNATURE)
     refuse_bid(view, Maker(PROVIDER).bid(offer, offer_digest=bytes(32)).data, Decision.IGNORE, Reason.WRONG_JOB)
-    assert view.check_bid(good.data, NOW) == good
+    assert view.check_bid(MODEL, good.data, NOW) == good
 
 
 # Floods.
@@ -257,12 +281,15 @@ def test_a_flood_of_offers_costs_only_its_sender(view: MarketView, monkeypatch: 
     monkeypatch.setattr(replay, "MAX_PER_SENDER", 4)
     flooder = Maker(STRANGER)
     for number in range(4):
-        view.check_offer(flooder.offer(number).data, NOW)
+        view.check_offer(MODEL, flooder.offer(number).data, NOW)
     refuse_offer(view, flooder.offer(4).data, Decision.IGNORE, Reason.FLOODED)
-    refuse_bid(view, flooder.bid(Maker().offer()).data, Decision.IGNORE, Reason.FLOODED)
-    assert view.check_offer(Maker().offer().data, NOW)
+    # Each topic has its own limit: an honest node may offer and bid, and for several models.
+    assert view.check_bid(MODEL, flooder.bid(Maker().offer()).data, NOW)
+    other = bytes([1]) * 32
+    assert view.check_offer(other, flooder.offer(6, model_root=other).data, NOW)
+    assert view.check_offer(MODEL, Maker().offer().data, NOW)
     # When its messages have expired it may go on.
-    assert view.check_offer(flooder.offer(5, now=NOW + 60_000).data, NOW + 60_000)
+    assert view.check_offer(MODEL, flooder.offer(5, now=NOW + 60_000).data, NOW + 60_000)
 
 
 def test_forgeries_do_not_count_against_whom_they_name(view: MarketView, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +297,7 @@ def test_forgeries_do_not_count_against_whom_they_name(view: MarketView, monkeyp
     maker = Maker()
     for number in range(5):
         refuse_offer(view, forge(maker.offer(number)), Decision.REJECT, Reason.BAD_SIGNATURE)
-    assert view.check_offer(maker.offer(9).data, NOW)
+    assert view.check_offer(MODEL, maker.offer(9).data, NOW)
 
 
 def header(sender: int, sequence: int, expires_at: int = NOW + 1_000) -> Header:
@@ -280,7 +307,7 @@ def header(sender: int, sequence: int, expires_at: int = NOW + 1_000) -> Header:
 
 def refused(guard: ReplayGuard, message: Header, now: int = NOW) -> Validation | None:
     try:
-        guard.check(message, now)
+        guard.check(MODEL, message, now)
     except MessageRefused as error:
         return error.validation
     return None
@@ -294,12 +321,12 @@ def test_the_guard_checks_without_remembering() -> None:
     guard = ReplayGuard()
     assert refused(guard, header(1, 1)) is None
     assert refused(guard, header(1, 1)) is None
-    guard.remember(header(1, 1))
+    guard.remember(MODEL, header(1, 1))
     assert refused(guard, header(1, 1)) == REPLAYED
     assert refused(guard, header(1, 2)) is None
     assert refused(guard, header(2, 1)) is None
     assert len(guard) == 1
-    guard.remember(header(1, 1))
+    guard.remember(MODEL, header(1, 1))
     assert len(guard) == 1
 
 
@@ -308,7 +335,7 @@ def test_the_guard_bounds_each_sender() -> None:
     guard = ReplayGuard()
     for sequence in range(MAX_PER_SENDER):
         assert refused(guard, header(1, sequence)) is None
-        guard.remember(header(1, sequence, NOW + 1_000 + sequence))
+        guard.remember(MODEL, header(1, sequence, NOW + 1_000 + sequence))
     assert refused(guard, header(1, MAX_PER_SENDER)) == FLOODED
     assert refused(guard, header(2, 0)) is None
     # A message is remembered until it expires, and not longer.
@@ -325,14 +352,14 @@ def test_the_guard_bounds_all_senders(monkeypatch: pytest.MonkeyPatch) -> None:
     guard = ReplayGuard()
     for sender in (1, 2, 3):
         for sequence in (1, 2):
-            guard.remember(header(sender, sequence))
+            guard.remember(MODEL, header(sender, sequence))
     assert len(guard) == 6
-    guard.remember(header(1, 3))
+    guard.remember(MODEL, header(1, 3))
     # The sender heard least recently is forgotten, with all its messages.
     assert len(guard) == 5
     assert [refused(guard, header(sender, 1)) for sender in (1, 2, 3)] == [REPLAYED, None, REPLAYED]
-    guard.remember(header(1, 4))
+    guard.remember(MODEL, header(1, 4))
     assert len(guard) == 6
-    guard.remember(header(4, 1))
+    guard.remember(MODEL, header(4, 1))
     assert len(guard) == 5
     assert [refused(guard, header(sender, 1)) for sender in (1, 3, 4)] == [REPLAYED, None, REPLAYED]

@@ -34,7 +34,7 @@ from tests.protocol.driver import make_offer
 
 OFFER = replace(make_offer().body, input_bytes=1_000, input_turns=3, max_tokens=500)
 BID = Bid(
-    OFFER.job_id, bytes(32), input_token_price=7, output_token_price=11, latency_ms=1, addresses=(),
+    OFFER.job_id, bytes(32), OFFER.model_root, input_token_price=7, output_token_price=11, latency_ms=1, addresses=(),
     quantisation="none", region="",
 )  # fmt: skip
 

@@ -24,9 +24,9 @@ from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.publications import CapabilityRecord
 from tests.scenarios.attackers import DISCONNECT_S, Arena, Attack, at_once, peer_of
 from tests.scenarios.honest_node import NETWORK
-from tests.scenarios.messages import make_offer
+from tests.scenarios.messages import MODEL_ROOT, make_offer
 
-OFFERS_TOPIC: Final = f"/aci/{NETWORK}/offers/1"
+OFFERS_TOPIC: Final = f"/aci/{NETWORK}/offers/{MODEL_ROOT.hex()}/1"
 """Where the swarm's offers go."""
 FLOODERS: Final = 2
 """Flooding attackers: every fifth peer of a swarm of ten."""

@@ -23,7 +23,7 @@ from aci_p2p.node import Node, open_node
 from aci_p2p.tasks import open_background
 from tests.network.attack import judge
 from tests.network.driver import TOPIC
-from tests.scenarios.messages import make_capability, make_offer
+from tests.scenarios.messages import MODEL_ROOT, make_capability, make_offer
 
 NETWORK: Final = "aci-scenario"
 """Network id of the swarm."""
@@ -51,6 +51,7 @@ class HonestNode:
         number = 0
         while True:
             offer = make_offer(self._node._sealer, system_clock(), b"%d" % number)
+            await self._node.asks.join(MODEL_ROOT)
             if self._counting:
                 self._published.append(offer.body.job_id.hex())
             await self._node.market.publish_offer(offer)

@@ -111,7 +111,7 @@ def test_neighbours_do_not_read_what_a_flooder_sends(simulation: Simulation) -> 
 
 
 def _bid() -> Bid:
-    return Bid(bytes(32), bytes(32), 1, 1, 1, (), "none", "")
+    return Bid(bytes(32), bytes(32), bytes(32), 1, 1, 1, (), "none", "")
 
 
 def test_providers_are_found_until_they_leave(simulation: Simulation) -> None:

@@ -263,9 +263,12 @@ class Gossip:
         return ([consumer] if consumer else []) + [(node, hear) for node, _, hear in self.eavesdroppers]
 
 
+# A message comes on the topic of the model that it names: elsewhere it would be refused before anything else.
+
+
 def _check_offer(node: SimNode, data: bytes) -> Envelope[Offer]:
-    return node.view.check_offer(data, node.clock)
+    return node.view.check_offer(node.read(data, Offer).body.model_root, data, node.clock)
 
 
 def _check_bid(node: SimNode, data: bytes) -> Envelope[Bid]:
-    return node.view.check_bid(data, node.clock)
+    return node.view.check_bid(node.read(data, Bid).body.model_root, data, node.clock)

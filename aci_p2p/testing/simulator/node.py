@@ -196,6 +196,10 @@ class SimNode:
         """An empty one."""
         return OrderBook(NETWORK, self._reader)
 
+    def read(self, data: bytes, body_type: type[B]) -> Envelope[B]:
+        """What a message says, whenever it was said. Raises MessageRefused."""
+        return self._reader(data, body_type, network=NETWORK, now=None)
+
     def entropy(self) -> bytes:
         """32 random bytes of its own."""
         return self.random.randbytes(SECRET_BYTES)

@@ -111,7 +111,7 @@ class Eavesdropper(Attacker):
 
     def bid_for(self, offer: Envelope[Offer]) -> Bid:
         """A bid that nobody can beat."""
-        return Bid(offer.body.job_id, offer.digest, 0, 1, 1, (), "none", "")
+        return Bid(offer.body.job_id, offer.digest, offer.body.model_root, 0, 1, 1, (), "none", "")
 
 
 class CheatingProvider(Attacker):
