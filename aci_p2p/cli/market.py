@@ -21,7 +21,7 @@ from aci_p2p.cli.common import json_option, print_json
 from aci_p2p.cli.options import FOLDERS, Given, configured
 from aci_p2p.cli.output import write_text
 from aci_p2p.cli.running import Stop, run
-from aci_p2p.cli.texts import amount, print_table
+from aci_p2p.cli.texts import amount, table_text
 from aci_p2p.client import resolve_model
 from aci_p2p.clock import system_clock
 from aci_p2p.control import ask
@@ -73,7 +73,7 @@ def command(model: str | None, given: Given, watch: bool, as_json: bool) -> None
     if as_json:
         print_json(report)
     else:
-        _print(report)
+        click.echo(_text(report), nl=False)
     if not any(market["asks"] for market in report["models"]):
         raise nobody_asks(model or "any model that the node looks at")
 
@@ -91,10 +91,8 @@ def market_report(given: Given, model: str | None, *, all_models: bool = False) 
     return reports[0]
 
 
-def _print(report: MarketReport) -> None:
-    for market in report["models"]:
-        click.echo(f"{market['model_root']}:")
-        print_table(_table(market["asks"]))
+def _text(report: MarketReport) -> str:
+    return "".join(f"{market['model_root']}:\n{table_text(_table(market['asks']))}" for market in report["models"])
 
 
 def _watch(given: Given, model: str | None, *, as_json: bool) -> None:
@@ -111,9 +109,7 @@ def _watch(given: Given, model: str | None, *, as_json: bool) -> None:
                     elif as_json:
                         await write_text(sys.stdout, json.dumps({"at_ms": system_clock(), **report}) + "\n")
                     else:
-                        click.echo(time.strftime("%H:%M:%S"))
-                        _print(report)
-                        sys.stdout.flush()
+                        await write_text(sys.stdout, f"{time.strftime('%H:%M:%S')}\n{_text(report)}")
                     await trio.sleep(WATCH_S)
 
     run(work, daemon=True)

@@ -61,10 +61,14 @@ def plural(count: int, noun: str) -> str:
 
 def print_table(table: Table) -> None:
     """Print a table on standard output."""
+    click.echo(table_text(table), nl=False)
+
+
+def table_text(table: Table) -> str:
+    """A table as standard output shows it."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH
     with console.capture() as captured:
         console.print(table)
-    for line in captured.get().splitlines():
-        click.echo(line.rstrip())
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
