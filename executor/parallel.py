@@ -25,7 +25,8 @@ LONE_TILE_BYTES: Final = 8 << 20
 still in the last-level cache for the others."""
 
 _GRAIN = 16
-"""A tile's width is a multiple of this: whole vector registers and cache lines."""
+"""A tile's width is a multiple of this: whole vector registers and cache lines. OpenBLAS sums what is left over in
+another order, so that the same output would have other bits in another tile; the last tile is padded for this."""
 
 Array: TypeAlias = npt.NDArray[np.float32]
 
@@ -50,16 +51,18 @@ class Matrix:
         self._width = width = -(-outputs // (count * _GRAIN)) * _GRAIN
         self.ranges = [slice(start, min(start + width, outputs)) for start in range(0, outputs, width)]
         """The outputs of each tile."""
-        self.tiles: list[Array]
-        """Shape (inputs, outputs of the tile), each in one piece of memory."""
+        self.tiles: list[Array] = []
+        """Shape (inputs, outputs of the tile), each in one piece of memory; the last may end with columns of zeros."""
         if by_output:
             self.tiles = [weight[part].T for part in self.ranges]
         else:
             # One allocation: numpy asks for huge pages from 4 MiB on.
-            memory = np.empty(weight.size, np.float32)
-            self.tiles = [memory[inputs * part.start : inputs * part.stop].reshape(inputs, -1) for part in self.ranges]
-            for tile, part in zip(self.tiles, self.ranges, strict=True):
-                tile[:] = weight[part].T
+            memory = np.zeros(inputs * -(-outputs // _GRAIN) * _GRAIN, np.float32)
+            for part in self.ranges:
+                stop = -(-part.stop // _GRAIN) * _GRAIN
+                tile = memory[inputs * part.start : inputs * stop].reshape(inputs, -1)
+                tile[:, : part.stop - part.start] = weight[part].T
+                self.tiles.append(tile)
 
     def rows(self, outputs: npt.NDArray[np.intp]) -> Array:
         """The stored rows of some outputs, shape (*outputs.shape, inputs): what an embedding is looked up with."""
@@ -111,7 +114,12 @@ class Team:
 
 def _multiply(rows: Array, tile: Array, out: Array) -> None:
     """`out[...] = rows @ tile`. Other threads run meanwhile: np.matmul allows that for over 500 results only."""
-    if rows.shape[1] == 1:
+    width = out.shape[-1]
+    if width < tile.shape[1]:
+        padded = np.empty((*out.shape[:-1], tile.shape[1]), np.float32)
+        _multiply(rows, tile, padded)
+        out[...] = padded[..., :width]
+    elif rows.shape[1] == 1:
         for row, result in zip(rows[:, 0], out[:, 0], strict=True):
             np.dot(row, tile, out=result)
     else:
