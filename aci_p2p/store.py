@@ -239,10 +239,13 @@ class Store:
         await self._run(note)
 
     def _put_jobs(self, records: Sequence[JobRecord], payments: Sequence[Payment]) -> None:
+        by_job: dict[tuple[bytes, Party], list[JobRecord]] = {}
+        for job in records:
+            by_job.setdefault((job.job_id, job.role), []).append(job)
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
-            for job in records:
-                self._put_job(job)
+            for steps in by_job.values():
+                self._put_job(steps)
             for payment in payments:
                 row = (
                     *self._key(payment.job_id, payment.role), payment.peer.public_key, str(payment.amount),
@@ -250,17 +253,22 @@ class Store:
                 )  # fmt: skip
                 self._connection.execute("INSERT OR REPLACE INTO payments VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
-    def _put_job(self, job: JobRecord) -> None:
-        stored = self._select(_THIS_JOB, self._key(job.job_id, job.role), _NO_PROOF)
+    def _put_job(self, steps: Sequence[JobRecord]) -> None:
+        """Store where a job stands after some steps, and each step that is a transition."""
+        job = steps[-1]
+        key = self._key(job.job_id, job.role)
+        stands = self._connection.execute(f"SELECT state, updated_at FROM jobs WHERE {_THIS_JOB}", key).fetchone()  # noqa: S608 - ours, values are bound
+        for step in steps:
+            moved = step.state.value, step.updated_at
+            # Storing a job again, or what was paid for it later, is no transition.
+            if moved != stands:
+                self._connection.execute("INSERT INTO transitions VALUES (?, ?, ?, ?, ?)", (*key, *moved))
+            stands = moved
         row = (
-            *self._key(job.job_id, job.role), job.state.value, job.updated_at, job.model_root,
-            job.peer.public_key if job.peer else None, str(job.price), job.blame.value, job.detail, job.proof,
-            job.receipt,
+            *key, *stands, job.model_root, job.peer.public_key if job.peer else None, str(job.price), job.blame.value,
+            job.detail, job.proof, job.receipt,
         )  # fmt: skip
         self._connection.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-        # Storing a job again, or what was paid for it later, is no transition.
-        if not stored or (stored[0].state, stored[0].updated_at) != (job.state, job.updated_at):
-            self._connection.execute("INSERT INTO transitions VALUES (?, ?, ?, ?, ?)", row[:5])
 
     def _key(self, job_id: bytes, role: Party) -> tuple[bytes, bytes, str]:
         return self._node.public_key, job_id, role.value
