@@ -127,9 +127,7 @@ class RunningJob(JobShell[ConsumerEvent], UpdateStream[JobUpdate]):
         self._network = services.network
         self._market = services.market
         self._asks = services.asks
-        self._quotes = Quotes(
-            services.network, services.market, services.asks, services.clock, services.random, self.tell
-        )
+        self._quotes = Quotes(services.network, services.market, services.asks, services.clock, services.random)
         self._updates_in, self._updates = trio.open_memory_channel[JobUpdate](UPDATES)
         self._outcome: JobResult | AciError = JobCancelled("the job did not run to its end")
         self._streams: trio.Nursery | None = None
@@ -173,7 +171,7 @@ class RunningJob(JobShell[ConsumerEvent], UpdateStream[JobUpdate]):
             case AskForQuotes(offer, exclude):
                 await self._update(Offered(offer))
                 assert self._streams is not None  # set before the first event
-                self._streams.start_soon(self._quotes.ask, offer, exclude)
+                self._streams.start_soon(self._quotes.ask, offer, exclude, self.tell)
             case ReleaseQuotes():
                 self._quotes.release()
             case OpenStream(provider, addresses):

@@ -169,6 +169,8 @@ class JobShell(Generic[E]):
             self._events.close()
             if self._pump:
                 self._pump.close()
+                # It refers to us: whatever is no cycle need not wait for the garbage collector.
+                self._pump = None
 
     async def _next(self) -> E | SharedEvent:
         with trio.move_on_at(self._deadline):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import nullcontext
 from random import Random
-from typing import Final
+from typing import Final, TypeAlias
 
 import trio
 
@@ -25,6 +25,9 @@ QUOTES: Final = 4
 """Providers that are asked at once: with one in twenty dead, one answers in all but six of a million jobs."""
 LEASE_S: Final = LEASE_MS / MS_PER_S
 """Seconds that a quote's stream is kept for the award; the provider holds its slot no longer."""
+
+Tell: TypeAlias = Callable[[QuotesAsked | QuoteRefused | BidArrived], Awaitable[None]]
+"""Hands an event to the job."""
 
 
 class _Quote:
@@ -49,39 +52,31 @@ class _Quote:
 class Quotes:
     """The quotes of one job."""
 
-    def __init__(
-        self,
-        network: Network,
-        market: Market,
-        asks: Asks,
-        clock: Clock,
-        random: Random,
-        tell: Callable[[QuotesAsked | QuoteRefused | BidArrived], Awaitable[None]],
-    ) -> None:
-        """`tell` hands an event to the job; `clock` gives Unix milliseconds; `random` spreads jobs over providers."""
+    def __init__(self, network: Network, market: Market, asks: Asks, clock: Clock, random: Random) -> None:
+        """`clock` gives Unix milliseconds; `random` spreads jobs over providers."""
         self._network = network
         self._market = market
         self._asks = asks
         self._clock = clock
         self._random = random
-        self._tell = tell
         self._open: dict[NodeId, _Quote] = {}
 
-    async def ask(self, offer: Envelope[Offer], exclude: Collection[NodeId]) -> None:
-        """Ask the best providers, and serve the stream of the one that wins to its end."""
+    async def ask(self, offer: Envelope[Offer], exclude: Collection[NodeId], tell: Tell) -> None:
+        """Ask the best providers, and serve the stream of the one that wins to its end; `tell` the job meanwhile."""
         out = {*exclude, self._network.node_id}
         book, root, now = self._asks.book, offer.body.model_root, self._clock()
         asks = book.best(root, offer=offer.body, k=QUOTES, now=now, exclude=out, random=self._random)
         full, busy_until = book.full(root, now, out), self._market.busy_until(root)
-        retry_at = now + RETRY_MS if full else busy_until
-        held_back = full >= CROWD or (busy_until is not None and book.providers(root, now) >= CROWD)
-        await self._tell(QuotesAsked(frozenset(ask.sender for ask in asks), retry_at, may_broadcast=not held_back))
+        is_busy = busy_until is not None and book.providers(root, now) >= CROWD
+        retry_at = now + RETRY_MS if full else busy_until if is_busy else None
+        may_broadcast = not is_busy and full < CROWD
+        await tell(QuotesAsked(frozenset(ask.sender for ask in asks), retry_at, may_broadcast=may_broadcast))
         async with trio.open_nursery() as nursery:
             for ask in asks:
                 self._network.learn_addresses(ask.sender, ask.body.addresses)
-                nursery.start_soon(self._ask_one, ask.sender, offer)
+                nursery.start_soon(self._ask_one, ask.sender, offer, tell)
 
-    async def _ask_one(self, provider: NodeId, offer: Envelope[Offer]) -> None:
+    async def _ask_one(self, provider: NodeId, offer: Envelope[Offer], tell: Tell) -> None:
         patience = trio.CancelScope(deadline=trio.current_time() + LEASE_S)
         try:
             with patience:
@@ -90,18 +85,18 @@ class Quotes:
                     bid = read_quote(await stream.receive(), provider, offer, self._clock())
                     patience.deadline = float("inf")
                     quote = self._open[provider] = _Quote()
-                    await self._tell(BidArrived(bid))
+                    await tell(BidArrived(bid))
                     pump = await quote.wait()
                     if pump is not None:
                         await pump.run(nullcontext(stream))
         except* AciError as group:
             error = group.exceptions[0]
             retry_at = error.retry_at if isinstance(error, QuoteDeclined) else None
-            await self._tell(QuoteRefused(provider, str(error), retry_at))
+            await tell(QuoteRefused(provider, str(error), retry_at))
         finally:
             self._open.pop(provider, None)
         if patience.cancelled_caught:
-            await self._tell(QuoteRefused(provider, "it did not answer in time"))
+            await tell(QuoteRefused(provider, "it did not answer in time"))
 
     def award(self, provider: NodeId, pump: StreamPump) -> bool:
         """Let the job go on over the stream of a quote; False: there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from contextlib import AsyncExitStack, suppress
@@ -26,7 +27,7 @@ from aci_p2p import (
     UnknownModel,
 )
 from aci_p2p.clock import virtual_clock
-from aci_p2p.consumer import Offered
+from aci_p2p.consumer import Offered, RunningJob
 from aci_p2p.executor.api import ExecutorFailed, ModelUnavailable, PromptTooLong
 from aci_p2p.network.api import StreamClosed
 from aci_p2p.network.memory import MemoryHub
@@ -37,6 +38,7 @@ from aci_p2p.protocol.job import JOB_PROTOCOL, BidSeen, Chosen, Deliver
 from aci_p2p.protocol.lifecycle import Party, State
 from aci_p2p.protocol.messages import Abort, AbortCode, Award, Bid, Offer
 from aci_p2p.protocol.proof import ProofInvalid, encode_proof
+from aci_p2p.served_job import ServedJob
 from tests.node.conftest import ROOT, OpenTestNode, ScriptedExecutor, due
 
 if TYPE_CHECKING:
@@ -575,3 +577,28 @@ async def test_a_prompt_of_more_tokens_than_the_price_covers_is_refused(
     ):
         with pytest.raises(PromptRefused, match="the offer pays for 153"):
             await aci.inference(model=MODEL, prompt="count")
+
+
+def running() -> list[RunningJob | ServedJob]:
+    """The jobs in memory."""
+    return [thing for thing in gc.get_objects() if isinstance(thing, RunningJob | ServedJob)]
+
+
+async def test_jobs_leave_nothing_to_the_garbage_collector(
+    autojump_clock: MockClock, open_test_node: OpenTestNode
+) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor(), price=7) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        gc.collect()
+        before = len(running())
+        gc.disable()
+        try:
+            await aci.inference(model=MODEL, prompt="count", max_tokens=10)
+            await trio.sleep(60)
+            left = len(running())
+        finally:
+            gc.enable()
+        assert left == before
