@@ -38,15 +38,12 @@ from aci_p2p.protocol.pricing import ONE_ACI
 from aci_p2p.protocol.proof import ProofFile, VerifiedProof, encode_proof, verify_proof
 from aci_p2p.protocol.publications import MAX_LATENCY_MS, CapabilityRecord
 from aci_p2p.protocol.request import ImpossibleJob, JobRequest
-from aci_p2p.protocol.round import CROWD
 from aci_p2p.protocol.terms import SelectionTerms, Verification
 from aci_p2p.protocol.wire import to_value
 from aci_p2p.tasks import open_background
 
 DEFAULT_AT_ONCE: Final = DEFAULT_SLOTS
 """Questions of a batch that run together: one provider's slots."""
-FIRST_ASK_S: Final = 1.0
-"""Longest wait for the first ask for a common model, seconds: as long as a broadcast waits for bids."""
 MILLI: Final = 1_000
 VERIFICATIONS: Final = {"optimistic": Verification.OPTIMISTIC}
 """What `Requirements` may ask for, by name."""
@@ -373,14 +370,10 @@ class ACI:
 
     async def _find_providers(self, root: bytes) -> Sequence[Envelope[CapabilityRecord]]:
         """Providers of a model in the DHT, unless there are some whose asks are known: these are asked at once."""
-        if self._asking(root):
-            self.node.asks.follow(root)
-            return ()
-        found = await self.node.find_providers(root)
-        if len(found) >= CROWD:
-            # Somebody asks something soon, so that the job need not be broadcast.
-            await self.node.asks.wait_for_asks(root, FIRST_ASK_S)
-        return found
+        if not self._asking(root):
+            return await self.node.find_providers(root)
+        self.node.asks.follow(root)
+        return ()
 
     def _asking(self, root: bytes) -> bool:
         return self.node.asks.book.providers(root, self.node.clock()) > 0

@@ -127,7 +127,7 @@ class RunningJob(JobShell[ConsumerEvent], UpdateStream[JobUpdate]):
         self._network = services.network
         self._market = services.market
         self._asks = services.asks
-        self._quotes = Quotes(services.network, services.market, services.asks, services.clock, services.random)
+        self._quotes = Quotes(services.network, services.asks, services.clock, services.random)
         self._updates_in, self._updates = trio.open_memory_channel[JobUpdate](UPDATES)
         self._outcome: JobResult | AciError = JobCancelled("the job did not run to its end")
         self._streams: trio.Nursery | None = None

@@ -20,6 +20,7 @@ from aci_p2p.database import StoreError
 from aci_p2p.dht import Discovery, DiscoveryOptions, RecordRules, open_discovery
 from aci_p2p.executor import Executor, ModelStore, open_process_executor
 from aci_p2p.gossip import Asks, Market, open_asks, open_market
+from aci_p2p.gossip.asks import MAX_OFFERED
 from aci_p2p.keys import KeyRing
 from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.peer_clocks import CLOCK_PROTOCOL, clock_service
@@ -168,8 +169,9 @@ class Node:
         parts = self._parts
         services = Services(self.network, self.market, self.asks, self.store, parts.clock, parts.random)
         try:
-            async with open_job(job, services) as running:
-                yield running
+            with self.asks.hold(request.model_root):
+                async with open_job(job, services) as running:
+                    yield running
         finally:
             self.settler.wake()
             if job.record is not None:
@@ -324,8 +326,9 @@ async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, seale
             nursery.start_soon(role.bid_on_offers)
             nursery.start_soon(tell_changes)
             nursery.start_soon(repricing.run)
-            await node.announce()
+            # Who finds us in the DHT finds us on the model's topics, too.
             node.asks.offer(role.asks, speaks)
+            await node.announce()
             try:
                 yield
             finally:
@@ -339,6 +342,9 @@ async def _offerings(executor: Executor, models: ModelStore, config: ProviderCon
     if not names:
         msg = "there is no model in the store"
         raise LocalError(msg, hint="fetch one with: aci-p2p models pull")
+    if len(names) > MAX_OFFERED:
+        log.warning("of %d models the first %d are served, as many as a node may offer", len(names), MAX_OFFERED)
+        names = names[:MAX_OFFERED]
     found = [await executor.load(name) if config.preload else models.open(name) for name in names]
     return [
         Offering(

@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 import trio
 
 from aci_p2p.clock import MS_PER_S, Clock
-from aci_p2p.gossip import Asks, Market
+from aci_p2p.gossip import Asks
 from aci_p2p.jobs import StreamPump
 from aci_p2p.network.api import Network
 from aci_p2p.protocol.admission import LEASE_MS, RETRY_MS
@@ -19,7 +19,7 @@ from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.messages import Offer
-from aci_p2p.protocol.round import CROWD, BidArrived, QuoteDeclined, QuoteRefused, QuotesAsked, read_quote
+from aci_p2p.protocol.round import BidArrived, QuoteDeclined, QuoteRefused, QuotesAsked, read_quote
 
 QUOTES: Final = 4
 """Providers that are asked at once: with one in twenty dead, one answers in all but six of a million jobs."""
@@ -52,10 +52,9 @@ class _Quote:
 class Quotes:
     """The quotes of one job."""
 
-    def __init__(self, network: Network, market: Market, asks: Asks, clock: Clock, random: Random) -> None:
+    def __init__(self, network: Network, asks: Asks, clock: Clock, random: Random) -> None:
         """`clock` gives Unix milliseconds; `random` spreads jobs over providers."""
         self._network = network
-        self._market = market
         self._asks = asks
         self._clock = clock
         self._random = random
@@ -66,11 +65,8 @@ class Quotes:
         out = {*exclude, self._network.node_id}
         book, root, now = self._asks.book, offer.body.model_root, self._clock()
         asks = book.best(root, offer=offer.body, k=QUOTES, now=now, exclude=out, random=self._random)
-        full, busy_until = book.full(root, now, out), self._market.busy_until(root)
-        is_busy = busy_until is not None and book.providers(root, now) >= CROWD
-        retry_at = now + RETRY_MS if full else busy_until if is_busy else None
-        may_broadcast = not is_busy and full < CROWD
-        await tell(QuotesAsked(frozenset(ask.sender for ask in asks), retry_at, may_broadcast=may_broadcast))
+        retry_at = now + RETRY_MS if book.is_full(root, now, out) else None
+        await tell(QuotesAsked(frozenset(ask.sender for ask in asks), retry_at))
         async with trio.open_nursery() as nursery:
             for ask in asks:
                 self._network.learn_addresses(ask.sender, ask.body.addresses)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from random import Random, SystemRandom
 from typing import Final
@@ -33,7 +33,7 @@ FOLLOW_S: Final = 300.0
 MAX_FOLLOWED: Final = 16
 """Models followed at once, and not served; the one that interests us the least recently makes room."""
 MAX_OFFERED: Final = 32
-"""Models that we serve over gossip: with those followed, at three topics each, below `limits.MAX_TOPICS_PER_PEER`."""
+"""Models that we serve: with those followed, at three topics each, below `limits.MAX_TOPICS_PER_PEER`."""
 LEAVE_S: Final = 1.0
 """Seconds to take back our asks when we leave."""
 LINGER_S: Final = 0.2
@@ -90,11 +90,22 @@ class Asks:
         """Take part in a model's topics from now on, until FOLLOW_S seconds after the last call."""
         model = self._models.get(model_root)
         if model is None:
-            followed = [one for root, one in self._models.items() if self.served(root) is None]
+            followed = [one for root, one in self._models.items() if one.is_followed and self.served(root) is None]
             if len(followed) >= MAX_FOLLOWED:
-                min(followed, key=lambda one: one.followed_until).drop()
+                min(followed, key=lambda one: (one.held, one.followed_until)).drop()
             model = self._join(model_root)
         model.followed_until = trio.current_time() + FOLLOW_S
+
+    @contextmanager
+    def hold(self, model_root: bytes) -> Generator[None]:
+        """Follow a model, and let the others make room first within the block: a job of ours waits there for bids."""
+        self.follow(model_root)
+        model = self._models[model_root]
+        model.held += 1
+        try:
+            yield
+        finally:
+            model.held -= 1
 
     async def join(self, model_root: bytes) -> None:
         """Follow a model, and wait until its topics are joined."""
@@ -110,8 +121,6 @@ class Asks:
         Of more than MAX_OFFERED models the first ones.
         """
         self._describe, self._speaks = describe, speaks
-        if len(describe()) > MAX_OFFERED:
-            log.warning("more than %d models: the last are not offered over gossip", MAX_OFFERED)
         self.look_again()
 
     def look_again(self) -> None:
@@ -194,7 +203,6 @@ class Asks:
                     open_topic(self._network, name, model.check, self._clock, random=self._random) as topic,
                 ):
                     await model.take_part(topic)
-            model.joined = False
             if not model.is_wanted:
                 break
             # It interests us again, since it was dropped.
@@ -217,6 +225,8 @@ class _Model:
         """Ends the part that we take."""
         self.joined = False
         """Whether we take part in all its topics."""
+        self.held = 0
+        """Jobs of ours that wait for it."""
         self._asks = asks
         self._clock = clock
         self._random = random
@@ -229,11 +239,17 @@ class _Model:
     @property
     def is_wanted(self) -> bool:
         """Whether we serve or follow it."""
-        return self._asks.served(self.root) is not None or self.followed_until > trio.current_time()
+        return self._asks.served(self.root) is not None or self.is_followed
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether it interests us."""
+        return self.followed_until > trio.current_time()
 
     def drop(self) -> None:
         """Follow it no more."""
         self.followed_until = -float("inf")
+        self.joined = False
         self.scope.cancel()
 
     def check(self, data: bytes, now: int) -> Envelope[Ask]:
@@ -259,6 +275,7 @@ class _Model:
                     deadline = await self._speak(topic, ask)
                 with trio.move_on_at(deadline):
                     await self.look.wait()
+            self.joined = False
             await self.take_back()
 
     async def take_back(self) -> None:

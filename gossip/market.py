@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 import trio
 
-from aci_p2p.clock import MS_PER_S, Clock
+from aci_p2p.clock import Clock
 from aci_p2p.gossip.inbox import Inbox
 from aci_p2p.gossip.topic import Topic, TopicStatistics, open_topic
 from aci_p2p.network.api import Network
@@ -29,11 +29,6 @@ B = TypeVar("B")
 
 OFFER_QUEUE: Final = 256
 """Offers waiting for our provider; one that lags so far behind would bid too late for the oldest."""
-CARRIED: Final = 80
-"""Offers and bids within CARRIED_S that are enough for the topics of one model: a node that takes part in three models
-then sends less than 100 kB/s for them, however many take part."""
-CARRIED_S: Final = 10.0
-"""Seconds."""
 MAX_WAITING_JOBS: Final = 1_024
 """Jobs of ours that wait for bids at once."""
 RECENT_OFFERS: Final = 16
@@ -76,8 +71,6 @@ class _Topics:
     """For it."""
     bids: Topic[Bid]
     """For these."""
-    carried: deque[int]
-    """When the last offers and bids came, Unix milliseconds."""
 
 
 class Market:
@@ -102,19 +95,15 @@ class Market:
     async def take_part(self, model_root: bytes) -> AsyncGenerator[None]:
         """Hear and forward what is offered and bid for a model within the block; for each model one block at a time."""
 
-        carried: deque[int] = deque(maxlen=CARRIED)
-
         def check_offer(data: bytes, now: int) -> Envelope[Offer]:
             offer = self._view.check_offer(model_root, data, now)
             self._offers_heard += 1
-            carried.append(now)
             self._recent.append(HeardOffer(offer, now))
             return offer
 
         def check_bid(data: bytes, now: int) -> Envelope[Bid]:
             bid = self._view.check_bid(model_root, data, now)
             self._bids_heard += 1
-            carried.append(now)
             return bid
 
         network, clock, random = self._network, self._clock, self._random
@@ -123,7 +112,7 @@ class Market:
             open_topic(network, offer_topic, check_offer, clock, inbox=self._offers, random=random) as offers,
             open_topic(network, bid_topic, check_bid, clock, inbox=self._bids, random=random) as bids,
         ):
-            self._models[model_root] = _Topics(offers, bids, carried)
+            self._models[model_root] = _Topics(offers, bids)
             try:
                 yield
             finally:
@@ -156,14 +145,6 @@ class Market:
         # We hear most of its bids first, and check them against it before we forward them.
         self._view.check_offer(offer.body.model_root, offer.data, self._clock())
         await topics.offers.publish(offer)
-
-    def busy_until(self, model_root: bytes) -> int | None:
-        """Until when a model's topics carry enough, if no more came, Unix milliseconds; None: they can carry more."""
-        topics = self._models.get(model_root)
-        if topics is None or len(topics.carried) < CARRIED:
-            return None
-        until = topics.carried[0] + round(CARRIED_S * MS_PER_S)
-        return until if self._clock() < until else None
 
     async def publish_bid(self, bid: Envelope[Bid]) -> None:
         """Broadcast our bid. Raises LocalError."""

@@ -238,11 +238,7 @@ class ConsumerJob(Job):
         if self._current.awaited is None:
             return []
         self._current.awaited |= asked.providers
-        # An answer that has begun is worth a broadcast in any case.
-        self._current.may_broadcast = asked.may_broadcast or self._failure is not None
-        if asked.providers:
-            return []
-        return self._broadcast(now) if self._current.may_broadcast else self._no_bid(now)
+        return [] if asked.providers else self._broadcast(now)
 
     def _on_quote_refused(self, refusal: QuoteRefused, now: int) -> list[Effect]:
         awaited = self._current.awaited
@@ -287,7 +283,7 @@ class ConsumerJob(Job):
         if self._is_stale:
             # Bids from before a provider failed: there may be others by now.
             return self._begin_again(now)
-        if current.awaited is not None and current.may_broadcast and now < current.offer.body.bid_deadline:
+        if current.awaited is not None and now < current.offer.body.bid_deadline:
             return [ReleaseQuotes(), *self._broadcast(now)]
         return self._no_bid(now)
 

@@ -137,10 +137,10 @@ class OrderBook:
         shelf = self._shelves.get(model_root)
         return [entry.ask for entry in shelf.by_price] if shelf else []
 
-    def full(self, model_root: bytes, now: int, exclude: Collection[NodeId]) -> int:
-        """How many providers of a model are not in `exclude`, if none of them has a free slot; else 0."""
+    def is_full(self, model_root: bytes, now: int, exclude: Collection[NodeId]) -> bool:
+        """Whether there are providers of a model that are not in `exclude`, and none of them has a free slot."""
         asks = [ask for ask in self.view(model_root, now) if ask.sender not in exclude]
-        return 0 if any(ask.body.free_slots for ask in asks) else len(asks)
+        return bool(asks) and not any(ask.body.free_slots for ask in asks)
 
     def best(
         self, model_root: bytes, *, offer: Offer, k: int, now: int, exclude: Collection[NodeId], random: Chance

@@ -21,9 +21,6 @@ QUOTE_WAIT_MS: Final = 400
 """How long quotes are awaited, milliseconds: two round trips around the world."""
 QUOTE_PATIENCE_MS: Final = 30
 """How long more once one has come: who is much farther away would be slow with each token too."""
-CROWD: Final = 8
-"""Providers of a model with live asks from which on it is common. Its jobs are held back, not broadcast, while all of
-them are full, or while its topics carry enough: where more is asked than served, broadcasts would add to the load."""
 SEEK_MS: Final = 30 * SECOND
 """How long a quote whose award is not answered leads to another round: as long as a bid over gossip is firm."""
 
@@ -35,9 +32,7 @@ class QuotesAsked:
     providers: frozenset[NodeId]
     """Empty: nobody is known whom one could ask."""
     retry_at: int | None = None
-    """When to ask again, Unix milliseconds, since all that serve the model or its topics are full; None: neither."""
-    may_broadcast: bool = True
-    """Whether to ask everybody when nobody of them takes the job; see CROWD."""
+    """When to ask again, Unix milliseconds, since all that serve the model are full; None: they are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +77,6 @@ class Round:
         """When waiting for bids ends, Unix milliseconds."""
         self.expired: NodeId | None = None
         """Whose bid was passed over last because it had expired."""
-        self.may_broadcast = True
-        """Whether everybody may be asked when no quote leads to the job."""
         self.passed: list[PassedOver] = []
         """Who had a turn, and does not have the job; in order."""
         self._terms = terms

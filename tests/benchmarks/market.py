@@ -118,7 +118,7 @@ def print_tables(report: dict[str, Any]) -> None:
             for size, figures in report[path].items():
                 print(f"| {size} | {' | '.join(f'{value:g}' for value in figures.values())} |")
     if GOSSIP in report:
-        print("\n| nodes | providers of a model | its asks/s | asks, bytes/s | its offers/s | broadcasts, bytes/s |")
+        print("\n| nodes | providers of a model | its asks/s | asks, B/s | broadcasts, B/s | with more models, B/s |")
         print("|--:|--:|--:|--:|--:|--:|")
         for size, figures in report[GOSSIP].items():
             print(f"| {int(size):,} | {' | '.join(f'{value:,}' for value in figures.values())} |")

@@ -2,8 +2,8 @@
 
 Assumed: PROVIDERS of the nodes serve a model each, of MODELS that do not become more with the nodes, so that topics
 become crowded; every node takes part in TOPICS of them; every node offers a job each JOB_S seconds, BROADCASTS of which
-no ask answers: they are broadcast, and held back where a common model's topics carry enough. Every message goes once to
-each mesh neighbour but the one that it came from, and its id to some others.
+no ask answers. What is broadcast is computed for as many models as nodes demand, too: one for NODES_PER_MODEL. Every
+message goes once to each mesh neighbour but the one that it came from, and its id to some others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
-from aci_p2p.gossip.market import CARRIED, CARRIED_S
 from aci_p2p.network.delivery import message_id
 from aci_p2p.network.libp2p.router import DEGREE, DEGREE_LAZY, HISTORY_GOSSIP
 from aci_p2p.protocol.envelope import Envelope, Sealer
@@ -23,7 +22,6 @@ from aci_p2p.protocol.identity import KeyPair
 from aci_p2p.protocol.messages import MAX_BIDS, Bid, Offer
 from aci_p2p.protocol.pacing import LIFETIME_MS, AskPacer
 from aci_p2p.protocol.publications import Ask, Engine
-from aci_p2p.protocol.round import CROWD
 from aci_p2p.protocol.terms import Verification
 
 SIZES: Final = (1_000, 10_000, 100_000, 1_000_000)
@@ -32,6 +30,8 @@ PROVIDERS: Final = 0.3
 """Share of the nodes that serve a model."""
 MODELS: Final = 64
 """Models with topics of their own."""
+NODES_PER_MODEL: Final = 1_000
+"""Where the models become more with the nodes."""
 TOPICS: Final = 3
 """Of them that a node takes part in: it serves one or asks for some."""
 JOB_S: Final = 300.0
@@ -62,24 +62,27 @@ class Cost:
     """On one such topic."""
     asks_bytes: int
     """Bytes per second that a node sends for the asks of all its topics; as many come."""
-    broadcasts_per_second: float
-    """Offers on the topic of one model."""
     broadcast_bytes: int
-    """Bytes per second that a node sends for the offers of all its models and for the bids; as many come."""
+    """Bytes per second that a node sends for the offers for all its models and for the bids; as many come."""
+    more_models_bytes: int
+    """The same where the models become more with the nodes."""
 
 
 def cost(nodes: int) -> Cost:
     """What a node spends in a network of so many."""
     providers = max(round(PROVIDERS * nodes / MODELS), 1)
     rate = asks_per_second(providers)
-    ask, offer, bid = _messages()
-    bids = min(providers, MAX_BIDS)
-    asks = TOPICS * rate * _sent(ask, f"/aci/aci-main/asks/{ROOT.hex()}/1")
+    asks = TOPICS * rate * _sent(_messages()[0], f"/aci/aci-main/asks/{ROOT.hex()}/1")
+    broadcasts = [round(_broadcasts(nodes, models)) for models in (MODELS, max(nodes // NODES_PER_MODEL, 1))]
+    return Cost(providers, round(rate, 2), round(asks), *broadcasts)
+
+
+def _broadcasts(nodes: int, models: int) -> float:
+    """Bytes per second that a node sends for offers and bids."""
+    _, offer, bid = _messages()
+    bids = min(max(round(PROVIDERS * nodes / models), 1), MAX_BIDS)
     job = _sent(offer, f"/aci/aci-main/offers/{ROOT.hex()}/1") + bids * _sent(bid, f"/aci/aci-main/bids/{ROOT.hex()}/1")
-    offers = BROADCASTS * nodes / JOB_S / MODELS
-    if providers >= CROWD:
-        offers = min(offers, CARRIED / CARRIED_S / (1 + bids))
-    return Cost(providers, round(rate, 2), round(asks), round(offers, 3), round(TOPICS * offers * job))
+    return TOPICS * BROADCASTS * nodes / models / JOB_S * job
 
 
 def asks_per_second(providers: int) -> float:

@@ -208,6 +208,46 @@ async def test_joining_waits_until_all_topics_are_joined(autojump_clock: MockClo
         node.market._topics(MODEL_ROOT)
 
 
+async def test_a_model_that_a_job_waits_for_makes_room_last(
+    autojump_clock: MockClock, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asks, "MAX_FOLLOWED", 2)
+    first, second, third = (bytes([number]) * 32 for number in (1, 2, 3))
+    async with open_trader(hub, 1) as node:
+        with node.asks.hold(first):
+            for root in (second, third):
+                await trio.sleep(1)
+                await node.asks.join(root)
+            await trio.sleep(1)
+            assert set(node.asks.models) == {first, third}
+        await node.asks.join(second)
+        await trio.sleep(1)
+        assert set(node.asks.models) == {third, second}
+
+
+async def test_who_follows_many_at_once_drops_each_once(
+    autojump_clock: MockClock, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asks, "MAX_FOLLOWED", 2)
+    async with open_trader(hub, 1) as node:
+        for number in range(9):
+            node.asks.follow(bytes([number]) * 32)
+        await trio.sleep(1)
+        assert set(node.asks.models) == {bytes([7]) * 32, bytes([8]) * 32}
+
+
+async def test_what_is_dropped_and_joined_again_is_joined(autojump_clock: MockClock, hub: MemoryHub) -> None:
+    async with open_trader(hub, 1) as node:
+        for ticks in range(12):
+            await node.asks.join(MODEL_ROOT)
+            node.asks._models[MODEL_ROOT].drop()
+            for _ in range(ticks):
+                await trio.lowlevel.checkpoint()
+            await node.asks.join(MODEL_ROOT)
+            # Would raise if it had not joined.
+            node.market._topics(MODEL_ROOT)
+
+
 def test_neighbours_take_as_many_topics_as_a_node_has() -> None:
     exchange = 1
     assert 3 * (asks.MAX_FOLLOWED + asks.MAX_OFFERED) + exchange <= MAX_TOPICS_PER_PEER

@@ -595,25 +595,3 @@ async def test_nothing_is_said_where_no_part_is_taken(autojump_clock: MockClock,
             await a.market.publish_offer(offer)
         with pytest.raises(LocalError, match="no part"):
             await a.market.publish_offer(a.offer(1, model_root=OTHER))
-
-
-async def test_a_topic_says_when_it_carries_enough(
-    autojump_clock: MockClock, open_traders: OpenTraders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(market, "CARRIED", 4)
-    async with open_traders(2) as (a, b), b.market.take_part(OTHER):
-        assert b.market.busy_until(MODEL) is None
-        began = clock()
-        offers = [a.offer(number) for number in range(3)]
-        for offer in offers:
-            await a.market.publish_offer(offer)
-        await trio.sleep(1)
-        assert b.market.busy_until(MODEL) is None
-        await a.market.publish_bid(a.bid(offers[0]))
-        await trio.sleep(1)
-        until = b.market.busy_until(MODEL)
-        assert until is not None
-        assert 10_000 <= until - began <= 10_100
-        assert b.market.busy_until(OTHER) is None
-        await trio.sleep(9)
-        assert b.market.busy_until(MODEL) is None

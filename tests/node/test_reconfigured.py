@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from aci_p2p import ACI, NoBids, ProviderConfig, Requirements
+from aci_p2p import ACI, NoBids, ProviderConfig, Requirements, node
 from aci_p2p.executor import ModelInfo, ModelUnavailable
 from aci_p2p.protocol.errors import LocalError
 from tests.node.conftest import MODEL, ROOT, OpenTestNode, ScriptedExecutor, due
@@ -66,6 +66,21 @@ async def test_what_cannot_be_served_changes_nothing(autojump_clock: MockClock, 
                 await provider.provide(ProviderConfig(models=models, slots=9))
         assert provider.config == before
         assert (await aci.inference(model=ROOT.hex(), prompt="count")).receipt.body.price == due(10 + 4 * 100)
+
+
+async def test_no_more_models_than_a_node_may_offer(
+    autojump_clock: MockClock, open_test_node: OpenTestNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "MAX_OFFERED", 1)
+    async with (
+        open_test_node("provider", executor=TwoModels()) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        await provider.provide(ProviderConfig(models=("other", MODEL)))
+        assert provider.provider
+        assert [record.model_root for record in provider.provider.capabilities()] == [OTHER_ROOT]
+        assert (await aci.inference(model=OTHER_ROOT.hex(), prompt="count")).text
 
 
 async def test_running_jobs_end_as_they_began(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:

@@ -296,34 +296,6 @@ def test_whose_asks_are_full_may_have_room_later() -> None:
     assert bench.error.message == "no provider of this model has a free slot"
 
 
-def test_where_many_are_full_nothing_is_broadcast() -> None:
-    bench = ConsumerBench(ROBUST)
-    bench.feed(Start())
-    effects = bench.feed(QuotesAsked(frozenset(), NOW + 1_000, may_broadcast=False))
-    assert not any(isinstance(effect, Broadcast) for effect in effects)
-    assert isinstance(bench.error, NoBids)
-    assert bench.error.retry_at == NOW + 1_000
-
-
-def test_where_enough_is_broadcast_refused_quotes_are_the_end() -> None:
-    bench = ConsumerBench(ROBUST)
-    bench.feed(Start())
-    bench.feed(QuotesAsked(frozenset({PROVIDER.node_id}), NOW + 1_000, may_broadcast=False))
-    assert not bench.job.over
-    bench.feed(QuoteRefused(PROVIDER.node_id, "busy"))
-    assert of(bench.effects, Broadcast) == []
-    assert isinstance(bench.error, NoBids)
-    assert bench.error.retry_at == NOW + 1_000
-
-
-def test_an_answer_that_has_begun_is_broadcast_among_many_who_are_full() -> None:
-    bench = ConsumerBench(ROBUST).reach(State.STREAMING)
-    bench.feed(StreamEnded("gone"))
-    bench.feed(StreamEnded("gone too"))
-    effects = bench.feed(QuotesAsked(frozenset(), NOW + 1_000, may_broadcast=False))
-    assert any(isinstance(effect, Broadcast) for effect in effects)
-
-
 def test_who_is_busy_when_it_is_awarded_says_until_when() -> None:
     bench = ConsumerBench(ROBUST)
     ask = one(bench.feed(Start()), AskForQuotes)

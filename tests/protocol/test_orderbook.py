@@ -171,12 +171,12 @@ def test_the_best_meet_the_limits(book: OrderBook) -> None:
 
 
 def test_a_book_is_full_when_nobody_has_a_free_slot(book: OrderBook) -> None:
-    assert book.full(MODEL_ROOT, NOW, ()) == 0
+    assert not book.is_full(MODEL_ROOT, NOW, ())
     full, free = ask_of(1, free_slots=0), ask_of(2)
     put(book, full, free)
-    assert book.full(MODEL_ROOT, NOW, ()) == 0
-    assert book.full(MODEL_ROOT, NOW, {free.sender}) == 1
-    assert book.full(MODEL_ROOT, NOW, {full.sender, free.sender}) == 0
+    assert not book.is_full(MODEL_ROOT, NOW, ())
+    assert book.is_full(MODEL_ROOT, NOW, {free.sender})
+    assert not book.is_full(MODEL_ROOT, NOW, {full.sender, free.sender})
 
 
 def test_the_load_makes_the_price(book: OrderBook) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import pytest
@@ -27,7 +26,6 @@ from aci_p2p.executor import Executor
 from aci_p2p.protocol.bidding import BidBook, Declined, Won
 from aci_p2p.protocol.lifecycle import Party, State
 from aci_p2p.protocol.messages import Abort, AbortCode
-from aci_p2p.protocol.round import CROWD
 from aci_p2p.testing import Swarm, ToyExecutor, ToyModel
 
 SLOW, QUICK = 0.1, 100.0
@@ -201,23 +199,6 @@ async def test_what_is_full_is_asked_again(open_swarm: OpenSwarm) -> None:
         assert kinds[-1] is Offered
         assert second.answer.tokens
         await swarm.settle()
-
-
-async def test_where_many_are_full_nobody_is_bothered(open_swarm: OpenSwarm) -> None:
-    """The book says that all are full, and they are so many that a broadcast would find nobody else."""
-    async with open_swarm(providers=CROWD, slots=1, asks=True, executor=paced(*[SLOW] * CROWD)) as swarm:
-        consumer = swarm.consumers[0]
-        await hear_asks(swarm)
-        async with trio.open_nursery() as nursery:
-            for number in range(CROWD):
-                nursery.start_soon(partial(consumer.ask, f"The {number}.?", max_tokens=20))
-            while consumer.node.asks.book.full(swarm.model_root, consumer.node.clock(), ()) < CROWD:
-                await consumer.node.asks.changed.wait()
-            heard = [provider.node.market.statistics().offers_heard for provider in swarm.providers]
-            with pytest.raises(NoBids, match="free slot"):
-                await consumer.ask("Me too?", max_tokens=2, fallback=Fallback(busy_wait_ms=2_500))
-            assert [provider.node.market.statistics().offers_heard for provider in swarm.providers] == heard
-            nursery.cancel_scope.cancel()
 
 
 async def test_waiting_has_an_end(open_swarm: OpenSwarm) -> None:
