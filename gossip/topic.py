@@ -51,6 +51,9 @@ PROTOCOL_PREFIX: Final = "/aci/catch-up/1.0.0"
 """Stream protocol id of a topic's log, followed by the topic's name."""
 HEAD_PROTOCOL_PREFIX: Final = "/aci/log-head/1.0.0"
 """Stream protocol id of announcements of a topic's log, followed by the topic's name."""
+MAX_CHECKED: Final = 2_048
+"""Checked messages on their way from gossip to the inbox, where they wait only while the machine is busy: as many as
+four authors may have."""
 MAX_REMEMBERED: Final = 16_384
 """Messages of a topic remembered as delivered until they expire: four times the log."""
 MAX_PUBLISHED: Final = MAX_PER_SENDER * 3 // 4
@@ -177,7 +180,7 @@ class Topic(Generic[T]):
         if self._catchup.heard(trio.current_time()):
             self._look.notify()
         self._checked[identifier] = envelope
-        if len(self._checked) > self._inbox.capacity:
+        if len(self._checked) > MAX_CHECKED:
             # As many as the subscription can hold; older ones were dropped there too.
             self._checked.popitem(last=False)
         return ACCEPTED
@@ -408,7 +411,7 @@ async def open_topic(
     topic = Topic(network, name, check, clock, inbox=inbox, random=random or SystemRandom())
     with network.serve(PROTOCOL_PREFIX + name, topic.serve), network.serve(HEAD_PROTOCOL_PREFIX + name, topic.hear):
         async with (
-            network.subscribe(name, topic.validate, capacity=inbox.capacity) as subscription,
+            network.subscribe(name, topic.validate, capacity=MAX_CHECKED) as subscription,
             open_background() as tasks,
         ):
             tasks.start_soon(topic.deliver, subscription)

@@ -14,7 +14,7 @@ from trio.testing import MockClock
 
 from aci_p2p.clock import virtual_clock
 from aci_p2p.dht import RecordRules
-from aci_p2p.gossip import Market, market, open_market
+from aci_p2p.gossip import Market, market, open_market, topic
 from aci_p2p.gossip.market import MAX_WAITING_JOBS, OFFER_QUEUE, RECENT_OFFERS, MarketStatistics
 from aci_p2p.network import GossipMessage, Network, Subscription
 from aci_p2p.network.limits import MAX_REJECTS_PER_MINUTE
@@ -492,8 +492,11 @@ class Delivered(Subscription):
         return 0
 
 
-async def test_a_flood_of_bids_costs_no_offer(autojump_clock: MockClock, open_traders: OpenTraders) -> None:
+async def test_a_flood_of_bids_costs_no_offer(
+    autojump_clock: MockClock, open_traders: OpenTraders, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both are checked before they are queued, and what was checked is remembered within limits."""
+    monkeypatch.setattr(topic, "MAX_CHECKED", OFFER_QUEUE)
     async with open_traders(2) as (a, b), trio.open_nursery() as nursery:
         offer = a.offer(0)
         assert b.market._models[MODEL].offers.validate(a.network.node_id, offer.data) == ACCEPTED

@@ -75,6 +75,36 @@ async def test_patience_ends_with_a_consumer_that_stopped(autojump_clock: MockCl
     assert await waited(queue) == pytest.approx(MAX_PATIENCE_SECONDS)
 
 
+async def test_readers_that_wait_together_lose_patience_as_one(
+    autojump_clock: MockClock, queue: QueuedSubscription
+) -> None:
+    await consume(queue)
+    async with trio.open_nursery() as nursery:
+        for _ in range(9):
+            nursery.start_soon(queue.wait_for_room)
+        await trio.sleep(MAX_PATIENCE_SECONDS / 2)
+        await queue.receive()
+    assert queue.deliver(message(3))
+    # Half of it is left, and what has come since.
+    left = MAX_PATIENCE_SECONDS / 2 * (1 + PATIENCE_PER_SECOND)
+    assert await waited(queue) == pytest.approx(left, rel=0.01)
+
+
+async def test_a_consumer_without_a_turn_is_given_one(autojump_clock: MockClock, queue: QueuedSubscription) -> None:
+    """All patience is gone in one turn of the loop, as when other processes have the processor."""
+    await consume(queue)
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def _() -> None:
+            await trio.sleep(MAX_PATIENCE_SECONDS)
+            await queue.receive()
+
+        await queue.wait_for_room()
+    assert queue.deliver(message(3))
+    assert queue.dropped == 0
+
+
 async def test_slow_consumers_take_so_much_of_the_readers_time(autojump_clock: MockClock) -> None:
     queue = QueuedSubscription(accept, 1)
     total, started = 0.0, trio.current_time()
