@@ -111,9 +111,10 @@ class Asks:
         """Follow a model, and wait until its topics are joined."""
         await trio.lowlevel.checkpoint()
         self.follow(model_root)
-        while not ((model := self._models.get(model_root)) and model.joined):
-            self.follow(model_root)
+        while not self._models[model_root].joined:
             await self.changed.wait()
+            # It may have made room for another meanwhile.
+            self.follow(model_root)
 
     def offer(self, describe: Callable[[], Sequence[Ask]], speaks: Callable[[], bool]) -> None:
         """Serve from now on what `describe` says at the time: take part in the topics, and publish it while `speaks`.

@@ -160,10 +160,13 @@ async def test_interest_ends(autojump_clock: MockClock, hub: MemoryHub) -> None:
         assert await buyer.asks.wait_for_asks(MODEL_ROOT, 5)
 
 
-async def test_followed_models_have_a_bound(
-    autojump_clock: MockClock, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def two_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than two models are followed."""
     monkeypatch.setattr(asks, "MAX_FOLLOWED", 2)
+
+
+async def test_followed_models_have_a_bound(autojump_clock: MockClock, hub: MemoryHub, two_followed: None) -> None:
     first, second, third = (bytes([number]) * 32 for number in (1, 2, 3))
     async with open_trader(hub, 1) as node:
         node.offer(ASK)
@@ -209,9 +212,8 @@ async def test_joining_waits_until_all_topics_are_joined(autojump_clock: MockClo
 
 
 async def test_a_model_that_a_job_waits_for_makes_room_last(
-    autojump_clock: MockClock, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+    autojump_clock: MockClock, hub: MemoryHub, two_followed: None
 ) -> None:
-    monkeypatch.setattr(asks, "MAX_FOLLOWED", 2)
     first, second, third = (bytes([number]) * 32 for number in (1, 2, 3))
     async with open_trader(hub, 1) as node:
         with node.asks.hold(first):
@@ -226,9 +228,8 @@ async def test_a_model_that_a_job_waits_for_makes_room_last(
 
 
 async def test_who_follows_many_at_once_drops_each_once(
-    autojump_clock: MockClock, hub: MemoryHub, monkeypatch: pytest.MonkeyPatch
+    autojump_clock: MockClock, hub: MemoryHub, two_followed: None
 ) -> None:
-    monkeypatch.setattr(asks, "MAX_FOLLOWED", 2)
     async with open_trader(hub, 1) as node:
         for number in range(9):
             node.asks.follow(bytes([number]) * 32)

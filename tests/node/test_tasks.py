@@ -38,6 +38,14 @@ async def fail(error: BaseException) -> None:
     raise error
 
 
+async def fail_at_the_end() -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        msg = "at the end"
+        raise LocalError(msg)
+
+
 async def fail_at_once(error: BaseException) -> None:
     raise error
 
@@ -164,21 +172,10 @@ async def test_cancellation_ends_block_and_tasks(
 async def test_an_error_during_cancellation_is_not_lost(autojump_clock: MockClock) -> None:
     with pytest.raises(LocalError, match="at the end"), trio.move_on_after(5):
         async with open_background():
-            try:
-                await trio.sleep_forever()
-            finally:
-                msg = "at the end"
-                raise LocalError(msg)
+            await fail_at_the_end()
 
 
 async def test_an_error_while_the_block_ends_comes_out(autojump_clock: MockClock) -> None:
-    async def fail_at_the_end() -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            msg = "at the end"
-            raise LocalError(msg)
-
     with pytest.raises(LocalError, match="at the end"):
         async with open_background() as tasks:
             tasks.start_soon(fail_at_the_end)
@@ -186,13 +183,6 @@ async def test_an_error_while_the_block_ends_comes_out(autojump_clock: MockClock
 
 
 async def test_an_error_comes_out_as_itself_though_all_was_cancelled(autojump_clock: MockClock) -> None:
-    async def fail_at_the_end() -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            msg = "at the end"
-            raise LocalError(msg)
-
     with pytest.raises(LocalError, match="at the end"), trio.move_on_after(5):
         async with open_background() as tasks:
             tasks.start_soon(fail_at_the_end)
