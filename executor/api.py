@@ -11,11 +11,17 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Final
 
 from aci_p2p.protocol.errors import LocalError, ResourceError
+
+if TYPE_CHECKING:
+    # Most processes that talk to an executor never see an array: loading numpy takes a fifth of a second.
+    import numpy as np
+    import numpy.typing as npt
+
+PROFILE: Final = "fp32-ref"
+"""Numeric profile of the reference: outputs are comparable with those of any fp32 forward pass."""
 
 
 class ModelUnavailable(LocalError):

@@ -19,7 +19,8 @@ from aci_p2p.executor.api import ModelUnavailable
 from aci_p2p.executor.files import malformed, temporary_directory
 from aci_p2p.executor.gguf import GgufFile, Metadata, open_gguf
 from aci_p2p.executor.progress import Progress, Report, Stage, silent
-from aci_p2p.executor.safetensors import SINGLE_FILE, TensorSpec, TensorType, write_tensors
+from aci_p2p.executor.safetensors import TensorSpec, TensorType, write_tensors
+from aci_p2p.executor.store import SINGLE_FILE
 from aci_p2p.files import sync
 from aci_p2p.protocol.errors import LocalError
 

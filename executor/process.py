@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import platform
+import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
-import numpy as np
 import trio
 
 from aci_p2p.executor.api import (
+    PROFILE,
     EngineDescription,
     Executor,
     ExecutorFailed,
@@ -49,7 +50,6 @@ from aci_p2p.executor.frames import (
     Start,
     Turn,
 )
-from aci_p2p.executor.reference import PROFILE
 from aci_p2p.executor.store import ModelStore
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.tasks import open_background
@@ -150,19 +150,22 @@ class _ProcessExecutor(Executor):
         turns = _turns(messages)
         async with self._job(lambda number: Encode(number, model, turns), capacity=2) as job:
             match await job.next():
-                case Encoded(tokens=tokens):
-                    return tuple(np.frombuffer(tokens, "<u4").tolist())
+                case Encoded(tokens=tokens) if len(tokens) % TOKEN_BYTES == 0:
+                    return struct.unpack(f"<{len(tokens) // TOKEN_BYTES}I", tokens)
                 case reply:
                     raise _out_of_turn(reply)
 
     async def forward(self, model: str, tokens: Sequence[int], *, start: int = 0) -> ForwardResult:
+        import numpy as np  # noqa: PLC0415 - only who checks a result has use for it
+
         rows = len(tokens) - start
         if start < 0 or rows < 1:
             msg = f"cannot compute logits from token {start} of {len(tokens)}"
             raise LocalError(msg)
         data = _packed(tokens)
         vocabulary = self._vocabularies.get(model) or (await self.load(model)).vocabulary
-        if rows * vocabulary * TOKEN_BYTES > FORWARD_BYTES_MAX:
+        row_bytes = vocabulary * np.dtype(np.float32).itemsize
+        if rows * row_bytes > FORWARD_BYTES_MAX:
             msg = f"the logits of {rows} tokens are more than {FORWARD_BYTES_MAX >> 20} MiB"
             raise LocalError(msg, hint="check fewer tokens at once")
         logits = np.empty((rows, vocabulary), np.float32)
@@ -171,7 +174,7 @@ class _ProcessExecutor(Executor):
             done = 0
             while done < rows:
                 match await job.next():
-                    case Logits(rows=part):
+                    case Logits(rows=part) if len(part) in range(row_bytes, row_bytes * (rows - done) + 1, row_bytes):
                         values = np.frombuffer(part, "<f4").reshape(-1, vocabulary)
                         logits[done : done + len(values)] = values
                         done += len(values)
@@ -274,7 +277,7 @@ def _packed(tokens: Sequence[int]) -> bytes:
     if len(tokens) > TOKENS_MAX or not all(0 <= token < 1 << 32 for token in tokens):
         msg = f"cannot compute with these {len(tokens)} token ids"
         raise LocalError(msg)
-    return np.array(tokens, "<u4").tobytes()
+    return struct.pack(f"<{len(tokens)}I", *tokens)
 
 
 def _out_of_turn(reply: object) -> ExecutorFailed:

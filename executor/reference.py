@@ -22,8 +22,6 @@ from aci_p2p.executor.parallel import Array, Matrix, Team
 from aci_p2p.executor.safetensors import read_model_tensors
 from aci_p2p.executor.store import CONFIG_FILE
 
-PROFILE: Final = "fp32-ref"
-"""Numeric profile: outputs are comparable with those of any fp32 forward pass."""
 PREFILL_CHUNK: Final = 64
 """Most tokens of a prompt in one step. Longer steps are not faster on CPUs; shorter ones make the sequences that are
 being decoded wait less."""

@@ -21,11 +21,8 @@ import numpy.typing as npt
 
 from aci_p2p.executor.api import ModelUnavailable
 from aci_p2p.executor.files import malformed, parse_json, read_json, unreadable
+from aci_p2p.executor.store import INDEX_FILE, SINGLE_FILE
 
-SINGLE_FILE: Final = "model.safetensors"
-"""Weights of a model that is not sharded."""
-INDEX_FILE: Final = "model.safetensors.index.json"
-"""Which shard holds which tensor."""
 HEADER_BYTES_MAX: Final = 16 << 20
 """Bytes of JSON; a model of 100,000 tensors needs about 12 MiB."""
 RANK_MAX: Final = 8

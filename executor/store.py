@@ -25,7 +25,6 @@ from aci_p2p.executor.api import ModelUnavailable, WeightsMismatch
 from aci_p2p.executor.files import exclusive, malformed, read_json, temporary_directory
 from aci_p2p.executor.manifest import ADD_AGAIN, Manifest, is_licence, is_model_name
 from aci_p2p.executor.progress import Progress, Report, Stage, silent
-from aci_p2p.executor.safetensors import INDEX_FILE, SINGLE_FILE
 from aci_p2p.executor.weights import FileState, ModelFile, scan, weights_root
 from aci_p2p.files import sync, write_durably
 from aci_p2p.protocol.errors import LocalError, ResourceError
@@ -37,6 +36,10 @@ LOCK_FILE: Final = ".lock"
 STAGING_PREFIX: Final = ".staging-"
 CONFIG_FILE: Final = "config.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
+SINGLE_FILE: Final = "model.safetensors"
+"""Weights of a model that is not sharded."""
+INDEX_FILE: Final = "model.safetensors.index.json"
+"""Which shard holds which tensor."""
 CONFIG_BYTES_MAX: Final = 1 << 20
 """Bytes of config.json; real ones have about 1,000."""
 VERIFIED_BYTES_MAX: Final = 1 << 20

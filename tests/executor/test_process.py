@@ -30,7 +30,19 @@ from aci_p2p.executor.api import (
     TokenChunk,
     WeightsMismatch,
 )
-from aci_p2p.executor.frames import Accepted, Cancel, Chunk, Encoded, Ended, Ending, Failed, Load, encode_frame
+from aci_p2p.executor.frames import (
+    Accepted,
+    Cancel,
+    Chunk,
+    Encoded,
+    Ended,
+    Ending,
+    Failed,
+    Load,
+    Loaded,
+    Logits,
+    encode_frame,
+)
 from aci_p2p.executor.process import CREDIT, default_threads, open_process_executor
 from aci_p2p.executor.store import ModelStore
 from aci_p2p.protocol.errors import LocalError
@@ -312,6 +324,23 @@ async def test_a_worker_that_sends_more_than_asked_for(store: ModelStore, monkey
         await trio.testing.wait_all_tasks_blocked(0.1)
         with pytest.raises(ExecutorFailed, match="more replies to job 0 than asked for"):
             [chunk async for chunk in taken]
+
+
+@pytest.mark.parametrize("size", [0, 63, 3 * 64])
+async def test_logits_that_are_no_rows(store: ModelStore, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    loaded, logits = encode_frame(Loaded(0, bytes(32), 64, 16)), encode_frame(Logits(1, bytes(size)))
+    program = f"import os; os.read(0, 99999); os.write(1, {loaded!r}); {sends(logits)[len('import os; ') :]}"
+    monkeypatch.setattr(connection, "_BOOT", program)
+    async with open_process_executor(store) as executor:
+        with pytest.raises(ExecutorFailed, match="Logits out of turn"):
+            await executor.forward("tiny", (1, 2))
+
+
+async def test_half_a_token(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_BOOT", sends(encode_frame(Encoded(0, bytes(7)))))
+    async with open_process_executor(store) as executor:
+        with pytest.raises(ExecutorFailed, match="Encoded out of turn"):
+            await executor.encode("tiny", [Message("user", "the")])
 
 
 def test_a_dead_worker_takes_no_job(store: ModelStore) -> None:

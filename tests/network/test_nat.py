@@ -108,7 +108,7 @@ def test_a_hole_is_punched_where_both_nats_keep_ports(laboratory: Laboratory) ->
     consumer.do("open", PROVIDER)
     assert consumer.do("say", PROVIDER) == "hello"
     consumer.until(lambda _: False in consumer.is_relayed(PROVIDER))
-    assert provider.do("describe")["statistics"]["holes_punched"] == 1
+    provider.until(lambda said: said["statistics"]["holes_punched"] == 1)
     # The stream goes on where it was opened.
     assert consumer.do("say", PROVIDER) == "hello"
 
