@@ -90,6 +90,9 @@ def _write_bool(out: bytearray, value: bool, _depth: int) -> None:  # noqa: FBT0
 
 
 def _write_int(out: bytearray, value: int, _depth: int) -> None:
+    if 0 <= value <= _INLINE_MAX:
+        out.append(value)
+        return
     major, argument = (_UINT, value) if value >= 0 else (_NEGATIVE, -1 - value)
     if argument > _UINT64_MAX:
         msg = f"{value} does not fit in 64 bits"
@@ -120,12 +123,15 @@ def _write_list(out: bytearray, value: list[Value], depth: int) -> None:
 
 def _write_map(out: bytearray, value: dict[int, Value], depth: int) -> None:
     for key in value:
-        if not isinstance(cast("object", key), int) or isinstance(key, bool):
+        if type(key) is not int and (not isinstance(cast("object", key), int) or isinstance(key, bool)):
             msg = "map keys are integers"
             raise NotEncodable(msg)
     _head(out, _MAP, len(value))
-    # As their encodings sort: negative ones last, the largest of them first.
-    for key in sorted(value, key=_place) if min(value, default=0) < 0 else sorted(value):
+    keys = sorted(value)
+    if keys and keys[0] < 0:
+        # As their encodings sort: negative ones last, the largest of them first.
+        keys.sort(key=_place)
+    for key in keys:
         _write_int(out, key, depth)
         _write(out, value[key], depth + 1)
 
@@ -153,10 +159,6 @@ def _writer_of_kin(value: object) -> Callable[[bytearray, Any, int], None]:
     raise NotEncodable(msg)
 
 
-def _integer(major: int, argument: int) -> int:
-    return argument if major == _UINT else -1 - argument
-
-
 class _Reader:
     """Reads one document; `at` is the offset in bytes of what comes next."""
 
@@ -174,8 +176,8 @@ class _Reader:
             problem = "nested too deep"
             raise CborError(problem, start)
         major, argument = self._head()
-        if major in (_UINT, _NEGATIVE):
-            return _integer(major, argument)
+        if major <= _NEGATIVE:
+            return argument if major == _UINT else -1 - argument
         if major == _BYTES:
             return self._string(argument, start)
         if major == _TEXT:
@@ -193,12 +195,14 @@ class _Reader:
 
     def _head(self) -> tuple[int, int]:
         """Major type and argument."""
-        data, start = self._data, self.at
-        if start >= len(data):
+        start = self.at
+        try:
+            initial = self._data[start]
+        except IndexError:
             problem = "truncated"
-            raise CborError(problem, start)
-        major, info = data[start] >> 5, data[start] & 0x1F
-        self.at += 1
+            raise CborError(problem, start) from None
+        self.at = start + 1
+        major, info = initial >> 5, initial & 0x1F
         if info <= _INLINE_MAX:
             return major, info
         size_code = info - _INLINE_MAX - 1
@@ -213,11 +217,12 @@ class _Reader:
         return major, argument
 
     def _string(self, length: int, start: int) -> bytes:
-        if length > len(self._data) - self.at:
+        begin = self.at
+        raw = self._data[begin : begin + length]
+        if len(raw) < length:
             problem = "truncated"
             raise CborError(problem, start)
-        raw = self._data[self.at : self.at + length]
-        self.at += length
+        self.at = begin + length
         return raw
 
     def _text(self, length: int, start: int) -> str:
@@ -237,16 +242,17 @@ class _Reader:
     def _map(self, count: int, depth: int) -> dict[int, Value]:
         entries: dict[int, Value] = {}
         last = b""
+        head, value, data = self._head, self.value, self._data
         for _ in range(count):
             start = self.at
-            major, argument = self._head()
-            if major not in (_UINT, _NEGATIVE):
+            major, argument = head()
+            if major > _NEGATIVE:
                 problem = "a map key that is not an integer"
                 raise CborError(problem, start)
-            encoded = self._data[start : self.at]
+            encoded = data[start : self.at]
             if encoded <= last:
                 problem = "map keys repeated or out of order"
                 raise CborError(problem, start)
             last = encoded
-            entries[_integer(major, argument)] = self.value(depth + 1)
+            entries[argument if major == _UINT else -1 - argument] = value(depth + 1)
         return entries

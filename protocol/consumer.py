@@ -59,6 +59,7 @@ from aci_p2p.protocol.proof import MAGIC, ProofFile, ProofInvalid, encode_proof
 from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobCancelled, JobRequest, JobSecrets, PromptRefused, ProviderFault
 from aci_p2p.protocol.round import (
+    MAX_UNANSWERED,
     QUOTE_PATIENCE_MS,
     QUOTE_WAIT_MS,
     SEEK_MS,
@@ -114,7 +115,7 @@ class ConsumerJob(Job):
         self._shares: list[Share] = []
         self._excluded = set(request.avoid)
         self._begun = 0
-        self._seeks_until = 0
+        self._seeks_until = self._unanswered = 0
         self._is_stale = False
         self._last_decline = ""
         self._failure: AciError | None = None
@@ -277,6 +278,8 @@ class ConsumerJob(Job):
     def _choose(self, now: int) -> list[Effect]:
         """Award the best bid that is left; else ask everybody, once, in time; else there is nobody."""
         current = self._current
+        if self._unanswered >= MAX_UNANSWERED:
+            return self._no_bid(now)
         bid = current.next(now, self._excluded, self._is_affordable)
         if bid is not None:
             return self._award(bid, now)
@@ -320,6 +323,7 @@ class ConsumerJob(Job):
             return self._choose(now)
         farewell: list[Effect] = [self._abort(AbortCode.TIMEOUT, "the provider did not act in time", now)]
         if self._state is State.AWARDED:
+            self._unanswered += 1
             return self._decline("it did not answer the award in time", now, Trigger.TIMEOUT, farewell)
         return self._provider_fails("it went silent", now, farewell)
 
@@ -374,7 +378,7 @@ class ConsumerJob(Job):
 
     def _seek_another(self, now: int) -> list[Effect]:
         """A bid that is still firm, or a new round."""
-        self._is_stale, self._seeks_until = True, now + SEEK_MS
+        self._is_stale, self._seeks_until, self._unanswered = True, now + SEEK_MS, 0
         return self._choose(now) if self._current.has_more(now, self._excluded) else self._begin_again(now)
 
     def _begin_again(self, now: int) -> list[Effect]:

@@ -23,6 +23,9 @@ QUOTE_PATIENCE_MS: Final = 30
 """How long more once one has come: who is much farther away would be slow with each token too."""
 SEEK_MS: Final = 30 * SECOND
 """How long a quote whose award is not answered leads to another round: as long as a bid over gossip is firm."""
+MAX_UNANSWERED: Final = 24
+"""Awards in a row that wait for their answer in vain, two minutes in all. A liar with many names could make a job wait
+for each of them; counted, since bids outlive a clock that is turned back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ from aci_p2p.protocol.pricing import worst_price
 from aci_p2p.protocol.proof import MAX_ANSWER_BYTES, verify_proof
 from aci_p2p.protocol.publications import Engine
 from aci_p2p.protocol.request import JobCancelled, NoBids, PromptRefused, ProviderFault
-from aci_p2p.protocol.round import QUOTE_WAIT_MS, BidArrived, QuotesAsked
+from aci_p2p.protocol.round import MAX_UNANSWERED, QUOTE_WAIT_MS, BidArrived, QuotesAsked
 from aci_p2p.protocol.selection import ExpectedCost
 from aci_p2p.protocol.terms import ANY_PROVIDER, PassedOver, Passing, Verification
 from tests.protocol.driver import (
@@ -549,6 +549,40 @@ def test_an_award_that_is_not_answered_times_out(bench: ConsumerBench) -> None:
     assert sent(effects) == [Kind.ABORT, Kind.AWARD]
     assert opened(of(effects, Send)[0].data, Abort, bench.now).abort is AbortCode.TIMEOUT
     assert_declined(bench, effects, "it did not answer the award in time")
+
+
+def awards_in_vain(bench: ConsumerBench, limit: int = MAX_BIDS) -> int:
+    """How many awards follow while nobody answers, and the clock is turned back again and again: no bid expires."""
+    awards = 0
+    while not bench.job.over and awards < limit:
+        bench.now = bench.job.offer.header.issued_at
+        bench.timer = bench.now + 5_000
+        awards += Kind.AWARD in sent(bench.time_out())
+    return awards
+
+
+def test_a_liar_with_many_names_does_not_hold_a_job_for_ever() -> None:
+    bench = ConsumerBench(replace(REQUEST, max_providers=3))
+    keys = [KeyPair(bytes([100 + number]) * 32) for number in range(MAX_BIDS)]
+    bench.start()
+    for key in keys:
+        bench.bid(key)
+    assert awards_in_vain(bench, MAX_UNANSWERED) == MAX_UNANSWERED
+    # One answers, and fails: the count begins anew.
+    chosen = of(bench.effects, OpenStream)[-1].provider
+    bench.peer = Sealer(next(key for key in keys if key.node_id == chosen), NETWORK)
+    bench.accept()
+    bench.feed(StreamEnded("killed"))
+    assert 1 + awards_in_vain(bench) == MAX_UNANSWERED
+    assert bench.error.message.startswith("provider ")
+
+
+def test_nobody_answers(bench: ConsumerBench) -> None:
+    bench.start()
+    for number in range(MAX_BIDS):
+        bench.bid(KeyPair(bytes([100 + number]) * 32))
+    assert awards_in_vain(bench) == MAX_UNANSWERED
+    assert "every chosen provider declined; the last: " in bench.error.message
 
 
 def test_a_stream_that_does_not_open_is_a_decline(bench: ConsumerBench) -> None:

@@ -75,7 +75,7 @@ class Outcome:
     duration_ms: int
     """Milliseconds to the end."""
     expected: str
-    """The answer that the true model gives."""
+    """The answer that the true model gives; empty where none came."""
     text: str
     """The answer that came."""
     tokens: int
@@ -236,8 +236,9 @@ class ConsumerDriver(Driver):
         """The job has ended: note how."""
         self._quotes.release()
         self._consumer.ended(self.job.job_id)
-        text, expected = "".join(self._text), self._expected()
+        text, expected = "".join(self._text), ""
         if not self._failure:
+            expected = self._expected()
             self._consumer.around.judge.answered(self.node, self.job.job_id, text, expected)
         self._consumer.outcomes.append(
             Outcome(

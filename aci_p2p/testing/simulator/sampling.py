@@ -18,6 +18,10 @@ NODES: Final = (6, 24)
 """Fewest and most nodes of a random world."""
 HOURS: Final = (0.03, 0.08)
 """Shortest and longest time in which jobs are offered."""
+FLOODS: Final = frozenset({"offer spam", "quote spam", "bid spam", "sybil bids"})
+"""Strategies that send as much in a minute as all others in ten."""
+FLOODED: Final = 0.3
+"""Part of its time that a world with a flood has: as many worlds again could not run otherwise."""
 INTERVAL_S: Final = (30, 120)
 """Least and greatest mean time between two jobs of one consumer, seconds."""
 MAX_SLOTS: Final = 3
@@ -36,12 +40,14 @@ def random_scenario(seed: int) -> Scenario:
     strategies = list(STRATEGIES)
     # Each has its turn, however few worlds there are.
     turn = strategies.pop(seed % len(strategies))
+    nodes, hours = random.randint(*NODES), random.uniform(*HOURS)
+    chosen = (turn, *random.sample(strategies, random.randrange(MOST_STRATEGIES)))
     return Scenario(
         seed=seed,
-        nodes=random.randint(*NODES),
-        hours=round(random.uniform(*HOURS), 3),
+        nodes=nodes,
+        hours=round(hours if FLOODS.isdisjoint(chosen) else hours * FLOODED, 3),
         adversaries=ADVERSARIES,
-        strategies=tuple(sorted((turn, *random.sample(strategies, random.randrange(MOST_STRATEGIES))))),
+        strategies=tuple(sorted(chosen)),
         providers=random.choice((0.3, 0.5)),
         models=random.choice((1, 1, 2)),
         slots=random.randint(1, MAX_SLOTS),
