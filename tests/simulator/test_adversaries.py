@@ -33,11 +33,17 @@ Found = dict[str, Future[Measurement]]
 
 
 @pytest.fixture(scope="module")
-def found(request: pytest.FixtureRequest) -> Generator[Found]:
-    """What each strategy that is asked for brings."""
+def pool() -> Generator[ProcessPoolExecutor]:
+    """Where worlds run."""
     with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
-        yield {name: pool.submit(measure, trial(name)) for name in selected(request, "name")}
+        yield pool
         pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest, pool: ProcessPoolExecutor) -> Found:
+    """What each strategy that is asked for brings."""
+    return {name: pool.submit(measure, trial(name)) for name in selected(request, "name")}
 
 
 def marked(names: list[str], reason: str) -> list[object]:
@@ -68,11 +74,11 @@ def test_an_attack_brings_nothing(name: str, found: Found) -> None:
 @pytest.mark.simulation
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", marked(HARMING, "harms"))
-def test_an_attack_spoils_next_to_nothing(name: str, found: Found) -> None:
+def test_an_attack_spoils_next_to_nothing(name: str, found: Found, pool: ProcessPoolExecutor) -> None:
     measured = [found[name].result()]
     if measured[0].harm > MOST_HARM and name not in HARMING:
         # A few jobs more or less are chance: what counts is the share in several worlds.
-        measured += [measure(replace(trial(name), seed=seed)) for seed in SEEDS]
+        measured += pool.map(measure, [replace(trial(name), seed=seed) for seed in SEEDS])
     assert sum(one.spoiled for one in measured) <= MOST_HARM * sum(one.jobs for one in measured), measured
 
 
