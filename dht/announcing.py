@@ -112,8 +112,10 @@ class Announcer:
 
 def is_material(old: Record, new: Record) -> bool:
     """Whether others should hear of a change of our record."""
+    if old == new:
+        return False
     if not isinstance(old, CapabilityRecord) or not isinstance(new, CapabilityRecord):
-        return old != new
+        return True
     if replace(old, free_slots=new.free_slots) != new:
         return True
     changed = abs(old.free_slots - new.free_slots)

@@ -7,8 +7,8 @@ another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Annotated, Any, Final, Generic, TypeVar
 
 from aci_p2p.protocol import cbor, wire
@@ -132,7 +132,8 @@ class Sealer:
             msg = f"the {kind.name.lower()} lives {rules.lifetime_ms} ms at most, not {lifetime}"
             raise LocalError(msg)
         self._sequence = max(self._sequence + 1, now << 10)
-        unsigned = Header(
+        header = partial(
+            Header,
             version=VERSION,
             kind=kind,
             network=self._network,
@@ -141,15 +142,15 @@ class Sealer:
             issued_at=now,
             expires_at=now + lifetime,
             body=cbor.encode(wire.to_value(body)),
-            signature=bytes(SIGNATURE_BYTES),
         )
+        unsigned = header(signature=bytes(SIGNATURE_BYTES))
         data = cbor.encode(wire.to_value(unsigned))
         signature = self._key.sign(_digest_to_sign(unsigned, _without_signature(data)))
-        header, data = replace(unsigned, signature=signature), data[:-SIGNATURE_BYTES] + signature
+        data = data[:-SIGNATURE_BYTES] + signature
         if len(data) > rules.max_bytes:
             msg = f"the {kind.name.lower()} takes {len(data)} bytes, {rules.max_bytes} at most"
             raise LocalError(msg)
-        return Envelope(header, body, data)
+        return Envelope(header(signature=signature), body, data)
 
 
 def open_envelope(data: bytes, body_type: type[B], *, network: str, now: int | None) -> Envelope[B]:

@@ -136,6 +136,8 @@ class AskPacer:
 
 def is_urgent(old: Ask, new: Ask) -> bool:
     """Whether buyers should hear of a change at once: other terms or prices, the first free slot, or the last."""
+    if old == new:
+        return False
     if bool(old.free_slots) != bool(new.free_slots) or asked_prices(old) != asked_prices(new):
         return True
     return replace(old, free_slots=new.free_slots, latency_ms=new.latency_ms) != new

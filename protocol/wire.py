@@ -14,7 +14,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, Generic, TypeVar, get_type_hints
+from typing import Any, Final, Generic, NamedTuple, TypeVar, cast, get_type_hints
 
 from aci_p2p.protocol.cbor import Value
 from aci_p2p.protocol.errors import LocalError, RemoteError
@@ -25,8 +25,10 @@ AMOUNT_BYTES_MAX: Final = 16
 """Amounts are below 2^128 base units (10^-18 ACI); CBOR integers end at 2^64, which is 18 ACI."""
 UINT64_MAX: Final = (1 << 64) - 1
 
-_declared: Final[dict[type[Any], tuple[tuple[str, Wire], ...]]] = {}
-"""Field declarations by class, read once; as many as there are message classes."""
+_declared: Final[dict[type[Any], _Declaration]] = {}
+"""By class, read once; as many as there are message classes."""
+_members: Final[dict[type[IntEnum], dict[int, Any]]] = {}
+"""Members by their values, read once for each enumeration."""
 
 T = TypeVar("T")
 E = TypeVar("E", bound=IntEnum)
@@ -183,10 +185,13 @@ class EnumOf(Codec[E]):
         return int(value)
 
     def decode(self, value: Value) -> E:
-        if isinstance(value, bool) or not isinstance(value, int) or value not in set(self.enum):
+        members = _members.get(self.enum)
+        if members is None:
+            members = _members[self.enum] = {int(member): member for member in self.enum}
+        if isinstance(value, bool) or not isinstance(value, int) or value not in members:
             msg = f"expected a {self.enum.__name__}"
             raise Malformed(msg)
-        return self.enum(value)
+        return cast("E", members[value])
 
     def cddl(self) -> str:
         return " / ".join(str(int(member)) for member in self.enum)
@@ -244,15 +249,28 @@ class Wire:
     """How its value is written."""
 
 
+class _Declaration(NamedTuple):
+    """What a message class declares."""
+
+    fields: tuple[tuple[str, Wire], ...]
+    """Names and wire forms, in order of their keys."""
+    keys: frozenset[int]
+    """Their keys."""
+
+
 def fields_of(cls: type[Any]) -> tuple[tuple[str, Wire], ...]:
     """The declared fields of a message class, in order of their keys. Raises TypeError on a class without them."""
+    return _declaration_of(cls).fields
+
+
+def _declaration_of(cls: type[Any]) -> _Declaration:
     known = _declared.get(cls)
     if known is None:
         known = _declared[cls] = _read_declaration(cls)
     return known
 
 
-def _read_declaration(cls: type[Any]) -> tuple[tuple[str, Wire], ...]:
+def _read_declaration(cls: type[Any]) -> _Declaration:
     hints = get_type_hints(cls, include_extras=True)
     declared: list[tuple[str, Wire]] = []
     for field in dataclasses.fields(cls):
@@ -262,10 +280,11 @@ def _read_declaration(cls: type[Any]) -> tuple[tuple[str, Wire], ...]:
             raise TypeError(msg)
         declared.append((field.name, wires[0]))
     declared.sort(key=lambda entry: entry[1].key)
-    if len({wire.key for _, wire in declared}) != len(declared):
+    keys = frozenset(wire.key for _, wire in declared)
+    if len(keys) != len(declared):
         msg = f"{cls.__name__} uses a wire key twice"
         raise TypeError(msg)
-    return tuple(declared)
+    return _Declaration(tuple(declared), keys)
 
 
 def to_value(message: object) -> Value:
@@ -285,8 +304,8 @@ def from_value(cls: type[T], value: Value) -> T:
     if not isinstance(value, dict):
         msg = f"{cls.__name__} is not a map"
         raise Malformed(msg)
-    declared = fields_of(cls)
-    if value.keys() != {wire.key for _, wire in declared}:
+    declared, keys = _declaration_of(cls)
+    if value.keys() != keys:
         msg = f"{cls.__name__} has missing or unknown fields"
         raise Malformed(msg)
     arguments: dict[str, Any] = {}

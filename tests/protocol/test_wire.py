@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aci_p2p.protocol import cbor, messages, publications, terms, wire
+from aci_p2p.protocol import cbor, messages, publications, terms
 from aci_p2p.protocol.cbor import Value
 from aci_p2p.protocol.envelope import Header
 from aci_p2p.protocol.errors import LocalError, RemoteError
@@ -309,4 +309,3 @@ def test_the_dearest_bid_is_an_amount() -> None:
 
 def test_names_are_declared_once() -> None:
     assert fields_of(Engine) is fields_of(Engine)
-    assert wire._declared[Engine] is fields_of(Engine)

@@ -133,6 +133,8 @@ class Directory:
             ranked = sorted(self._positions, key=lambda one: one[0] ^ target)
             # Half of the nodes may be on the other side of a partition, and as many again.
             known = self._nearest[key] = [node for _, node in ranked if node.up][: 4 * BUCKET_SIZE]
+        if not self._transport.is_split:
+            return [node for node in known if node.up][:BUCKET_SIZE]
         is_cut = self._transport.is_cut
         return [node for node in known if node.up and not is_cut(asker, node)][:BUCKET_SIZE]
 

@@ -238,7 +238,7 @@ class Gossip:
         latency, meshes, nodes = self._transport.model.one_way_ms, self._meshes, self._nodes
         is_cut = self._transport.is_cut if self._transport.is_split else None
         # One heap entry is a number: milliseconds, then the node's index.
-        queue = [origin.index]
+        queue, soonest = [origin.index], {origin.index: origin.index}
         while queue:
             so_far, index = divmod(heapq.heappop(queue), SHIFT)
             if index in ways:
@@ -249,8 +249,11 @@ class Gossip:
                 continue
             row = latency[node.place.region]
             for other in meshes[index]:
-                if other.index not in ways and other.up and not (is_cut and is_cut(node, other)):
-                    heapq.heappush(queue, (so_far + row[other.place.region] + 1) * SHIFT + other.index)
+                number = other.index
+                entry = (so_far + row[other.place.region] + 1) * SHIFT + number
+                if entry < soonest.get(number, entry + 1) and other.up and not (is_cut and is_cut(node, other)):
+                    soonest[number] = entry
+                    heapq.heappush(queue, entry)
         del ways[origin.index]
         return ways
 
