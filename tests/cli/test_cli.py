@@ -169,6 +169,14 @@ def test_verify_takes_under_half_a_second_and_loads_nothing_heavy(proof_path: Pa
     assert min(times) < 0.5
 
 
+def test_a_node_does_not_load_what_only_its_worker_needs() -> None:
+    program = (
+        "import sys, aci_p2p.cli.join; sys.exit(' '.join({'numpy', 'tokenizers', 'jinja2'} & sys.modules.keys()) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_closed_pipe_is_no_traceback(proof_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)

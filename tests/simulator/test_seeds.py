@@ -22,6 +22,7 @@ from aci_p2p.testing.simulator import (
     load_scenario,
     random_scenario,
 )
+from aci_p2p.testing.simulator.sampling import FLOODED, FLOODS, HOURS
 from tests.simulator.conftest import PROCESSES, Tell
 
 SAMPLE = 16
@@ -102,6 +103,16 @@ def test_random_worlds(tell: Tell) -> None:
 @pytest.mark.parametrize("path", sorted(KEPT.glob("*.json")), ids=lambda path: path.stem)
 def test_worlds_that_failed_once(path: Path) -> None:
     Simulation(load_scenario(path)).run()
+
+
+def test_floods_are_short() -> None:
+    longest = {True: 0.0, False: 0.0}
+    for seed in range(1, 200):
+        scenario = random_scenario(seed)
+        floods = not FLOODS.isdisjoint(scenario.strategies)
+        longest[floods] = max(longest[floods], scenario.hours)
+    assert set(STRATEGIES) >= FLOODS
+    assert 0 < longest[True] <= HOURS[1] * FLOODED < HOURS[0] < longest[False] <= HOURS[1]
 
 
 def test_a_kept_world_is_the_same_world(tmp_path: Path) -> None:

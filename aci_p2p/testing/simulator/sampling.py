@@ -19,9 +19,9 @@ NODES: Final = (6, 24)
 HOURS: Final = (0.03, 0.08)
 """Shortest and longest time in which jobs are offered."""
 FLOODS: Final = frozenset({"offer spam", "quote spam", "bid spam", "sybil bids"})
-"""Strategies that send as much in a minute as all others in ten."""
+"""Strategies whose worlds take several times as long to run as others."""
 FLOODED: Final = 0.3
-"""Part of its time that a world with a flood has: as many worlds again could not run otherwise."""
+"""Part of its time that a world with a flood has, so that floods do not take half the time of all worlds."""
 INTERVAL_S: Final = (30, 120)
 """Least and greatest mean time between two jobs of one consumer, seconds."""
 MAX_SLOTS: Final = 3
