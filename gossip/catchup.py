@@ -24,7 +24,7 @@ PULL_S: Final = 5.0
 """Seconds between two questions, give or take half of it, while they bring something."""
 BUSY_PULL_S: Final = 15.0
 """The same while gossip brings messages: a quarter of an offer's life."""
-MAX_PULL_S: Final = 1_800.0
+MAX_PULL_S: Final = 7_200.0
 """The same after many that brought nothing: who misses something is told of it anyway, by neighbours that have it."""
 PULL_GROWTH: Final = 2.0
 """Factor from one to the next that brings nothing."""

@@ -13,6 +13,7 @@ from typing import Final, cast
 import click
 
 from aci_p2p.cli.entry import EXIT_INTERRUPTED
+from aci_p2p.cli.loading import loading
 from aci_p2p.protocol.errors import AciError, LocalError
 from aci_p2p.protocol.text import printable_lines
 from aci_p2p.version import VERSION
@@ -53,7 +54,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         if cmd_name not in _COMMANDS:
             return None
-        command = import_module(f"aci_p2p.cli.{cmd_name}").command
+        with loading():
+            command = import_module(f"aci_p2p.cli.{cmd_name}").command
         assert isinstance(command, click.Command)  # each module defines one
         return command
 

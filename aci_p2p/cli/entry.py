@@ -12,7 +12,11 @@ EXIT_INTERRUPTED: Final = 130
 def main() -> None:
     """Run the command line; never returns."""
     try:
-        from aci_p2p.cli.app import run  # noqa: PLC0415 - a tenth of a second, in which Ctrl-C may come
+        # Here, because it takes a tenth of a second, in which Ctrl-C may come.
+        from aci_p2p.cli.loading import loading  # noqa: PLC0415
+
+        with loading():
+            from aci_p2p.cli.app import run  # noqa: PLC0415
     except KeyboardInterrupt:
         sys.stderr.write("aci-p2p: interrupted\n")
         sys.exit(EXIT_INTERRUPTED)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Final, TextIO, cast
 
 import click
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from aci_p2p.cli.common import program
 from aci_p2p.cli.live import can_be_live, open_live
+from aci_p2p.cli.loading import loading
 from aci_p2p.cli.notify import notify
 from aci_p2p.cli.options import NODE, Given, configured
 from aci_p2p.cli.output import Background
@@ -124,6 +126,9 @@ def command(given: Given, live: bool | None, verbose: bool) -> None:  # noqa: FB
         config = replace(config, provider=None)
     shows = can_be_live(sys.stdout) and (live if live is not None else loaded.origins["log.format"].source == "default")
     journal = Journal()
+    with loading():
+        # Here, because the event loop would stand still for as long as it takes.
+        import_module("aci_p2p.network.libp2p")
 
     async def work(stop: Stop) -> None:
         with trio.open_signal_receiver(signal.SIGHUP) as hangups, Background(sys.stdout) as output:

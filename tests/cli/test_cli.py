@@ -157,7 +157,7 @@ def test_verify_takes_under_half_a_second_and_loads_nothing_heavy(proof_path: Pa
     program = (
         "import sys; from aci_p2p.cli import app;"
         f"app.app.main(['verify', {str(proof_path)!r}], standalone_mode=False);"
-        "heavy = {'torch', 'numpy', 'libp2p', 'trio', 'tokenizers', 'rich'} & sys.modules.keys();"
+        "heavy = {'torch', 'numpy', 'aci_p2p.network.libp2p', 'trio', 'tokenizers', 'rich'} & sys.modules.keys();"
         "sys.exit(' '.join(heavy) or 0)"
     )
     times: list[float] = []
@@ -175,6 +175,18 @@ def test_a_node_does_not_load_what_only_its_worker_needs() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_garbage_is_collected_after_the_modules_are_loaded() -> None:
+    program = (
+        "import atexit, gc; from aci_p2p.cli import main;"
+        "atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 10_000)); main()"
+    )
+    for arguments in (("--version",), ("join", "--help"), ("join", "--bootstrap", "nonsense")):
+        result = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+        )
+        assert result.stdout.splitlines()[-1] == "True True", result.stderr
 
 
 def test_closed_pipe_is_no_traceback(proof_path: Path) -> None:

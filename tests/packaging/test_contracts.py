@@ -31,10 +31,11 @@ FOUND = (
     "aci_p2p.protocol.planted -> sqlite3",
     "aci_p2p.protocol.planted -> trio",
     "aci_p2p.executor.planted -> libp2p",
+    "aci_p2p.network.libp2p.planted -> libp2p",
     "aci_p2p.protocol.planted -> cbor2",
 )
 """What the report must name."""
-ALLOWED = "aci_p2p.network.libp2p.planted -> libp2p"
+ALLOWED = "aci_p2p.network.libp2p.upstream -> libp2p"
 """What it must not name."""
 
 

@@ -17,8 +17,8 @@ from enum import IntEnum
 from typing import Self, TypeAlias, cast
 
 import ifaddr
-from libp2p.utils.address_validation import get_available_interfaces
 
+from aci_p2p.network.libp2p.upstream import get_available_interfaces
 from aci_p2p.network.libp2p.varint import encode_varint, split_varint
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId

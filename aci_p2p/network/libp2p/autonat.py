@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import trio
 from google.protobuf.message import DecodeError
-from libp2p.host.autonat.pb.autonat_pb2 import Message
 
 from aci_p2p.network.api import PeerUnreachable, Reachability
 from aci_p2p.network.libp2p.addresses import TcpAddress, parse_all
@@ -26,6 +25,7 @@ from aci_p2p.network.libp2p.dialling import Race
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.identify import Identity
 from aci_p2p.network.libp2p.secure import Security
+from aci_p2p.network.libp2p.upstream import AutoNatMessage as Message
 from aci_p2p.network.libp2p.varint import VarintError, prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import trio
 from google.protobuf.message import DecodeError
-from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Limit, PeerId, Reservation, Status, StopMessage
 
+from aci_p2p.network.libp2p.upstream import HopMessage, Limit, PeerId, Reservation, Status, StopMessage
 from aci_p2p.network.libp2p.varint import VarintError, prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.errors import LocalError

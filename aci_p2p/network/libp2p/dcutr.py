@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import trio
 from google.protobuf.message import DecodeError
-from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from aci_p2p.network.api import PeerUnreachable
 from aci_p2p.network.libp2p.addresses import TcpAddress, parse_all
 from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.identify import Identity
+from aci_p2p.network.libp2p.upstream import HolePunch
 from aci_p2p.network.libp2p.varint import VarintError, prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER

@@ -14,7 +14,6 @@ from random import Random
 
 import trio
 from google.protobuf.message import DecodeError
-from libp2p.pubsub.pb.rpc_pb2 import RPC
 
 from aci_p2p.network.api import GossipMessage, GossipValidator, PeerUnreachable, Subscription
 from aci_p2p.network.delivery import GossipJournal, QueuedSubscription, judge
@@ -22,6 +21,7 @@ from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.router import HEARTBEAT_SECONDS, Incoming, Router
 from aci_p2p.network.libp2p.score import MALFORMED_PENALTY
+from aci_p2p.network.libp2p.upstream import RPC
 from aci_p2p.network.libp2p.varint import prefixed, split_prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.errors import LocalError

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import trio
 from google.protobuf.message import DecodeError
-from libp2p.identity.identify.pb.identify_pb2 import Identify as Message
 
 from aci_p2p.network.api import PeerUnreachable
 from aci_p2p.network.libp2p.addresses import TcpAddress, parse_all
 from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.upstream import Identify as Message
 from aci_p2p.network.libp2p.varint import VarintError, prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import StreamReset, YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER

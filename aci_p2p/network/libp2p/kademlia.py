@@ -19,7 +19,6 @@ from random import Random
 from typing import cast
 
 import trio
-from libp2p.kad_dht.pb.kademlia_pb2 import Message, Record
 
 from aci_p2p.network.api import MAX_RECORD_BYTES, MAX_RECORD_KEY_BYTES, RecordSelector, RecordValidator
 from aci_p2p.network.buckets import TokenBucket
@@ -39,6 +38,8 @@ from aci_p2p.network.libp2p.kad_table import (
     position,
     position_of,
 )
+from aci_p2p.network.libp2p.upstream import KademliaMessage as Message
+from aci_p2p.network.libp2p.upstream import Record
 from aci_p2p.network.libp2p.varint import prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from random import Random
 
 import trio
-from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Status, StopMessage
 
 from aci_p2p.clock import MS_PER_S, Clock
 from aci_p2p.network.api import PeerUnreachable, Reachability
@@ -35,6 +34,7 @@ from aci_p2p.network.libp2p.circuit import (
 )
 from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.upstream import HopMessage, Status, StopMessage
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.network.limits import MAX_ADDRESSES_PER_PEER
 from aci_p2p.protocol.identity import NodeId

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import trio
-from libp2p.peer.pb.crypto_pb2 import PublicKey
-from libp2p.peer.pb.envelope_pb2 import Envelope
-from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, Limit, Reservation, Status, StopMessage, Voucher
 
 from aci_p2p.clock import MS_PER_S, Clock
 from aci_p2p.network.api import PeerUnreachable, Reachability
@@ -32,6 +29,16 @@ from aci_p2p.network.libp2p.circuit import (
 )
 from aci_p2p.network.libp2p.connections import LOOPBACK, Connection
 from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.upstream import (
+    Envelope,
+    HopMessage,
+    Limit,
+    PublicKey,
+    Reservation,
+    Status,
+    StopMessage,
+    Voucher,
+)
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.identity import KeyPair, NodeId

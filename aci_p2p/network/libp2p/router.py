@@ -22,16 +22,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
-from libp2p.pubsub.pb.rpc_pb2 import (
-    RPC,
-    ControlGraft,
-    ControlIHave,
-    ControlIWant,
-    ControlMessage,
-    ControlPrune,
-    Message,
-)
-
 from aci_p2p.network.delivery import SeenCache, message_id
 from aci_p2p.network.libp2p.flood import Admission, FloodGuard
 from aci_p2p.network.libp2p.score import (
@@ -46,6 +36,8 @@ from aci_p2p.network.libp2p.score import (
     PeerScores,
     median,
 )
+from aci_p2p.network.libp2p.upstream import RPC, ControlGraft, ControlIHave, ControlIWant, ControlMessage, ControlPrune
+from aci_p2p.network.libp2p.upstream import GossipsubMessage as Message
 from aci_p2p.network.limits import MAX_TOPIC_BYTES, MAX_TOPICS_PER_PEER
 from aci_p2p.protocol.hashing import DIGEST_BYTES
 from aci_p2p.protocol.identity import NodeId

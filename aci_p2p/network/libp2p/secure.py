@@ -8,24 +8,22 @@ proves must be an Ed25519 key; whoever has another kind of key is refused.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Protocol
 
 import trio
-from libp2p.abc import IRawConnection, ISecureConn
-from libp2p.connection_types import ConnectionType
-from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
-from libp2p.peer.id import ID  # pyright: ignore[reportMissingTypeStubs] - py.typed, but it says otherwise
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
-from libp2p.security.noise.transport import Transport as NoiseTransport
 
 from aci_p2p.network.libp2p.negotiation import select_inbound, select_outbound
+from aci_p2p.network.libp2p.upstream import (
+    ID,
+    NOISE,
+    ConnectionType,
+    IRawConnection,
+    ISecureConn,
+    NoiseTransport,
+    create_ed25519_key_pair,
+    create_x25519_key_pair,
+)
 from aci_p2p.protocol.identity import KeyPair, NodeId
-
-# py-libp2p means to be silent unless LIBP2P_DEBUG is set, but leaves its logger without a handler, so that Python would
-# print the mistakes of peers on the terminal. Handlers that the program adds to that logger get everything.
-logging.getLogger("libp2p").addHandler(logging.NullHandler())
 
 RECEIVE_BYTES = 64 << 10
 """Read from the stream at once, bytes: about one Noise message of the largest size."""
@@ -128,7 +126,7 @@ class Security:
     """Our side of every handshake."""
 
     def __init__(self, key: KeyPair) -> None:
-        key_pair = create_new_key_pair(key.seed)
+        key_pair = create_ed25519_key_pair(key.seed)
         self._noise = NoiseTransport(key_pair, noise_privkey=create_x25519_key_pair().private_key)
 
     async def secure_outbound(self, stream: ByteStream, peer: NodeId | None) -> SecureChannel:
