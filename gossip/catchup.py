@@ -26,7 +26,7 @@ BUSY_PULL_S: Final = 15.0
 """The same while gossip brings messages: a quarter of an offer's life."""
 MAX_PULL_S: Final = 7_200.0
 """The same after many that brought nothing: who misses something is told of it anyway, by neighbours that have it."""
-PULL_GROWTH: Final = 2.0
+PULL_GROWTH: Final = 3.0
 """Factor from one to the next that brings nothing."""
 NEWCOMER_GAP_S: Final = 1.0
 """Seconds between questions to new neighbours and to those that are ahead, asked at once otherwise: many may be."""

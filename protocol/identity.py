@@ -83,7 +83,7 @@ class NodeId:
             msg = "the peer id is too long"
             raise LocalError(msg)
         try:
-            raw = base58.b58decode(text)
+            raw = _bytes_of(text)
         except ValueError:
             msg = f"{text!r} is not a peer id"
             raise LocalError(msg, hint="a peer id looks like 12D3KooW...") from None
@@ -99,8 +99,13 @@ class NodeId:
 
 
 @lru_cache(maxsize=MAX_TEXTS)
+def _bytes_of(text: str) -> bytes:
+    return base58.b58decode(text)
+
+
+@lru_cache(maxsize=MAX_TEXTS)
 def _text_of(public_key: bytes) -> str:
-    # Logs and multiaddrs name the same few nodes again and again, and base 58 is slow.
+    # Logs and multiaddrs name the same few nodes again and again, and base 58 is slow; so, too, the other way round.
     return base58.b58encode(_PEER_ID_PREFIX + public_key).decode("ascii")
 
 

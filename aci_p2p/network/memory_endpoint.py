@@ -382,12 +382,13 @@ class MemoryNetwork(Network):
         check_gossip(data)
         await trio.lowlevel.checkpoint()
         if self._seen.add(message_id(topic, data), trio.current_time()):
-            self._forward(topic, data)
+            self._forward(topic, data, self._node_id)
 
-    def _forward(self, topic: str, data: bytes) -> None:
+    def _forward(self, topic: str, data: bytes, forwarder: NodeId) -> None:
+        """Send a message to all neighbours but the one that brought it."""
         for peer, link in self._links.items():
             remote = self._hub.endpoint(peer)
-            if remote is not None:
+            if remote is not None and peer != forwarder:
                 for delay in self._medium.gossip_s(self._node_id, peer, link.relay, len(data)):
                     remote.enqueue_gossip(self._node_id, topic, data, delay)
 
@@ -399,9 +400,9 @@ class MemoryNetwork(Network):
     async def pump(self) -> None:
         """Handle arriving gossip in the order of its arrival, until cancelled."""
         while True:
-            forwarder, topic, data = await self._inbox.take()
-            if forwarder in self._links:
-                self._receive_gossip(forwarder, topic, data)
+            for forwarder, topic, data in await self._inbox.take():
+                if forwarder in self._links:
+                    self._receive_gossip(forwarder, topic, data)
 
     def _receive_gossip(self, forwarder: NodeId, topic: str, data: bytes) -> None:
         if self._medium.note is not None:
@@ -416,7 +417,7 @@ class MemoryNetwork(Network):
         self._journal.accepted += 1
         if not subscription.deliver(GossipMessage(forwarder, data)):
             self._journal.dropped += 1
-        self._forward(topic, data)
+        self._forward(topic, data, forwarder)
 
     def _refuse(self, forwarder: NodeId, validation: Validation) -> None:
         if self._journal.refuse(forwarder, validation) and forwarder in self._links:

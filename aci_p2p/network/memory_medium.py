@@ -150,13 +150,17 @@ class Inbox:
             self._changed.set()
         return True
 
-    async def take(self) -> tuple[NodeId, str, bytes]:
-        """Wait for the next arrival."""
+    async def take(self) -> list[tuple[NodeId, str, bytes]]:
+        """Wait for the next arrivals: all of one moment, in their order."""
         await trio.lowlevel.checkpoint()
         while True:
+            arrived: list[tuple[NodeId, str, bytes]] = []
+            now = trio.current_time()
+            while self._waiting and self._waiting[0][0] <= now:
+                arrived.append(heapq.heappop(self._waiting)[2])
+            if arrived:
+                return arrived
             due = self._waiting[0][0] if self._waiting else inf
-            if due <= trio.current_time():
-                return heapq.heappop(self._waiting)[2]
             self._changed = trio.Event()
             with trio.move_on_at(due):
                 await self._changed.wait()

@@ -34,7 +34,7 @@ from aci_p2p.protocol.envelope import kind_of
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.lifecycle import State
-from aci_p2p.protocol.messages import Kind
+from aci_p2p.protocol.messages import SEAL_BYTES, Kind
 from aci_p2p.protocol.validation import MessageRefused
 from aci_p2p.tasks import open_background
 from aci_p2p.testing.ledger import Ledger
@@ -92,6 +92,8 @@ class Trace:
 
 def _is_sealed(frame: bytes) -> bool:
     """Whether a frame holds a sealed prompt, whose bytes differ each time."""
+    if len(frame) < SEAL_BYTES:
+        return False
     with suppress(MessageRefused):
         return kind_of(frame) is Kind.INPUT
     return False

@@ -114,6 +114,27 @@ async def test_duplicates_arrive(autojump_clock: object) -> None:
     assert heard.count("gossip") == 2
 
 
+async def test_gossip_does_not_go_back(autojump_clock: object) -> None:
+    ways: list[tuple[NodeId, NodeId]] = []
+
+    def note(kind: str, source: NodeId, target: NodeId, _data: bytes) -> None:
+        if kind == "gossip":
+            ways.append((source, target))
+
+    hub = MemoryHub(model=STEADY, note=note)
+    async with opened(hub, [Place()] * 3) as (a, b, c):
+        await a.connect(b.addresses[0])
+        await b.connect(c.addresses[0])
+        async with (
+            a.subscribe(TOPIC, accept, capacity=8),
+            b.subscribe(TOPIC, accept, capacity=8),
+            c.subscribe(TOPIC, accept, capacity=8),
+        ):
+            await a.publish(TOPIC, b"hello")
+            await trio.sleep(1)
+    assert ways == [(a.node_id, b.node_id), (b.node_id, c.node_id)]
+
+
 async def test_gossip_overtakes_gossip(autojump_clock: object) -> None:
     hub = MemoryHub(model=NetworkModel(reordering=0.5), random=Random(1))  # noqa: S311
     arrived: list[bytes] = []
@@ -138,7 +159,7 @@ async def test_messages_on_their_way_are_bounded(autojump_clock: object) -> None
         await near.connect(far.addresses[0])
         assert isinstance(near, MemoryNetwork)
         for number in range(INBOX_MESSAGES + 10):
-            near._forward(TOPIC, number.to_bytes(2))
+            near._forward(TOPIC, number.to_bytes(2), near.node_id)
         assert far.statistics().gossip_dropped == 10
 
 
