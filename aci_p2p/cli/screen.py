@@ -15,6 +15,7 @@ from rich.text import Text
 from aci_p2p.cli.texts import amount, duration, mebibytes, plural, short_job, short_peer
 from aci_p2p.clock import MS_PER_S
 from aci_p2p.control import Event, StatusReport
+from aci_p2p.control.market import ModelMarket
 from aci_p2p.control.report import PeerEntry, ProcessSection, ProviderSection
 from aci_p2p.protocol.catalogue import CATALOGUE
 from aci_p2p.protocol.text import printable
@@ -40,6 +41,8 @@ class View:
     """The node."""
     peers: Sequence[PeerEntry]
     """Its connections."""
+    book: Sequence[ModelMarket]
+    """What providers ask, by model."""
     events: Sequence[Event]
     """What it logged lately, the oldest first."""
     now_ms: int
@@ -194,7 +197,22 @@ def _market(view: View) -> _Section:
         )
         for offer in market["recent_offers"]
     ]
-    return _Section("market", [_plain(heard), _plain(total, "dim"), *_rows(cells, "", right=(0, 3))])
+    lines = [_plain(heard), _plain(total, "dim"), *_rows(_book(view.book), "cyan"), *_rows(cells, "", right=(0, 3))]
+    return _Section("market", lines)
+
+
+def _book(markets: Sequence[ModelMarket]) -> list[tuple[str, ...]]:
+    """The order book in short: each model that somebody asks something for."""
+    return [
+        (
+            _model_name(market["model_root"]),
+            plural(len(asks), "provider"),
+            f"from {amount(asks[0]['output_token_price'])} a token",
+            f"{sum(ask['free_slots'] for ask in asks)} of {plural(sum(ask['slots'] for ask in asks), 'slot')} free",
+        )
+        for market in markets
+        if (asks := market["asks"])
+    ]
 
 
 def _model_name(root: str) -> str:

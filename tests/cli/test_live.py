@@ -25,7 +25,7 @@ from rich.text import Text
 from aci_p2p.cli.live import Terminal, can_be_live, render
 from aci_p2p.cli.screen import View
 from aci_p2p.control import Event, StatusReport, ask
-from tests.cli.views import CONSUMER, HOSTILE, NODE, peer, status, view
+from tests.cli.views import CONSUMER, HOSTILE, NODE, book, peer, status, view
 
 COMMAND = (sys.executable, "-c", "from aci_p2p.cli import main; main()")
 START_S = 30.0
@@ -48,7 +48,7 @@ def test_it_fits_every_terminal(columns: int, lines: int) -> None:
 
 
 def test_what_is_shown() -> None:
-    text = "\n".join(lines_of(view(), 160, 50))
+    text = "\n".join(lines_of(view(), 180, 50))
     for part in (
         "aci-p2p 0.1.0  network aci-test  running for 3 d 4 h",
         NODE,
@@ -61,6 +61,7 @@ def test_what_is_shown() -> None:
         "checkpoints  none: no chain configured",
         "12 offers and 12 bids in the last minute",
         "120 and 120 in all, 2 lost; 15 bids of ours, 2 open",
+        "smollm2-135m-instruct  2 providers  from 0.000004 ACI a token  3 of 8 slots free",
         f" 0 s ago  00000000  of {CONSUMER[-8:]}  160 tokens  <= 1 ACI  smollm2-135m-instruct",
         "peers  7: 3 in, 5 out",
         f"{CONSUMER[-8:]}  in  direct  12.3 ms",
@@ -84,7 +85,7 @@ def test_a_node_that_begins() -> None:
     empty["addresses"], empty["bootstrap"], empty["jobs"] = [], [], []
     empty["market"]["recent_offers"] = []
     empty["reachability"] = {"state": "unknown", "why": "", "relays": []}
-    text = "\n".join(lines_of(View(empty, (), (), 0), 100, 40))
+    text = "\n".join(lines_of(View(empty, (), (), (), 0), 100, 40))
     for part in ("nobody can dial it", "it serves no model", "connected to nobody yet", "nothing yet", "no chain"):
         assert part in text
 
@@ -96,7 +97,7 @@ def test_a_peers_text_reaches_no_terminal() -> None:
     bad["provider"]["running"][0]["model"] = HOSTILE
     bad["market"]["recent_offers"][0]["model_root"] = HOSTILE
     events = (Event("2026-11-24T18:57:30.123Z", "info", "node", HOSTILE, {"x": HOSTILE}),)
-    shown = render(View(bad, (peer(agent=HOSTILE, address=HOSTILE),), events, 0), os.terminal_size((140, 60)))
+    shown = render(View(bad, (peer(agent=HOSTILE, address=HOSTILE),), book(), events, 0), os.terminal_size((140, 60)))
     for part in ("\x1b[2J", "\x07", "\u202e", "\r", "\U0001f604"):
         assert part not in shown
     assert "[red]x[/red] :smile:" in Text.from_ansi(shown).plain
