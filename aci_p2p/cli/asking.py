@@ -9,7 +9,7 @@ import click
 
 from aci_p2p.cli.options import FOLDERS, Given
 from aci_p2p.config import Loaded, NodeConfig
-from aci_p2p.control import NoNode, StatusReport, ask
+from aci_p2p.control import NoNode, NotReady, StatusReport, ask
 from aci_p2p.control.wire import BadRequest
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ BESIDE_S: Final = 2.0
 
 
 def ask_node(given: Given, command: str) -> object:
-    """The node's answer. Raises NoNode, BadRequest, ConfigError."""
+    """The node's answer. Raises NoNode, NotReady, BadRequest, ConfigError."""
     return ask_at(given.load(), command)
 
 
@@ -34,7 +34,10 @@ def ask_at(loaded: Loaded, command: str) -> object:
 
 
 def status_beside(loaded: Loaded) -> StatusReport | None:
-    """How the node is that runs here; None with --bootstrap, which names another way, and if its network is another."""
+    """How the node is that runs here; None with --bootstrap, which names another way, and if its network is another.
+
+    Raises NotReady while the node starts, when it is the only way that is configured.
+    """
     if loaded.origins["bootstrap"].source == "flag":
         return None
     try:
@@ -42,6 +45,10 @@ def status_beside(loaded: Loaded) -> StatusReport | None:
         status = cast("StatusReport", ask(path, "status", timeout_s=BESIDE_S))
     except (NoNode, BadRequest):
         return None
+    except NotReady:
+        if loaded.config.client_node.bootstrap:
+            return None
+        raise
     return status if status["node"]["network"] == loaded.config.client_node.network else None
 
 

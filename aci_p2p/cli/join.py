@@ -70,22 +70,26 @@ class _Daemon:
     async def serve(self) -> None:
         """Run the node until a signal ends it and its jobs are finished or handed back."""
         self._say_what_begins()
-        async with open_node(self.config, require_bootstrap=False) as node:
+        async with (
+            # Before the node, which may take a minute to load its models: whoever asks meanwhile is told so.
+            open_control(self.config.control_socket_path) as control,
+            open_node(self.config, require_bootstrap=False) as node,
+        ):
             observer = Observer(node, self.journal, self.loaded.file if self.loaded.found else None)
-            async with (
-                open_control(node.config.control_socket_path, observer.commands),
-                self._shown(node, observer),
-                open_background() as tasks,
-            ):
-                tasks.start_soon(observer.watch)
-                notify("READY=1")
-                with self.stop:
-                    await self.reloading.run(node)
-                observer.stopping = True
-                with self.stop:
-                    await _finish_jobs(node)
-                # Closing the node hands back what still runs.
+            with control.answering(observer.commands):
+                await self._run(node, observer)
         self.console.print("stopped")
+
+    async def _run(self, node: Node, observer: Observer) -> None:
+        async with self._shown(node, observer), open_background() as tasks:
+            tasks.start_soon(observer.watch)
+            notify("READY=1")
+            with self.stop:
+                await self.reloading.run(node)
+            observer.stopping = True
+            with self.stop:
+                await _finish_jobs(node)
+            # Closing the node hands back what still runs.
 
     def _say_what_begins(self) -> None:
         provider = self.loaded.config.node.provider

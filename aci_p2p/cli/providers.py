@@ -15,7 +15,7 @@ from aci_p2p.cli.running import Stop, run
 from aci_p2p.cli.texts import print_table
 from aci_p2p.client import resolve_model
 from aci_p2p.config import NodeConfig
-from aci_p2p.control import NoNode, ask
+from aci_p2p.control import NoNode, NotReady, ask
 from aci_p2p.control.providers import ProvidersReport, find_providers
 from aci_p2p.node import open_node
 from aci_p2p.protocol.errors import ResourceError
@@ -61,10 +61,10 @@ def command(model: str | None, given: Given, as_json: bool) -> None:  # noqa: FB
 
 
 def _ask(config: NodeConfig, root: bytes) -> ProvidersReport | None:
-    """What the running node finds; None when there is none."""
+    """What the running node finds; None when there is none, or none yet."""
     try:
         return cast("ProvidersReport", ask(config.control_socket_path, "providers", root.hex()))
-    except NoNode:
+    except (NoNode, NotReady):
         return None
 
 

@@ -6,5 +6,16 @@
 from aci_p2p.control.client import NoNode, ask
 from aci_p2p.control.journal import Event, Journal, LineFormatter
 from aci_p2p.control.report import ClocksReport, PeersReport, StatusReport
+from aci_p2p.control.wire import NotReady
 
-__all__ = ["ClocksReport", "Event", "Journal", "LineFormatter", "NoNode", "PeersReport", "StatusReport", "ask"]
+__all__ = [
+    "ClocksReport",
+    "Event",
+    "Journal",
+    "LineFormatter",
+    "NoNode",
+    "NotReady",
+    "PeersReport",
+    "StatusReport",
+    "ask",
+]

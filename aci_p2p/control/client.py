@@ -30,7 +30,7 @@ class NoNode(ResourceError):
 
 
 def ask(path: Path, command: str, argument: str = "", *, timeout_s: float = TIMEOUT_S) -> object:
-    """The answer of the node that listens at `path`: what its JSON says. Raises NoNode, BadRequest."""
+    """The answer of the node that listens at `path`: what its JSON says. Raises NoNode, NotReady, BadRequest."""
     deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapp
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import trio
@@ -23,6 +24,7 @@ from aci_p2p.config import make_private_folder
 from aci_p2p.control.wire import (
     MAX_REQUEST_BYTES,
     BadRequest,
+    NotReady,
     decode_request,
     encode_error,
     encode_result,
@@ -43,6 +45,7 @@ ANSWER_S: Final = 10.0
 
 Command: TypeAlias = Callable[[str], Awaitable[object]]
 """Finds the answer to a question, given its argument: anything that JSON can say. May raise AciError."""
+_NONE: Final[Mapping[str, Command]] = MappingProxyType({})
 
 log = logging.getLogger("aci_p2p.control")
 
@@ -54,27 +57,41 @@ class ControlInUse(LocalError):
 
 
 @asynccontextmanager
-async def open_control(path: Path, commands: Mapping[str, Command]) -> AsyncGenerator[None]:
-    """Answer `commands` on a unix socket at `path` within the block.
+async def open_control(path: Path, commands: Mapping[str, Command] = _NONE) -> AsyncGenerator[Control]:
+    """Answer `commands` on a unix socket at `path` within the block, and others within `Control.answering`.
 
+    While there are none, whoever asks is told that the node is starting or stopping.
     What a killed node left there is replaced. Raises ControlInUse when a running one answers there, LocalError when
     the socket cannot be made.
     """
     make_private_folder(path.parent)
     with _lock(path), _bound(path) as listening:
-        service = _Service(commands)
+        service = Control(commands)
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
         async with listener, open_background() as nursery:
             nursery.start_soon(partial(trio.serve_listeners, service.serve, [listener], handler_nursery=nursery))
-            yield
+            yield service
 
 
-class _Service:
-    """Answers the questions of all connections."""
+class Control:
+    """Answers the questions of all connections. Made by `open_control`."""
 
     def __init__(self, commands: Mapping[str, Command]) -> None:
+        """See `open_control`."""
         self._commands = commands
         self._clients = 0
+        self._answers: set[trio.CancelScope] = set()
+
+    @contextmanager
+    def answering(self, commands: Mapping[str, Command]) -> Generator[None]:
+        """Answer other commands within the block; answers that are still being found at its end are given up."""
+        before, self._commands = self._commands, commands
+        try:
+            yield
+        finally:
+            self._commands = before
+            for scope in self._answers:
+                scope.cancel()
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection to its end; nothing that it does comes out as an error."""
@@ -104,8 +121,12 @@ class _Service:
         try:
             request = decode_request(line)
             command = self._find(request.command)
-            with trio.fail_after(ANSWER_S):
-                return encode_result(await command(request.argument))
+            with trio.fail_after(ANSWER_S) as scope:
+                self._answers.add(scope)
+                try:
+                    return encode_result(await command(request.argument))
+                finally:
+                    self._answers.remove(scope)
         except AciError as error:
             return encode_error(error)
         except trio.TooSlowError:
@@ -116,6 +137,9 @@ class _Service:
             return encode_error(BadRequest("the node cannot answer; its log says why"))
 
     def _find(self, name: str) -> Command:
+        if not self._commands:
+            msg = "the node that runs here is starting or stopping"
+            raise NotReady(msg, hint="try again in a moment: a node that starts loads its models")
         command = self._commands.get(name)
         if command is None:
             msg = f"this node knows no command {name[:80]!r}"

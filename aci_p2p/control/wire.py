@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Final, cast
 
-from aci_p2p.protocol.errors import AciError, LocalError
+from aci_p2p.protocol.errors import AciError, LocalError, ResourceError
 
 VERSION: Final = 1
 """Of the protocol; raised when an old client would misread a new answer."""
@@ -26,6 +26,12 @@ class BadRequest(LocalError):
     """A question that this node does not understand."""
 
     code = "bad_request"
+
+
+class NotReady(ResourceError):
+    """The node that runs is starting, or about to end."""
+
+    code = "not_ready"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,7 @@ def encode_error(error: AciError) -> bytes:
 
 
 def decode_answer(line: bytes) -> object:
-    """The result of an answer. Raises BadRequest with what the node says, or when the answer is none."""
+    """The result of an answer. Raises NotReady, BadRequest with what the node says, or when the answer is none."""
     try:
         value: object = json.loads(line)
     except (ValueError, RecursionError):
@@ -87,7 +93,8 @@ def decode_answer(line: bytes) -> object:
     error = answer.get("error")
     if isinstance(error, dict):
         told = cast("dict[str, object]", error)
-        raise BadRequest(str(told.get("message", "")), hint=str(told.get("hint", "")))
+        kind = NotReady if told.get("code") == NotReady.code else BadRequest
+        raise kind(str(told.get("message", "")), hint=str(told.get("hint", "")))
     msg = "what answers on the control socket speaks another protocol"
     raise BadRequest(msg, hint="restart the node with this version of aci-p2p")
 

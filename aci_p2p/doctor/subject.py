@@ -11,7 +11,7 @@ import trio
 
 from aci_p2p.clock import Clock, system_clock
 from aci_p2p.config import NodeConfig
-from aci_p2p.control import ClocksReport, NoNode, PeersReport, StatusReport, ask
+from aci_p2p.control import ClocksReport, NoNode, NotReady, PeersReport, StatusReport, ask
 from aci_p2p.control.wire import BadRequest
 from aci_p2p.node import OpenNetwork, open_libp2p
 from aci_p2p.protocol.errors import AciError
@@ -54,7 +54,7 @@ def find_subject(config: NodeConfig, config_file: Path) -> Subject:
     path = config.control_socket_path
     try:
         return Subject(config, config_file, cast("StatusReport", ask(path, "status")))
-    except BadRequest as error:
+    except (BadRequest, NotReady) as error:
         return Subject(config, config_file, None, error)
     except NoNode as error:
         return Subject(config, config_file, None, error if error.runs else None)

@@ -9,7 +9,7 @@ import pytest
 from aci_p2p.cli import asking
 from aci_p2p.cli.asking import client_beside
 from aci_p2p.cli.options import Given
-from aci_p2p.control import NoNode
+from aci_p2p.control import NoNode, NotReady
 from aci_p2p.control.wire import BadRequest
 from tests.cli.views import status
 
@@ -56,3 +56,15 @@ def test_without_a_node_that_answers_it_goes_on(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(asking, "ask", ask)
     assert client_beside(Given().load()).bootstrap == (NAMED,)
+
+
+def test_a_node_that_starts_is_waited_for_only_without_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object, **__: object) -> object:
+        msg = "it is starting"
+        raise NotReady(msg)
+
+    monkeypatch.setattr(asking, "ask", ask)
+    assert client_beside(Given().load()).bootstrap == (NAMED,)
+    monkeypatch.delenv("ACI_BOOTSTRAP")
+    with pytest.raises(NotReady):
+        client_beside(Given().load())

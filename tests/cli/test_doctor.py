@@ -21,7 +21,8 @@ from trio.testing import MockClock
 
 from aci_p2p.clock import virtual_clock
 from aci_p2p.config import NodeConfig, ProviderConfig
-from aci_p2p.control import NoNode, PeersReport
+from aci_p2p.control import NoNode, NotReady, PeersReport
+from aci_p2p.control.server import open_control
 from aci_p2p.dht import RecordRules
 from aci_p2p.doctor import ORDER, Finding, Level, Subject, diagnose, find_subject, reaching
 from aci_p2p.doctor import diagnosis as running_checks
@@ -544,6 +545,14 @@ def test_a_subject_that_hangs(tmp_path: Path) -> None:
     assert found.status is None
     assert isinstance(found.silence, NoNode)
     assert find_subject(config, tmp_path).silence is None
+
+
+async def test_a_subject_that_starts(tmp_path: Path) -> None:
+    config = NodeConfig(home=tmp_path, key="node")
+    async with open_control(config.control_socket_path):
+        found = await trio.to_thread.run_sync(find_subject, config, tmp_path)
+    assert found.status is None
+    assert isinstance(found.silence, NotReady)
 
 
 @contextmanager

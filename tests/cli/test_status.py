@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import trio
 
 from aci_p2p import control
 from aci_p2p.cli.peers import peers_table
 from aci_p2p.cli.status import bootstrap_line, status_rows
 from aci_p2p.cli.texts import duration, print_table
+from aci_p2p.config import NodeConfig
 from aci_p2p.control import StatusReport
+from aci_p2p.control.server import open_control
 from tests.cli.conftest import LOOPBACK, Cli, Start, finish, one_line, wait_for
 from tests.cli.views import CONSUMER, HOSTILE, NODE, peer, status
+
+ROOT = "ab" * 32
+"""Weights root of some model."""
 
 
 def rows() -> dict[str, list[str]]:
@@ -107,6 +113,15 @@ def test_no_node(cli: Cli, home: Path, command: str) -> None:
         line = one_line(cli(command, *arguments), 4)
         assert str(home / "run" / "node.sock") in line
         assert line.endswith("start one with: aci-p2p join")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("status",), ("peers",), ("infer", "Hello!"), ("batch", "-"), ("providers", ROOT), ("market",)]
+)
+async def test_a_node_that_starts(cli: Cli, home: Path, arguments: tuple[str, ...]) -> None:
+    async with open_control(NodeConfig(home=home, key="node").control_socket_path):
+        line = one_line(await trio.to_thread.run_sync(cli, *arguments), 4)
+    assert "the node that runs here is starting or stopping; try again in a moment" in line
 
 
 def ask(cli: Cli, *arguments: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from aci_p2p.control.wire import (
     MAX_REQUEST_BYTES,
     VERSION,
     BadRequest,
+    NotReady,
     Request,
     decode_answer,
     decode_request,
@@ -350,6 +351,33 @@ async def test_a_command_that_takes_too_long(path: Path, monkeypatch: pytest.Mon
     async with open_control(path, {"hang": hang}):
         with pytest.raises(BadRequest, match="too busy"):
             await asked(path, "hang")
+
+
+async def test_a_node_that_starts_or_stops(path: Path) -> None:
+    given_up: list[str] = []
+    begun = trio.Event()
+
+    async def hang(_: str) -> object:
+        begun.set()
+        await trio.sleep_forever()
+
+    async def wait_in_vain() -> None:
+        with pytest.raises(BadRequest, match="too busy"):
+            await asked(path, "hang")
+        given_up.append("hang")
+
+    async with open_control(path) as control:
+        with pytest.raises(NotReady, match="is starting or stopping") as early:
+            await asked(path, "echo")
+        assert "loads its models" in early.value.hint
+        async with trio.open_nursery() as nursery:
+            with control.answering({"echo": echo, "hang": hang}):
+                assert await asked(path, "echo", "now") == {"said": "now"}
+                nursery.start_soon(wait_in_vain)
+                await begun.wait()
+        assert given_up == ["hang"]
+        with pytest.raises(NotReady):
+            await asked(path, "echo")
 
 
 # What is answered.

@@ -14,7 +14,7 @@ from typing import IO, Any, Final, cast
 import pytest
 
 from aci_p2p.config import NodeConfig
-from aci_p2p.control import NoNode, ask
+from aci_p2p.control import NoNode, NotReady, ask
 from aci_p2p.executor import ModelStore
 from tests.executor.tiny import write_tiny_model
 
@@ -95,12 +95,12 @@ class Daemon:
             pytest.fail(f"{self.home.name} has ended: {self.log}")
         try:
             self.ask("status")
-        except NoNode:
+        except (NoNode, NotReady):
             return False
         return True
 
     def ask(self, command: str, argument: str = "") -> Any:  # noqa: ANN401 - a JSON document
-        """What it answers on its control socket. Raises NoNode."""
+        """What it answers on its control socket. Raises NoNode, NotReady."""
         config = NodeConfig(home=self.home, key="node")
         return cast("Any", ask(config.control_socket_path, command, argument))
 
