@@ -150,7 +150,9 @@ def test_altered_weights_are_not_served(cli: Cli, tiny_home: Path, tmp_path: Pat
 
 def test_one_key_one_node_one_port(cli: Cli, start: Start, tiny_home: Path, tmp_path: Path) -> None:
     address = wait_for(start("join", *LOOPBACK), "listening on ")
-    assert "another node of this machine runs with it" in one_line(cli("join", *LOOPBACK), 2)
+    assert "another node answers on" in one_line(cli("join", *LOOPBACK), 2)
+    elsewhere = ("--runtime", str(tmp_path / "run"))
+    assert "another node of this machine runs with it" in one_line(cli("join", *LOOPBACK, *elsewhere), 2)
     taken = address.partition("/p2p/")[0]
     line = one_line(cli("join", "--no-serve", "--listen", taken, "--home", str(tmp_path / "other")), 4)
     assert taken.rpartition("/")[2] in line
