@@ -281,7 +281,7 @@ def _key(config: NodeConfig) -> Generator[KeyPair]:
 @asynccontextmanager
 async def open_libp2p(key: KeyPair, config: NetworkConfig, rules: RecordRules) -> AsyncGenerator[Network]:
     """A network over libp2p within the block. Raises LocalError, AddressInUse."""
-    # Imported here: libp2p takes most of a second, which commands that need no network should not pay.
+    # Imported here: libp2p takes half a second, which commands that need no network should not pay.
     from aci_p2p.network.libp2p import open_libp2p_network  # noqa: PLC0415
 
     async with open_libp2p_network(

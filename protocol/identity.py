@@ -24,7 +24,7 @@ SIGNATURE_BYTES = 64
 PEER_ID_TEXT_MAX = 64
 """Characters; a base58 Ed25519 peer id has 52. Checked before the quadratic base58 decoding."""
 MAX_TEXTS = 1_024
-"""Node ids that are kept as text, some 200 bytes each: twice as many as a node has connections."""
+"""Node ids that are kept as text, some 200 bytes each, and texts as node ids: twice a node's connections."""
 
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
 """Identity multihash (0x00), its length (0x24), then protobuf: key type Ed25519 (08 01), 32 bytes of data (12 20)."""
@@ -100,12 +100,13 @@ class NodeId:
 
 @lru_cache(maxsize=MAX_TEXTS)
 def _bytes_of(text: str) -> bytes:
+    # Records and multiaddrs name the same few nodes again and again, and base 58 is slow.
     return base58.b58decode(text)
 
 
 @lru_cache(maxsize=MAX_TEXTS)
 def _text_of(public_key: bytes) -> str:
-    # Logs and multiaddrs name the same few nodes again and again, and base 58 is slow; so, too, the other way round.
+    # So do logs.
     return base58.b58encode(_PEER_ID_PREFIX + public_key).decode("ascii")
 
 

@@ -36,7 +36,8 @@ def ask_at(loaded: Loaded, command: str) -> object:
 def status_beside(loaded: Loaded) -> StatusReport | None:
     """How the node is that runs here; None with --bootstrap, which names another way, and if its network is another.
 
-    Raises NotReady while the node starts, when it is the only way that is configured.
+    Raises NotReady while the node starts, when it is the only way that is configured: it is up soon, while those in
+    the address cache may be gone.
     """
     if loaded.origins["bootstrap"].source == "flag":
         return None
@@ -46,7 +47,7 @@ def status_beside(loaded: Loaded) -> StatusReport | None:
     except (NoNode, BadRequest):
         return None
     except NotReady:
-        if loaded.config.client_node.bootstrap:
+        if loaded.config.client_node.bootstrap or loaded.config.client_node.p2p.mdns:
             return None
         raise
     return status if status["node"]["network"] == loaded.config.client_node.network else None

@@ -113,7 +113,7 @@ async def _run(observer: Observer, journal: Journal, terminal: Terminal, descrip
             view = View(
                 status=await observer.status(),
                 peers=(await observer.peers())["peers"],
-                book=(await observer.market())["models"],
+                book=await observer.book(),
                 events=tuple(journal.events),
                 now_ms=system_clock(),
             )

@@ -15,9 +15,10 @@ from rich.text import Text
 from aci_p2p.cli.texts import amount, duration, mebibytes, plural, short_job, short_peer
 from aci_p2p.clock import MS_PER_S
 from aci_p2p.control import Event, StatusReport
-from aci_p2p.control.market import ModelMarket
+from aci_p2p.control.market import ModelSummary
 from aci_p2p.control.report import PeerEntry, ProcessSection, ProviderSection
 from aci_p2p.protocol.catalogue import CATALOGUE
+from aci_p2p.protocol.pricing import format_amount
 from aci_p2p.protocol.text import printable
 
 WIDE: Final = 110
@@ -28,6 +29,9 @@ FRAME_ROWS: Final = 2
 """Rows of a panel's frame."""
 MIN_ROWS: Final = 4
 """Rows of the smallest panel that says something; one that would get fewer is left out."""
+
+BOOK_ROWS: Final = 4
+"""Models of the order book, of which `aci-p2p market` shows all: the latest offers have the rest of the panel."""
 
 _LEVELS: Final = {"warning": "yellow", "error": "red", "critical": "red", "debug": "dim"}
 _REACHABILITY: Final = {"public": "green", "private": "yellow", "unknown": "dim"}
@@ -41,7 +45,7 @@ class View:
     """The node."""
     peers: Sequence[PeerEntry]
     """Its connections."""
-    book: Sequence[ModelMarket]
+    book: Sequence[ModelSummary]
     """What providers ask, by model."""
     events: Sequence[Event]
     """What it logged lately, the oldest first."""
@@ -201,17 +205,17 @@ def _market(view: View) -> _Section:
     return _Section("market", lines)
 
 
-def _book(markets: Sequence[ModelMarket]) -> list[tuple[str, ...]]:
-    """The order book in short: each model that somebody asks something for."""
+def _book(models: Sequence[ModelSummary]) -> list[tuple[str, ...]]:
+    """The order book in short: the models that most ask something for."""
+    most = sorted(models, key=lambda model: (-model.providers, model.model_root))[:BOOK_ROWS]
     return [
         (
-            _model_name(market["model_root"]),
-            plural(len(asks), "provider"),
-            f"from {amount(asks[0]['output_token_price'])} a token",
-            f"{sum(ask['free_slots'] for ask in asks)} of {plural(sum(ask['slots'] for ask in asks), 'slot')} free",
+            plural(model.providers, "provider"),
+            f"{model.free_slots} of {plural(model.slots, 'slot')} free",
+            f"from {format_amount(model.output_token_price)}",
+            _model_name(model.model_root),
         )
-        for market in markets
-        if (asks := market["asks"])
+        for model in most
     ]
 
 

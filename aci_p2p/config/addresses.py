@@ -1,7 +1,7 @@
 """Settings that hold multiaddrs: their form is checked when they are read, before anything starts.
 
-The transport's own parser has the last word; it is not asked here, since loading libp2p for it takes most of a second
-in commands that need no network.
+The transport's own parser has the last word; it is not asked here, since loading libp2p for it takes half a second in
+commands that need no network.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, TypedDict
 
 import trio
@@ -60,6 +61,36 @@ class MarketReport(TypedDict):
     """What the order book holds."""
 
     models: list[ModelMarket]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """The asks for one model in short."""
+
+    model_root: str
+    """Hexadecimal."""
+    providers: int
+    """Who ask something, the node itself included."""
+    output_token_price: int
+    """The least that one asks for an output token at its load, base units."""
+    slots: int
+    """Of all of them."""
+    free_slots: int
+
+
+async def summarise_market(node: Node) -> list[ModelSummary]:
+    """All models that the node looks at and somebody asks something for; cheap enough for a screen."""
+    found: list[ModelSummary] = []
+    for root in node.asks.models:
+        # A book may hold thousands of asks.
+        await trio.lowlevel.checkpoint()
+        own = node.asks.offered(root)
+        asks = [*(ask.body for ask in node.asks.book.view(root, node.clock())), *([own] if own is not None else [])]
+        if asks:
+            least = min(outputs for _, outputs in map(asked_prices, asks))
+            slots, free = sum(ask.slots for ask in asks), sum(ask.free_slots for ask in asks)
+            found.append(ModelSummary(root.hex(), len(asks), least, slots, free))
+    return found
 
 
 async def read_market(node: Node, model_root: str) -> MarketReport:

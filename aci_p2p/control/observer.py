@@ -11,7 +11,7 @@ from typing import Final, cast
 import trio
 
 from aci_p2p.control.journal import Journal
-from aci_p2p.control.market import MarketReport, read_market
+from aci_p2p.control.market import ModelSummary, read_market, summarise_market
 from aci_p2p.control.process import process_figures
 from aci_p2p.control.providers import find_providers
 from aci_p2p.control.report import (
@@ -81,7 +81,7 @@ class Observer:
             "status": lambda _: self.status(),
             "peers": lambda _: self.peers(),
             "clocks": lambda _: self.clocks(),
-            "market": self.market,
+            "market": lambda model_root: read_market(self._node, model_root),
             "providers": lambda model_root: find_providers(self._node, model_root),
         }
 
@@ -151,12 +151,9 @@ class Observer:
             ]
         )
 
-    async def market(self, model_root: str = "") -> MarketReport:
-        """What providers ask for a model, whose weights root is given in hex; empty: for all that the node looks at.
-
-        Raises BadRequest.
-        """
-        return await read_market(self._node, model_root)
+    async def book(self) -> list[ModelSummary]:
+        """What providers ask, in short."""
+        return await summarise_market(self._node)
 
     async def clocks(self) -> ClocksReport:
         """What peers say that the time is; takes seconds when some do not answer."""

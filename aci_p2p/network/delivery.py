@@ -63,6 +63,12 @@ class QueuedSubscription(Subscription):
         """Whether it is full, but its consumer takes messages."""
         return self._is_consumed and self.is_full
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether its consumer should have a turn before more is delivered."""
+        capacity = self._messages.maxlen
+        return capacity is not None and 2 * len(self._messages) >= capacity
+
     async def wait_for_room(self) -> None:
         """Wait until there is room for a message, for as long as we have patience."""
         while self.is_worth_waiting_for:

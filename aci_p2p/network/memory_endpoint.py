@@ -385,7 +385,6 @@ class MemoryNetwork(Network):
             self._forward(topic, data, self._node_id)
 
     def _forward(self, topic: str, data: bytes, forwarder: NodeId) -> None:
-        """Send a message to all neighbours but the one that brought it."""
         for peer, link in self._links.items():
             remote = self._hub.endpoint(peer)
             if remote is not None and peer != forwarder:
@@ -403,6 +402,8 @@ class MemoryNetwork(Network):
             for forwarder, topic, data in await self._inbox.take():
                 if forwarder in self._links:
                     self._receive_gossip(forwarder, topic, data)
+                    if topic in self._subscriptions and self._subscriptions[topic].is_crowded:
+                        await trio.lowlevel.checkpoint()
 
     def _receive_gossip(self, forwarder: NodeId, topic: str, data: bytes) -> None:
         if self._medium.note is not None:

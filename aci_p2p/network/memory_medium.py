@@ -24,6 +24,8 @@ KEEP_ALIVE_S: Final = 30.0
 
 INBOX_MESSAGES: Final = 4096
 """Gossip messages on their way to one endpoint; more are lost."""
+TURN_MESSAGES: Final = 64
+"""Those of one moment that are handled before other tasks have a turn: some milliseconds' work."""
 
 Note = Callable[[str, NodeId, NodeId, bytes], None]
 """Hears what happens: ("frame" | "gossip" | "connected" | "disconnected", from, to, payload)."""
@@ -151,12 +153,12 @@ class Inbox:
         return True
 
     async def take(self) -> list[tuple[NodeId, str, bytes]]:
-        """Wait for the next arrivals: all of one moment, in their order."""
+        """Wait for the next arrivals: those of one moment, in their order, TURN_MESSAGES at most."""
         await trio.lowlevel.checkpoint()
         while True:
             arrived: list[tuple[NodeId, str, bytes]] = []
             now = trio.current_time()
-            while self._waiting and self._waiting[0][0] <= now:
+            while self._waiting and self._waiting[0][0] <= now and len(arrived) < TURN_MESSAGES:
                 arrived.append(heapq.heappop(self._waiting)[2])
             if arrived:
                 return arrived

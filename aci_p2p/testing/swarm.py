@@ -93,6 +93,7 @@ class Trace:
 def _is_sealed(frame: bytes) -> bool:
     """Whether a frame holds a sealed prompt, whose bytes differ each time."""
     if len(frame) < SEAL_BYTES:
+        # Most frames: to read them takes longer than all else that is noted.
         return False
     with suppress(MessageRefused):
         return kind_of(frame) is Kind.INPUT

@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -19,12 +20,15 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import trio
 from rich.cells import cell_len
 from rich.text import Text
 
-from aci_p2p.cli.live import Terminal, can_be_live, render
+from aci_p2p.cli.live import Terminal, can_be_live, open_live, render
 from aci_p2p.cli.screen import View
-from aci_p2p.control import Event, StatusReport, ask
+from aci_p2p.control import Event, Journal, PeersReport, StatusReport, ask
+from aci_p2p.control.market import ModelSummary
+from aci_p2p.control.observer import Observer
 from tests.cli.views import CONSUMER, HOSTILE, NODE, book, peer, status, view
 
 COMMAND = (sys.executable, "-c", "from aci_p2p.cli import main; main()")
@@ -48,7 +52,7 @@ def test_it_fits_every_terminal(columns: int, lines: int) -> None:
 
 
 def test_what_is_shown() -> None:
-    text = "\n".join(lines_of(view(), 180, 50))
+    text = "\n".join(lines_of(view(), 160, 50))
     for part in (
         "aci-p2p 0.1.0  network aci-test  running for 3 d 4 h",
         NODE,
@@ -61,7 +65,8 @@ def test_what_is_shown() -> None:
         "checkpoints  none: no chain configured",
         "12 offers and 12 bids in the last minute",
         "120 and 120 in all, 2 lost; 15 bids of ours, 2 open",
-        "smollm2-135m-instruct  2 providers  from 0.000004 ACI a token  3 of 8 slots free",
+        "2 providers  3 of 8 slots free  from 0.000004 ACI  smollm2-135m-instruct",
+        "1 provider   0 of 1 slot free   from 0.000001 ACI  00000000",
         f" 0 s ago  00000000  of {CONSUMER[-8:]}  160 tokens  <= 1 ACI  smollm2-135m-instruct",
         "peers  7: 3 in, 5 out",
         f"{CONSUMER[-8:]}  in  direct  12.3 ms",
@@ -134,6 +139,33 @@ def read_until(reader: int, end: bytes) -> bytes:
         assert part, data[-200:]
         data += part
     return data
+
+
+class Shown:
+    """A node as the view asks it."""
+
+    async def status(self) -> StatusReport:
+        await trio.lowlevel.checkpoint()
+        return status()
+
+    async def peers(self) -> PeersReport:
+        await trio.lowlevel.checkpoint()
+        return PeersReport(peers=[peer()])
+
+    async def book(self) -> list[ModelSummary]:
+        await trio.lowlevel.checkpoint()
+        return book()
+
+
+async def test_the_view_shows_what_the_node_says() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w", encoding="utf-8") as file:
+        async with open_live(cast("Observer", Shown()), Journal(), file):
+            data = await trio.to_thread.run_sync(read_until, reader, b"\x1b[?2026l")
+    os.close(reader)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode())
+    for part in (NODE, "31 done, 2 failed", "2 providers  3 of 8 slots free", "in  direct"):
+        assert part in shown
 
 
 def test_a_terminal_is_left_as_it_was() -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from aci_p2p.cli.screen import View
 from aci_p2p.control import Event, StatusReport
-from aci_p2p.control.market import AskEntry, ModelMarket
+from aci_p2p.control.market import ModelSummary
 from aci_p2p.control.report import PeerEntry, TopicSection
 from aci_p2p.protocol.catalogue import CATALOGUE, DEFAULT_MODEL
 from aci_p2p.protocol.identity import KeyPair
@@ -105,20 +105,10 @@ def peer(number: int = 0, **changes: object) -> PeerEntry:
     return entry
 
 
-def book() -> list[ModelMarket]:
-    """Two providers of the default model, and a model that nobody serves."""
-    asks = [
-        AskEntry(
-            provider=CONSUMER, own=own, model_name="smollm2", input_token_price=str(10**12),
-            output_token_price=str(price * 10**12), latency_ms=900, slots=4, free_slots=free, region="", context=8_192,
-            engine="numpy", quantisation="q8_0", age_s=2.0,
-        )
-        for own, price, free in ((True, 4, 3), (False, 5, 0))
-    ]  # fmt: skip
-    return [
-        ModelMarket(model_root=CATALOGUE[DEFAULT_MODEL].root.hex(), asks=asks),
-        ModelMarket(model_root="ab" * 32, asks=[]),
-    ]
+def book() -> list[ModelSummary]:
+    """The default model, and others that fewer serve."""
+    others = [ModelSummary(f"{number:02x}" * 32, 1, 10**12, 1, 0) for number in range(9)]
+    return [*others, ModelSummary(CATALOGUE[DEFAULT_MODEL].root.hex(), 2, 4 * 10**12, 8, 3)]
 
 
 def view() -> View:

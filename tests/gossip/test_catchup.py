@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import inf
 from random import Random
 
@@ -89,6 +89,8 @@ def test_questions_that_bring_nothing_become_rare_up_to_a_limit(place: CatchUp) 
         expected = min(catchup.PULL_S * catchup.PULL_GROWTH ** (number + 1), catchup.MAX_PULL_S)
         assert 0.5 * expected <= pause <= 1.5 * expected
     assert max(between) > catchup.MAX_PULL_S
+    # A quiet day costs next to nothing.
+    assert sum(after <= 24 * 3_600 for after in accumulate(between)) < 25
     # What is found, and what gossip brings, makes them frequent again.
     assert place.heard(NOW)
     assert place.next_due([PEER]) <= NOW + 1.5 * catchup.BUSY_PULL_S

@@ -9,11 +9,11 @@ from random import Random
 import pytest
 import trio
 
-from aci_p2p.network import Network, PeerUnreachable, Stream, StreamClosed
+from aci_p2p.network import Network, PeerUnreachable, Stream, StreamClosed, Subscription
 from aci_p2p.network.api import Reachability
 from aci_p2p.network.memory import MemoryHub
 from aci_p2p.network.memory_endpoint import MemoryNetwork
-from aci_p2p.network.memory_medium import DIAL_S, HANDSHAKE_TRIPS, INBOX_MESSAGES, KEEP_ALIVE_S
+from aci_p2p.network.memory_medium import DIAL_S, HANDSHAKE_TRIPS, INBOX_MESSAGES, KEEP_ALIVE_S, TURN_MESSAGES
 from aci_p2p.network.model import Nat, NetworkModel, Place
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import ACCEPTED, Validation
@@ -112,6 +112,49 @@ async def test_duplicates_arrive(autojump_clock: object) -> None:
         await near.publish(TOPIC, b"hello")
         await trio.sleep(60)
     assert heard.count("gossip") == 2
+
+
+@pytest.mark.parametrize("capacity", [8, 256, 4_096])
+async def test_a_burst_is_lost_on_nobody_who_listens(autojump_clock: object, capacity: int) -> None:
+    sent = [number.to_bytes(2) for number in range(1_000)]
+    heard: list[bytes] = []
+    turns_at: set[int] = set()
+
+    async def listen(subscription: Subscription) -> None:
+        while True:
+            heard.append((await subscription.receive()).data)
+
+    async def take_turns() -> None:
+        await begun.wait()
+        while len(heard) < len(sent):
+            turns_at.add(arrived)
+            await trio.lowlevel.checkpoint()
+
+    arrived, begun = 0, trio.Event()
+
+    def count(_forwarder: NodeId, _data: bytes) -> Validation:
+        nonlocal arrived
+        arrived += 1
+        begun.set()
+        return ACCEPTED
+
+    hub = MemoryHub(model=STEADY)
+    async with (
+        opened(hub, [Place(), Place()]) as (near, far),
+        near.subscribe(TOPIC, accept, capacity=8),
+        far.subscribe(TOPIC, count, capacity=capacity) as subscription,
+        trio.open_nursery() as nursery,
+    ):
+        await near.connect(far.addresses[0])
+        nursery.start_soon(listen, subscription)
+        for data in sent:
+            await near.publish(TOPIC, data)
+        with trio.fail_after(60):
+            await take_turns()
+        nursery.cancel_scope.cancel()
+    assert heard == sent
+    # Others have their turns meanwhile.
+    assert len(turns_at) >= len(sent) // TURN_MESSAGES // 2
 
 
 async def test_gossip_does_not_go_back(autojump_clock: object) -> None:

@@ -80,6 +80,35 @@ def test_what_the_program_has_loaded_is_shared() -> None:
     )
 
 
+def test_one_that_another_finder_finds() -> None:
+    run_program(
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Finder:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        return hidden(name, found) if name == 'libp2p' else None\n"
+        "hidden, found = PathFinder.find_spec, list(sys.path)\n"
+        "class Blind:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        return None if name == 'libp2p' else hidden(name, path, target)\n"
+        "sys.meta_path[:] = [Finder, *(Blind if one is PathFinder else one for one in sys.meta_path)]\n"
+        "PathFinder.find_spec = Blind.find_spec\n"
+        "from aci_p2p.network.libp2p import upstream\n"
+        "assert upstream.RPC and 'requests' not in sys.modules\n"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "import libp2p"], ids=["alone", "before theirs"])
+def test_mistakes_of_peers_are_not_printed(text: str) -> None:
+    """Those that Noise logs, whoever else imports py-libp2p."""
+    program = f"import logging, aci_p2p.network.libp2p\n{text}\n"
+    program += "logging.getLogger('libp2p.security.noise.patterns').error('a mistake')\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_nothing_stays_behind() -> None:
     run_program(
         "import sys\n"

@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from aci_p2p import ACI, ProviderConfig
-from aci_p2p.control.market import read_market
+from aci_p2p.control.market import ModelSummary, read_market, summarise_market
 from aci_p2p.control.wire import BadRequest
 from aci_p2p.node import Node
 from aci_p2p.protocol.publications import Ask, PriceStep
@@ -143,11 +143,16 @@ async def test_the_market_of_a_running_node(autojump_clock: MockClock, open_test
         assert (entry["provider"], entry["own"], entry["slots"]) == (str(provider.node_id), False, 2)
         assert 0 <= entry["age_s"] < 10
         assert await read_market(consumer, "") == await read_market(consumer, ROOT.hex())
+        assert await summarise_market(consumer) == [
+            ModelSummary(ROOT.hex(), 1, int(entry["output_token_price"]), slots=2, free_slots=2)
+        ]
         # A provider sees itself.
         (entry,) = (await read_market(provider, ""))["models"][0]["asks"]
         assert (entry["own"], entry["age_s"]) == (True, 0)
+        assert await summarise_market(provider) == await summarise_market(consumer)
         began = trio.current_time()
         assert (await read_market(consumer, "ab" * 32))["models"][0]["asks"] == []
+        assert len(await summarise_market(consumer)) == 1
         assert trio.current_time() - began < 8
         for wrong in ("zz", "ab"):
             with pytest.raises(BadRequest, match="64 hex digits"):

@@ -3,7 +3,7 @@
 Importing any module of py-libp2p runs the `__init__` of the packages around it, and those load QUIC, TLS, ACME and
 three HTTP clients: half of the processor time in which a node starts, and a third of its memory. So packages stay empty
 while our parts load. Afterwards the parts are forgotten, so that a program that imports py-libp2p itself gets all of
-it; one that has done so before shares its own with us.
+it; one that has done so before shares its own with us. Only another thread must not import py-libp2p at that moment.
 
 py-libp2p is not changed by this, and nothing of its own is replaced.
 """
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 PACKAGE = "libp2p"
@@ -36,7 +36,8 @@ class _EmptyPackages(MetaPathFinder):
     ) -> ModuleSpec | None:
         if not _is_upstream(fullname) or fullname == _KEPT_WHOLE:
             return None
-        found = PathFinder.find_spec(fullname, path, target)
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        found = next((spec for spec in others if spec is not None), None)
         if found is None or found.submodule_search_locations is None:
             return found
         empty = ModuleSpec(fullname, None, is_package=True)
@@ -60,7 +61,8 @@ def _parts_alone() -> Generator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if _is_upstream(name)]:
+        # A copy: other threads may import meanwhile.
+        for name in filter(_is_upstream, list(sys.modules)):
             del sys.modules[name]
 
 
@@ -100,8 +102,10 @@ with _parts_alone():
     from libp2p.utils.address_validation import get_available_interfaces
 
 # py-libp2p means to be silent unless LIBP2P_DEBUG is set, but leaves its logger without a handler, so that Python would
-# print the mistakes of peers on the terminal. Handlers that the program adds to that logger get everything.
-logging.getLogger(PACKAGE).addHandler(logging.NullHandler())
+# print the mistakes of peers on the terminal. Handlers that the program adds to that logger get everything. What logs
+# such mistakes has one of its own, since py-libp2p removes those of its logger when the program imports it later.
+for _name in (PACKAGE, NoiseTransport.__module__.rpartition(".")[0]):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
 
 __all__ = [
     "ID",
