@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapp
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import trio
@@ -45,7 +44,6 @@ ANSWER_S: Final = 10.0
 
 Command: TypeAlias = Callable[[str], Awaitable[object]]
 """Finds the answer to a question, given its argument: anything that JSON can say. May raise AciError."""
-_NONE: Final[Mapping[str, Command]] = MappingProxyType({})
 
 log = logging.getLogger("aci_p2p.control")
 
@@ -57,16 +55,16 @@ class ControlInUse(LocalError):
 
 
 @asynccontextmanager
-async def open_control(path: Path, commands: Mapping[str, Command] = _NONE) -> AsyncGenerator[Control]:
-    """Answer `commands` on a unix socket at `path` within the block, and others within `Control.answering`.
+async def open_control(path: Path) -> AsyncGenerator[Control]:
+    """Listen on a unix socket at `path` within the block; what is answered there, `Control.answering` says.
 
-    While there are none, whoever asks is told that the node is starting or stopping.
+    Before and after that, whoever asks is told that the node is starting or stopping.
     What a killed node left there is replaced. Raises ControlInUse when a running one answers there, LocalError when
     the socket cannot be made.
     """
     make_private_folder(path.parent)
     with _lock(path), _bound(path) as listening:
-        service = Control(commands)
+        service = Control()
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
         async with listener, open_background() as nursery:
             nursery.start_soon(partial(trio.serve_listeners, service.serve, [listener], handler_nursery=nursery))
@@ -76,20 +74,19 @@ async def open_control(path: Path, commands: Mapping[str, Command] = _NONE) -> A
 class Control:
     """Answers the questions of all connections. Made by `open_control`."""
 
-    def __init__(self, commands: Mapping[str, Command]) -> None:
-        """See `open_control`."""
-        self._commands = commands
+    def __init__(self) -> None:
+        self._commands: Mapping[str, Command] = {}
         self._clients = 0
         self._answers: set[trio.CancelScope] = set()
 
     @contextmanager
     def answering(self, commands: Mapping[str, Command]) -> Generator[None]:
-        """Answer other commands within the block; answers that are still being found at its end are given up."""
-        before, self._commands = self._commands, commands
+        """Answer these within the block; answers that are still being found at its end are given up."""
+        self._commands = commands
         try:
             yield
         finally:
-            self._commands = before
+            self._commands = {}
             for scope in self._answers:
                 scope.cancel()
 

@@ -58,7 +58,7 @@ def test_without_a_node_that_answers_it_goes_on(monkeypatch: pytest.MonkeyPatch,
     assert client_beside(Given().load()).bootstrap == (NAMED,)
 
 
-def test_a_node_that_starts_is_waited_for_only_without_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_starts_is_told_of_only_without_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(*_: object, **__: object) -> object:
         msg = "it is starting"
         raise NotReady(msg)
@@ -66,5 +66,6 @@ def test_a_node_that_starts_is_waited_for_only_without_another_way(monkeypatch: 
     monkeypatch.setattr(asking, "ask", ask)
     assert client_beside(Given().load()).bootstrap == (NAMED,)
     monkeypatch.delenv("ACI_BOOTSTRAP")
+    assert client_beside(Given({"p2p.mdns": True}).load()).bootstrap == ()
     with pytest.raises(NotReady):
         client_beside(Given().load())

@@ -11,7 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from types import UnionType
@@ -27,7 +27,7 @@ from aci_p2p import ACI
 from aci_p2p.control import ClocksReport, Journal, NoNode, PeersReport, StatusReport, ask, process, server
 from aci_p2p.control.observer import Observer
 from aci_p2p.control.process import process_figures
-from aci_p2p.control.server import MAX_CLIENTS, ControlInUse, open_control
+from aci_p2p.control.server import MAX_CLIENTS, Command, ControlInUse, open_control
 from aci_p2p.control.wire import (
     MAX_REQUEST_BYTES,
     VERSION,
@@ -102,11 +102,18 @@ async def read_line(stream: trio.SocketStream) -> dict[str, Any]:
     return answer
 
 
+@asynccontextmanager
+async def answering(path: Path, commands: Mapping[str, Command]) -> AsyncGenerator[None]:
+    async with open_control(path) as control:
+        with control.answering(commands):
+            yield
+
+
 # The socket.
 
 
 async def test_questions_and_answers(path: Path) -> None:
-    async with open_control(path, COMMANDS):
+    async with answering(path, COMMANDS):
         assert modes(path, path.parent) == [0o600, 0o700]
         assert await asked(path, "echo", "hé\n") == {"said": "hé\n"}
         with pytest.raises(BadRequest, match="no luck") as failed:
@@ -155,18 +162,18 @@ async def test_a_node_that_does_not_answer_is_said_to_run(path: Path) -> None:
 
 
 async def test_two_nodes_never_share_a_socket(path: Path, tmp_path: Path) -> None:
-    async with open_control(path, COMMANDS), open_control(tmp_path / "other" / "node.sock", COMMANDS):
+    async with answering(path, COMMANDS), answering(tmp_path / "other" / "node.sock", COMMANDS):
         with pytest.raises(ControlInUse, match="another node answers"):
-            async with open_control(path, COMMANDS):
+            async with answering(path, COMMANDS):
                 pytest.fail("both answer")
         # The first one goes on.
         assert await asked(path, "echo", "still there") == {"said": "still there"}
-    async with open_control(path, COMMANDS):
+    async with answering(path, COMMANDS):
         assert await asked(path, "echo") == {"said": ""}
 
 
 async def answer_once(path: Path) -> None:
-    async with open_control(path, COMMANDS):
+    async with answering(path, COMMANDS):
         assert await asked(path, "echo") == {"said": ""}
 
 
@@ -176,7 +183,7 @@ def test_what_a_killed_node_leaves_is_replaced(path: Path) -> None:
         "from pathlib import Path\n"
         "from aci_p2p.control.server import open_control\n"
         "async def main():\n"
-        "    async with open_control(Path(sys.argv[1]), {}):\n"
+        "    async with open_control(Path(sys.argv[1])):\n"
         "        print('up', flush=True)\n"
         "        await trio.sleep_forever()\n"
         "trio.run(main)\n"
@@ -203,7 +210,7 @@ async def test_a_folder_of_everybody_is_refused(path: Path) -> None:
     path.parent.mkdir()
     path.parent.chmod(0o777)
     with pytest.raises(LocalError, match="nobody else may write to"):
-        async with open_control(path, COMMANDS):
+        async with answering(path, COMMANDS):
             pytest.fail("anybody can replace the socket")
 
 
@@ -230,7 +237,7 @@ async def test_a_folder_of_everybody_is_refused(path: Path) -> None:
     ],
 )
 async def test_nonsense_is_answered_and_harmless(path: Path, line: bytes) -> None:
-    async with open_control(path, COMMANDS), connected(path) as stream:
+    async with answering(path, COMMANDS), connected(path) as stream:
         await stream.send_all(line + b"\n")
         answer = await read_line(stream)
         assert answer["version"] == VERSION
@@ -273,7 +280,7 @@ def test_an_answer_of_another_program(line: bytes) -> None:
 
 
 async def test_a_line_without_end_is_cut_off(path: Path) -> None:
-    async with open_control(path, COMMANDS), connected(path) as stream:
+    async with answering(path, COMMANDS), connected(path) as stream:
         with pytest.raises(trio.BrokenResourceError):
             await stream.send_all(b"x" * MAX_REQUEST_BYTES)
             assert await stream.receive_some(1) == b""
@@ -283,7 +290,7 @@ async def test_a_line_without_end_is_cut_off(path: Path) -> None:
 
 
 async def test_the_longest_question_is_heard(path: Path) -> None:
-    async with open_control(path, COMMANDS):
+    async with answering(path, COMMANDS):
         empty = len(encode_request(Request("echo", "x"))) - 1
         argument = "x" * (MAX_REQUEST_BYTES - empty)
         assert await asked(path, "echo", argument) == {"said": argument}
@@ -292,7 +299,7 @@ async def test_the_longest_question_is_heard(path: Path) -> None:
 
 
 async def test_too_many_clients_are_turned_away_and_the_others_served(path: Path) -> None:
-    async with open_control(path, COMMANDS), AsyncExitStack() as stack:
+    async with answering(path, COMMANDS), AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(connected(path)) for _ in range(MAX_CLIENTS)]
         for client in clients:
             await client.send_all(encode_request(Request("echo")))
@@ -307,7 +314,7 @@ async def test_too_many_clients_are_turned_away_and_the_others_served(path: Path
 
 async def test_a_silent_client_is_let_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "REQUEST_S", 0.05)
-    async with open_control(path, COMMANDS), connected(path) as stream:
+    async with answering(path, COMMANDS), connected(path) as stream:
         await stream.send_all(b'{"version"')
         with trio.fail_after(5):
             assert await stream.receive_some(1) == b""
@@ -315,7 +322,7 @@ async def test_a_silent_client_is_let_go(path: Path, monkeypatch: pytest.MonkeyP
 
 async def test_a_client_that_does_not_read_is_let_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "ANSWER_S", 0.1)
-    async with open_control(path, COMMANDS), connected(path) as stream:
+    async with answering(path, COMMANDS), connected(path) as stream:
         await stream.send_all(encode_request(Request("big")))
         received = 0
         await trio.sleep(0.3)
@@ -327,7 +334,7 @@ async def test_a_client_that_does_not_read_is_let_go(path: Path, monkeypatch: py
 
 
 async def test_a_client_that_hangs_up(path: Path) -> None:
-    async with open_control(path, COMMANDS):
+    async with answering(path, COMMANDS):
         for command in ("big", "echo"):
             async with connected(path) as stream:
                 await stream.send_all(encode_request(Request(command)))
@@ -336,7 +343,7 @@ async def test_a_client_that_hangs_up(path: Path) -> None:
 
 async def test_a_bug_of_a_command_ends_nothing(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
-    async with open_control(path, COMMANDS):
+    async with answering(path, COMMANDS):
         with pytest.raises(BadRequest, match="its log says why"):
             await asked(path, "crash")
         assert "ZeroDivisionError" in caplog.text
@@ -348,7 +355,7 @@ async def test_a_command_that_takes_too_long(path: Path, monkeypatch: pytest.Mon
         await trio.sleep_forever()
 
     monkeypatch.setattr(server, "ANSWER_S", 0.05)
-    async with open_control(path, {"hang": hang}):
+    async with answering(path, {"hang": hang}):
         with pytest.raises(BadRequest, match="too busy"):
             await asked(path, "hang")
 
