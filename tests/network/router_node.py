@@ -6,17 +6,9 @@ from collections import defaultdict
 from random import Random
 from typing import Self
 
-from libp2p.pubsub.pb.rpc_pb2 import (
-    RPC,
-    ControlGraft,
-    ControlIHave,
-    ControlIWant,
-    ControlMessage,
-    ControlPrune,
-    Message,
-)
-
 from aci_p2p.network.libp2p.router import Router
+from aci_p2p.network.libp2p.upstream import RPC, ControlGraft, ControlIHave, ControlIWant, ControlMessage, ControlPrune
+from aci_p2p.network.libp2p.upstream import GossipsubMessage as Message
 from aci_p2p.protocol.identity import NodeId
 from tests.network.driver import TOPIC, make_key
 

@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import trio
-from libp2p.identity.identify.pb.identify_pb2 import Identify as Identity
-from libp2p.kad_dht.pb.kademlia_pb2 import Message as KadMessage
-from libp2p.kad_dht.pb.kademlia_pb2 import Record
 
 from aci_p2p.network.libp2p import identify, kademlia
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.network import Libp2pNetwork
+from aci_p2p.network.libp2p.upstream import Identify as Identity
+from aci_p2p.network.libp2p.upstream import KademliaMessage as KadMessage
+from aci_p2p.network.libp2p.upstream import Record
 from aci_p2p.network.libp2p.varint import encode_varint, prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.identity import KeyPair, NodeId

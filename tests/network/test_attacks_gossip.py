@@ -8,21 +8,14 @@ from functools import partial
 import pytest
 import trio
 import trio.lowlevel
-from libp2p.pubsub.pb.rpc_pb2 import (
-    RPC,
-    ControlGraft,
-    ControlIHave,
-    ControlIWant,
-    ControlMessage,
-    ControlPrune,
-    Message,
-)
 
 from aci_p2p.network import MAX_GOSSIP_BYTES, Network, PeerUnreachable
 from aci_p2p.network.libp2p import gossip, router
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.network import Libp2pNetwork
 from aci_p2p.network.libp2p.score import GOSSIP_THRESHOLD, GRAYLIST_THRESHOLD
+from aci_p2p.network.libp2p.upstream import RPC, ControlGraft, ControlIHave, ControlIWant, ControlMessage, ControlPrune
+from aci_p2p.network.libp2p.upstream import GossipsubMessage as Message
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import StreamReset, YamuxStream
 from aci_p2p.protocol.identity import NodeId

@@ -8,12 +8,12 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
-from libp2p.host.autonat.pb.autonat_pb2 import Message
 
 from aci_p2p.network.api import Reachability
 from aci_p2p.network.libp2p import autonat
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.autonat import MAX_MESSAGE_BYTES, PROTOCOL, Round, Throttle, presumed_addresses
+from aci_p2p.network.libp2p.upstream import AutoNatMessage as Message
 from aci_p2p.network.libp2p.varint import prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.identity import NodeId

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 import trio
-from libp2p.identity.identify.pb.identify_pb2 import Identify as Identity
-from libp2p.kad_dht.pb.kademlia_pb2 import Message as KadMessage
 
 from aci_p2p.network import PeerUnreachable
 from aci_p2p.network.libp2p import identify, kademlia
@@ -15,6 +13,8 @@ from aci_p2p.network.libp2p.addresses import Scope, TcpAddress, believable, home
 from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.network import Libp2pNetwork
+from aci_p2p.network.libp2p.upstream import Identify as Identity
+from aci_p2p.network.libp2p.upstream import KademliaMessage as KadMessage
 from aci_p2p.network.libp2p.varint import prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.identity import NodeId

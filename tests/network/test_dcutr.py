@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator
 
 import pytest
 import trio
-from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 
 from aci_p2p.network.api import AddressInUse
 from aci_p2p.network.config import NetworkConfig
@@ -14,6 +13,7 @@ from aci_p2p.network.libp2p import autonat, dcutr
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.circuit import HOP, STOP
 from aci_p2p.network.libp2p.dcutr import PROTOCOL, HolePuncher
+from aci_p2p.network.libp2p.upstream import HolePunch
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset
 from tests.network.driver import ECHO, eventually

@@ -7,13 +7,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
-from libp2p.identity.identify.pb.identify_pb2 import Identify as Message
 
 from aci_p2p.network import NetworkConfig
 from aci_p2p.network.libp2p import identify, open_libp2p_network, ping
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.identify import MAX_AGENT_TEXT, MAX_PROTOCOLS, PROTOCOL, PUSH_PROTOCOL, Identify, Identity
+from aci_p2p.network.libp2p.upstream import Identify as Message
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset
 from aci_p2p.protocol.identity import NodeId

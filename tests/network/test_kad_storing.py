@@ -9,7 +9,6 @@ from typing import cast
 
 import pytest
 import trio
-from libp2p.kad_dht.pb.kademlia_pb2 import Message as KadMessage
 from trio.testing import MockClock
 
 from aci_p2p.network.libp2p import kad_avoided, kademlia
@@ -19,6 +18,7 @@ from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.kad_avoided import Avoided
 from aci_p2p.network.libp2p.kad_table import closest, position
 from aci_p2p.network.libp2p.kademlia import Kademlia
+from aci_p2p.network.libp2p.upstream import KademliaMessage as KadMessage
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.protocol.identity import NodeId
 from tests.network.driver import STRANGER, make_key, select_record, validate_record

@@ -7,8 +7,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 import trio
-from libp2p.kad_dht.pb.kademlia_pb2 import Message as KadMessage
-from libp2p.kad_dht.pb.kademlia_pb2 import Record
 from trio.testing import MockClock
 
 from aci_p2p.network import Network, PeerUnreachable
@@ -18,6 +16,8 @@ from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.kademlia import Kademlia, KademliaError
 from aci_p2p.network.libp2p.network import Libp2pNetwork
+from aci_p2p.network.libp2p.upstream import KademliaMessage as KadMessage
+from aci_p2p.network.libp2p.upstream import Record
 from aci_p2p.network.libp2p.varint import prefixed, read_prefixed
 from aci_p2p.network.libp2p.yamux import YamuxStream
 from aci_p2p.protocol.identity import NodeId

@@ -8,16 +8,6 @@ from typing import cast
 import pytest
 import trio
 from libp2p.peer.envelope import make_unsigned  # pyright: ignore[reportMissingTypeStubs] - py.typed, but it says otherwise
-from libp2p.peer.pb.envelope_pb2 import Envelope
-from libp2p.relay.circuit_v2.pb.circuit_pb2 import (
-    HopMessage,
-    Limit,
-    PeerId,
-    Reservation,
-    Status,
-    StopMessage,
-    Voucher,
-)
 from trio.testing import MockClock
 
 from aci_p2p.clock import MS_PER_S, system_clock
@@ -42,6 +32,16 @@ from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.relay_server import Capacity, Circuit, sign_voucher
 from aci_p2p.network.libp2p.secure import SecureChannel, Security
 from aci_p2p.network.libp2p.upgrade import multiplex_outbound
+from aci_p2p.network.libp2p.upstream import (
+    Envelope,
+    HopMessage,
+    Limit,
+    PeerId,
+    Reservation,
+    Status,
+    StopMessage,
+    Voucher,
+)
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import (
     MAX_BUFFERED_BYTES,

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from libp2p.pubsub.pb.rpc_pb2 import (
-    RPC,
-    ControlIHave,
-    ControlIWant,
-    ControlMessage,
-    Message,
-)
 
 from aci_p2p.network.delivery import message_id
 from aci_p2p.network.libp2p import router as gossipsub
+from aci_p2p.network.libp2p.upstream import RPC, ControlIHave, ControlIWant, ControlMessage
+from aci_p2p.network.libp2p.upstream import GossipsubMessage as Message
 from aci_p2p.network.limits import MAX_TOPICS_PER_PEER, SEEN_SECONDS
 from tests.network.driver import TOPIC
 from tests.network.router_node import NOW, PEER, PEERS, Node, graft, prune, publication

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from libp2p.pubsub.pb.rpc_pb2 import (
-    RPC,
-    ControlGraft,
-    ControlIHave,
-    ControlIWant,
-    ControlMessage,
-    ControlPrune,
-    Message,
-)
 
 from aci_p2p.network.delivery import message_id
 from aci_p2p.network.libp2p import flood, score
 from aci_p2p.network.libp2p import router as gossipsub
+from aci_p2p.network.libp2p.upstream import RPC, ControlGraft, ControlIHave, ControlIWant, ControlMessage, ControlPrune
+from aci_p2p.network.libp2p.upstream import GossipsubMessage as Message
 from aci_p2p.protocol.identity import NodeId
 from tests.network.driver import STRANGER, TOPIC
 from tests.network.router_node import NOW, PEER, PEERS, Node, graft, ihave, iwant, prune, publication

@@ -8,15 +8,14 @@ from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import trio
-from libp2p.kad_dht.pb.kademlia_pb2 import Message as KadMessage
-from libp2p.kad_dht.pb.kademlia_pb2 import Record
-from libp2p.pubsub.pb.rpc_pb2 import RPC
-from libp2p.pubsub.pb.rpc_pb2 import Message as GossipMessage
 
 from aci_p2p.clock import system_clock
 from aci_p2p.network import PeerUnreachable
 from aci_p2p.network.libp2p import gossip, kademlia
 from aci_p2p.network.libp2p.host import Host
+from aci_p2p.network.libp2p.upstream import RPC, Record
+from aci_p2p.network.libp2p.upstream import GossipsubMessage as GossipMessage
+from aci_p2p.network.libp2p.upstream import KademliaMessage as KadMessage
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import EndOfStream, StreamReset, YamuxStream
 from aci_p2p.protocol.envelope import Sealer, open_envelope

@@ -78,14 +78,7 @@ with _parts_alone():
     from libp2p.peer.id import ID  # pyright: ignore[reportMissingTypeStubs] - py.typed, but it says otherwise
     from libp2p.peer.pb.crypto_pb2 import PublicKey
     from libp2p.peer.pb.envelope_pb2 import Envelope
-    from libp2p.pubsub.pb.rpc_pb2 import (
-        RPC,
-        ControlGraft,
-        ControlIHave,
-        ControlIWant,
-        ControlMessage,
-        ControlPrune,
-    )
+    from libp2p.pubsub.pb.rpc_pb2 import RPC, ControlGraft, ControlIHave, ControlIWant, ControlMessage, ControlPrune
     from libp2p.pubsub.pb.rpc_pb2 import Message as GossipsubMessage
     from libp2p.relay.circuit_v2.pb.circuit_pb2 import (
         HopMessage,
