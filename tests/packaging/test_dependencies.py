@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from aci_p2p.version import VERSION
 
 PLUGINS = {"pytest": "aci_p2p/testing/plugin.py"}
 """Modules that only one of ours imports, which is imported by nobody but them."""
@@ -122,6 +124,10 @@ def test_installed_versions_agree() -> None:
     complaints = [line for line in done.stdout.splitlines() if "fastecdsa" not in line]
     assert complaints in ([], ["No broken requirements found."])
     assert "fastecdsa==2.3.2" in done.stdout, "libp2p's fastecdsa pin is gone: drop the override (spec/decisions/0002)"
+
+
+def test_the_package_has_our_version() -> None:
+    assert version("aci-p2p") == VERSION
 
 
 def test_requirements_are_sorted(pyproject: dict[str, Any]) -> None:
