@@ -19,6 +19,7 @@ import socket
 import sys
 import tempfile
 import threading
+from array import array
 from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
@@ -112,10 +113,28 @@ class Soak:
     """What was sampled: the process first, then the tables that hold most."""
     machine: str
     """Where this was measured."""
-    times: tuple[float, ...] = field(repr=False)
+    times: Sequence[float] = field(repr=False)
     """Of the samples, seconds."""
-    samples: dict[str, tuple[float, ...]] = field(repr=False)
+    samples: Mapping[str, Sequence[float]] = field(repr=False)
     """Everything that was sampled, in the order of `times`."""
+
+
+class Samples:
+    """What was sampled, in few bytes: the process that is measured holds it."""
+
+    def __init__(self) -> None:
+        self.times = array("d")
+        """Of the samples, seconds."""
+        self.columns: dict[str, array[float]] = {}
+        """Each quantity in the order of `times`; 0 where there was none."""
+
+    def add(self, now: float, sample: Mapping[str, float]) -> None:
+        """Keep a sample."""
+        for name in sample:
+            self.columns.setdefault(name, array("d", bytes(8 * len(self.times))))
+        for name, column in self.columns.items():
+            column.append(sample.get(name, 0.0))
+        self.times.append(now)
 
 
 class Counts:
@@ -232,14 +251,12 @@ async def main(seconds: float) -> Soak:
         free = _free_ports(POOL)
         for _ in range(CHURNERS):
             nursery.start_soon(_churn, home, residents, free, rng, root.hex(), counts)
-        times: list[float] = []
-        samples: list[dict[str, float]] = []
+        samples = Samples()
         began = trio.current_time()
         while (now := trio.current_time() - began) < seconds:
-            times.append(now)
-            samples.append(sample(residents))
+            samples.add(now, sample(residents))
             await trio.sleep(seconds / SAMPLES)
-    return _report(times, samples, counts)
+    return _report(samples, counts)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -291,11 +308,10 @@ async def _visit(config: NodeConfig, model: str, counts: Counts, *, ask: bool) -
         await _publish(node)
 
 
-def _report(times: Sequence[float], samples: Sequence[dict[str, float]], counts: Counts) -> Soak:
+def _report(samples: Samples, counts: Counts) -> Soak:
+    times, columns = samples.times, samples.columns
     start = int(len(times) * WARM_UP)
-    names = list(dict.fromkeys(name for one in samples for name in one))
-    columns = {name: tuple(one.get(name, 0.0) for one in samples) for name in names}
-    series = [fit(name, times[start:], columns[name][start:], allowance(name)) for name in names]
+    series = [fit(name, times[start:], column[start:], allowance(name)) for name, column in columns.items()]
     process, tables = series[: len(ALLOWED)], sorted(series[len(ALLOWED) :], key=lambda one: -one.last)
     return Soak(
         minutes=times[-1] / 60,
@@ -304,7 +320,7 @@ def _report(times: Sequence[float], samples: Sequence[dict[str, float]], counts:
         failed=counts.failed,
         series=(*process, *tables),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        times=tuple(times),
+        times=times,
         samples=columns,
     )
 

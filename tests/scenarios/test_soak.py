@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aci_p2p.network.delivery import SeenCache
-from tests.benchmarks.soak import ALLOWED, allowance, fit, main, plot, table_sizes
+from tests.benchmarks.soak import ALLOWED, Samples, allowance, fit, main, plot, table_sizes
 
 TIMES = [float(second) for second in range(100)]
 NOISE = [float((second * 7919) % 11) for second in range(100)]
@@ -31,6 +31,17 @@ def test_tables_are_counted() -> None:
     seen[1].add(b"c", 0.0)
     assert table_sizes(seen)["SeenCache._expiry"] == 3
     assert table_sizes([seen[0], seen[0]])["SeenCache._expiry"] == 1
+
+
+def test_samples_have_their_columns() -> None:
+    samples = Samples()
+    samples.add(0.5, {"first": 1.0})
+    samples.add(1.5, {"second": 2.0})
+    assert list(samples.times) == [0.5, 1.5]
+    assert [(name, list(column)) for name, column in samples.columns.items()] == [
+        ("first", [1.0, 0.0]),
+        ("second", [0.0, 2.0]),
+    ]
 
 
 def test_a_plot_shows_least_and_greatest() -> None:
