@@ -21,8 +21,8 @@ BID_LIFETIME_MS: Final = 30 * SECOND
 MAX_OUTSTANDING: Final = 4_096
 """Bids of ours that may still be awarded."""
 MAX_PER_CONSUMER: Final = 32
-"""Bids of ours that one consumer may have waiting: a job a second. A consumer that offers for the sake of offering must
-not use up what we may say to all others (`replay.MAX_PER_SENDER`)."""
+"""Bids of ours that one consumer may have waiting by broadcast: a job a second. A consumer that offers for the sake of
+offering must not use up what we may say to all others (`replay.MAX_PER_SENDER`). Quotes hold slots, which bounds them."""
 FIRST_LATENCY_MS: Final = 2_000
 """Promised time to the first token before any was measured: loading a small model takes a second."""
 WON_MS: Final = 60 * SECOND
@@ -88,7 +88,7 @@ class BidBook:
         self._admission = Admission(slots)
         self._won: OrderedDict[bytes, int] = OrderedDict()
         self._outstanding: OrderedDict[bytes, Won] = OrderedDict()
-        self._consumers: Counter[NodeId] = Counter()
+        self._broadcast: Counter[NodeId] = Counter()
         self._latency_ms = FIRST_LATENCY_MS
         self.draining = False
         """Whether no more jobs are taken."""
@@ -140,7 +140,10 @@ class BidBook:
         None when we do not serve the model, have no slot for its consumer, could never fit the answer, or have bid for
         too many of its offers.
         """
-        if not self._may_bid(offer, now):
+        root = offer.body.model_root
+        if root not in self._offerings or self._objection(self._offerings[root], offer, now) is not None:
+            return None
+        if self._broadcast[offer.sender] >= MAX_PER_CONSUMER:
             return None
         # Our quote for it came late: the slot that it holds must not stand in the way of our bid. It stays firm, for it
         # may be there before the bid is.
@@ -160,24 +163,25 @@ class BidBook:
         require(offer.sender == peer, Decision.REJECT, Reason.WRONG_SENDER)
         check_terms(offer)
         job_id = offer.body.job_id
-        if offer.body.model_root not in self._offerings:
+        offering = self._offerings.get(offer.body.model_root)
+        if offering is None:
             return Declined(Abort(job_id, AbortCode.MODEL_UNAVAILABLE, "the model is not served here", 0))
-        if not self._may_bid(offer, now):
-            return Declined(Abort(job_id, AbortCode.BUSY, "it takes no such job now", 0))
+        if (objection := self._objection(offering, offer, now)) is not None:
+            return Declined(Abort(job_id, AbortCode.BUSY, objection, 0))
         lease = self._admission.lease(offer.sender, now)
         if isinstance(lease, Busy):
             return Declined(Abort(job_id, AbortCode.BUSY, lease.detail, lease.until))
         return self._make_bid(offer, now, addresses, lease, LEASE_MS)
 
-    def _may_bid(self, offer: Envelope[Offer], now: int) -> bool:
-        offering = self._offerings.get(offer.body.model_root)
-        if offering is None or not self.takes_jobs or offer.body.max_tokens >= offering.context:
-            return False
+    def _objection(self, offering: Offering, offer: Envelope[Offer], now: int) -> str | None:
+        """Why we do not take a job, whether there is a slot or not."""
         self._forget_expired(now)
+        if not self.takes_jobs:
+            return self._why_none
+        if offer.body.max_tokens >= offering.context:
+            return f"prompt and answer may take {offering.context} tokens"
         # A job is won once.
-        if offer.body.job_id in self._won:
-            return False
-        return self._consumers[offer.sender] < MAX_PER_CONSUMER
+        return "the provider has this job" if offer.body.job_id in self._won else None
 
     def _make_bid(
         self,
@@ -203,7 +207,8 @@ class BidBook:
         )
         bid = self._sealer.seal(body, now, lifetime_ms=lifetime_ms)
         won = self._outstanding[bid.digest] = Won(offer, bid, offering.name, lease)
-        self._consumers[offer.sender] += 1
+        if lease is None:
+            self._broadcast[offer.sender] += 1
         return won
 
     @property
@@ -277,11 +282,11 @@ class BidBook:
 
     def _forget(self, digest: bytes) -> None:
         known = self._outstanding.pop(digest, None)
-        if known is not None:
+        if known is not None and known.lease is None:
             consumer = known.offer.sender
-            self._consumers[consumer] -= 1
-            if not self._consumers[consumer]:
-                del self._consumers[consumer]
+            self._broadcast[consumer] -= 1
+            if not self._broadcast[consumer]:
+                del self._broadcast[consumer]
 
     def _bids_for(self, offer: Envelope[Offer]) -> list[Won]:
         job_id, consumer = offer.body.job_id, offer.sender

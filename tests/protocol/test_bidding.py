@@ -338,3 +338,33 @@ def test_one_consumer_cannot_use_up_our_bids(book: BidBook, monkeypatch: pytest.
     bid(book, 4)
     assert book.bid(offer(5), NOW, addresses=()) is None
     assert book.bid(offer(5), NOW + BID_LIFETIME_MS, addresses=()) is not None
+
+
+def test_quotes_hold_slots_and_are_no_bids_to_use_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bidding, "MAX_PER_CONSUMER", 1)
+    book = BidBook(PROVIDER, (OFFERING,), slots=4)
+    first, second, third = (quoted(book, number) for number in (1, 2, 3))
+    broadcast = bid(book, 4)
+    assert book.bid(offer(5), NOW, addresses=()) is None
+    # That a quote is over makes no room for what was broadcast.
+    assert isinstance(book.take(award(first), NOW), Won)
+    assert book.bid(offer(5), NOW, addresses=()) is None
+    book.take(award(broadcast), NOW)
+    for one in (second, third):
+        assert isinstance(book.take(award(one), NOW), Won)
+
+
+def test_a_consumer_is_told_why_its_job_is_not_taken(book: BidBook) -> None:
+    def detail(offered: Envelope[Offer]) -> str:
+        declined = quote(book, offered)
+        assert isinstance(declined, Declined)
+        assert declined.answer.abort is AbortCode.BUSY
+        return declined.answer.detail
+
+    assert detail(offer(1, max_tokens=100)) == "prompt and answer may take 100 tokens"
+    won(book, 2)
+    assert detail(offer(2)) == "the provider has this job"
+    book.is_suspended = True
+    assert detail(offer(3)) == "the provider cannot store jobs"
+    book.draining = True
+    assert detail(offer(3)) == "the provider is shutting down"
