@@ -21,8 +21,8 @@ BID_LIFETIME_MS: Final = 30 * SECOND
 MAX_OUTSTANDING: Final = 4_096
 """Bids of ours that may still be awarded."""
 MAX_PER_CONSUMER: Final = 32
-"""Bids of ours that one consumer may have waiting by broadcast: a job a second. A consumer that offers for the sake of
-offering must not use up what we may say to all others (`replay.MAX_PER_SENDER`). Quotes hold slots, which bounds them."""
+"""Bids by broadcast that one consumer may have waiting: a job a second. A consumer that offers for the sake of offering
+must not use up what we may say to all others (`replay.MAX_PER_SENDER`). Quotes hold slots, which bounds them."""
 FIRST_LATENCY_MS: Final = 2_000
 """Promised time to the first token before any was measured: loading a small model takes a second."""
 WON_MS: Final = 60 * SECOND

@@ -94,8 +94,10 @@ with _parts_alone():
         Voucher,
     )
     from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
+    from libp2p.security.noise.io import NoiseTransportReadWriter
     from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
     from libp2p.security.noise.transport import Transport as NoiseTransport
+    from libp2p.security.secure_session import SecureSession
     from libp2p.utils.address_validation import get_available_interfaces
 
 # py-libp2p means to be silent unless LIBP2P_DEBUG is set, but leaves its logger without a handler, so that Python would
@@ -125,10 +127,12 @@ __all__ = [
     "KademliaMessage",
     "Limit",
     "NoiseTransport",
+    "NoiseTransportReadWriter",
     "PeerId",
     "PublicKey",
     "Record",
     "Reservation",
+    "SecureSession",
     "Status",
     "StopMessage",
     "Voucher",

@@ -69,7 +69,7 @@ class EndOfStream(Exception):
 class Connection(Protocol):
     """The encrypted connection underneath."""
 
-    async def receive(self) -> bytes:
+    async def receive(self) -> bytes | bytearray:
         """The next chunk of bytes."""
         ...
 
