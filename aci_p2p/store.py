@@ -223,7 +223,8 @@ class Store:
         marks = ", ".join("?" * len(_OPEN_STATES))
         rows = await self._run(self._select, f"node = ? AND state IN ({marks})", (self._node.public_key, *_OPEN_STATES))
         changed = [record for job in rows if (record := change(job, now)) is not None]
-        await self.put_jobs(changed)
+        if changed:
+            await self.put_jobs(changed)
         return changed
 
     async def note_key(self, now: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, cast
 
@@ -21,6 +23,11 @@ NAMING: Final = (*FOLDERS, "key")
 """Settings that say which node of this machine is meant."""
 BESIDE_S: Final = 2.0
 """Seconds for a running node to say where it listens; a command that can do without it waits no longer."""
+READY_S: Final = 60.0
+"""Seconds for a running node to have started, if it is the only way into the network: loading large models takes
+longer, but by then its user wants to know."""
+LOOK_S: Final = 0.25
+"""Seconds between looks at whether it has."""
 
 
 def ask_node(given: Given, command: str) -> object:
@@ -36,21 +43,42 @@ def ask_at(loaded: Loaded, command: str) -> object:
 def status_beside(loaded: Loaded) -> StatusReport | None:
     """How the node is that runs here; None with --bootstrap, which names another way, and if its network is another.
 
-    Raises NotReady while the node starts, when it is the only way that is configured: it is up soon, while those in
-    the address cache may be gone.
+    One that starts is waited for when it is the only way that is configured: it is up soon, while those in the address
+    cache may be gone. Raises NotReady when it takes READY_S seconds.
     """
     if loaded.origins["bootstrap"].source == "flag":
         return None
+    client = loaded.config.client_node
+    is_only_way = not (client.bootstrap or client.p2p.mdns)
     try:
-        path = loaded.config.node.control_socket_path
-        status = cast("StatusReport", ask(path, "status", timeout_s=BESIDE_S))
+        status = _wait_until_ready(loaded) if is_only_way else _ask_status(loaded)
     except (NoNode, BadRequest):
         return None
     except NotReady:
-        if loaded.config.client_node.bootstrap or loaded.config.client_node.p2p.mdns:
-            return None
-        raise
-    return status if status["node"]["network"] == loaded.config.client_node.network else None
+        if is_only_way:
+            raise
+        return None
+    return status if status["node"]["network"] == client.network else None
+
+
+def _ask_status(loaded: Loaded) -> StatusReport:
+    return cast("StatusReport", ask(loaded.config.node.control_socket_path, "status", timeout_s=BESIDE_S))
+
+
+def _wait_until_ready(loaded: Loaded) -> StatusReport:
+    """The status of a node once it has started. Raises NoNode, BadRequest, and NotReady after READY_S seconds."""
+    give_up = time.monotonic() + READY_S
+    told = False
+    while True:
+        try:
+            return _ask_status(loaded)
+        except NotReady:
+            if time.monotonic() >= give_up:
+                raise
+        if not told:
+            sys.stderr.write("the node that runs here is starting or stopping; waiting for it ...\n")
+            told = True
+        time.sleep(LOOK_S)
 
 
 def client_beside(loaded: Loaded) -> NodeConfig:

@@ -16,7 +16,7 @@ from aci_p2p.cli.texts import amount, duration, mebibytes, plural, short_job, sh
 from aci_p2p.clock import MS_PER_S
 from aci_p2p.control import Event, StatusReport
 from aci_p2p.control.market import ModelSummary
-from aci_p2p.control.report import PeerEntry, ProcessSection, ProviderSection
+from aci_p2p.control.report import LOCAL, PeerEntry, ProcessSection, ProviderSection
 from aci_p2p.protocol.catalogue import CATALOGUE
 from aci_p2p.protocol.pricing import format_amount
 from aci_p2p.protocol.text import printable
@@ -34,7 +34,7 @@ BOOK_ROWS: Final = 4
 """Models of the order book, of which `aci-p2p market` shows all: the latest offers have the rest of the panel."""
 
 _LEVELS: Final = {"warning": "yellow", "error": "red", "critical": "red", "debug": "dim"}
-_REACHABILITY: Final = {"public": "green", "private": "yellow", "unknown": "dim"}
+_REACHABILITY: Final = {"public": "green", "private": "yellow", "unknown": "dim", LOCAL: "dim"}
 
 
 @dataclass(frozen=True, slots=True)

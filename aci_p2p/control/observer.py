@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final, cast
@@ -15,6 +16,7 @@ from aci_p2p.control.market import ModelSummary, read_market, summarise_market
 from aci_p2p.control.process import process_figures
 from aci_p2p.control.providers import find_providers
 from aci_p2p.control.report import (
+    LOCAL,
     BootstrapEntry,
     ClocksReport,
     JobCount,
@@ -32,7 +34,7 @@ from aci_p2p.control.report import (
 )
 from aci_p2p.control.server import Command
 from aci_p2p.gossip import TopicStatistics
-from aci_p2p.network.api import Reachability
+from aci_p2p.network.api import Reachability, are_local
 from aci_p2p.node import Node
 from aci_p2p.peer_clocks import read_peer_clocks
 from aci_p2p.protocol.lifecycle import Party, State
@@ -57,6 +59,14 @@ _WHY: Final = {
 }
 
 log = logging.getLogger("aci_p2p.node")
+
+
+def judge_reachability(verdict: Reachability, addresses: Sequence[str]) -> tuple[str, str]:
+    """Whether others can open connections to a node with these addresses (as in reports), and how it knows."""
+    if are_local(addresses):
+        # That others of this machine have dialled back says nothing of the rest of the world.
+        return LOCAL, "it listens on this machine alone"
+    return verdict.value, _WHY[verdict]
 
 
 class Observer:
@@ -88,13 +98,13 @@ class Observer:
     async def watch(self) -> None:
         """Count what comes each minute, and log what becomes of the node's place in the network; until cancelled."""
         network = self._node.network
-        reachability, addresses, connected = network.reachability, tuple(network.addresses), bool(network.peers)
+        reachability, addresses, connected = self._judged(), tuple(network.addresses), bool(network.peers)
         while True:
             statistics = self._node.market.statistics()
             self._samples.append((statistics.offers_heard, statistics.bids_heard))
-            if network.reachability is not reachability:
-                reachability = network.reachability
-                log.info("reachability", extra={"fields": {"is": reachability, "why": _WHY[reachability]}})
+            if self._judged() != reachability:
+                reachability = state, why = self._judged()
+                log.info("reachability", extra={"fields": {"is": state, "why": why}})
             if tuple(network.addresses) != addresses:
                 addresses = tuple(network.addresses)
                 log.info("addresses", extra={"fields": {"are": ",".join(addresses) or "none"}})
@@ -187,7 +197,11 @@ class Observer:
         network = self._node.network
         through = [address.partition(_CIRCUIT)[0] for address in network.addresses if _CIRCUIT in address]
         relays = list(dict.fromkeys(address.rpartition("/p2p/")[2] for address in through))
-        return ReachabilitySection(state=network.reachability.value, why=_WHY[network.reachability], relays=relays)
+        state, why = self._judged()
+        return ReachabilitySection(state=state, why=why, relays=relays)
+
+    def _judged(self) -> tuple[str, str]:
+        return judge_reachability(self._node.network.reachability, self._node.network.addresses)
 
     def _bootstrap(self) -> list[BootstrapEntry]:
         return [

@@ -6,7 +6,10 @@ readers count exactly.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Final, TypedDict
+
+LOCAL: Final = "local"
+"""State of the reachability of a node that only its own machine can reach."""
 
 
 class NodeSection(TypedDict):
@@ -30,7 +33,7 @@ class ReachabilitySection(TypedDict):
     """Whether others can open connections to the node."""
 
     state: str
-    """`public`, `private` or `unknown`."""
+    """`public`, `private`, `unknown` or LOCAL."""
     why: str
     relays: list[str]
     """Peer ids of the relays through which it can be reached."""

@@ -12,12 +12,13 @@ from typing import Final
 
 import trio
 
+from aci_p2p.control.report import LOCAL
 from aci_p2p.dht import RecordRules
 from aci_p2p.dht.bootstrap import DnsAddress
 from aci_p2p.dht.dnsaddr import resolve_dnsaddr
 from aci_p2p.doctor.findings import Finding, ok, problem, problem_of, warning
 from aci_p2p.doctor.subject import Subject
-from aci_p2p.network.api import Network, Reachability
+from aci_p2p.network.api import Network, Reachability, are_local
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.identity import SEED_BYTES, KeyPair
 
@@ -191,17 +192,16 @@ class Standing:
     @property
     def is_local(self) -> bool:
         """Whether it listens on this machine alone."""
-        return bool(self.addresses) and all(
-            address.startswith(("/ip4/127.", "/ip6/::1/")) for address in self.addresses
-        )
+        return are_local(self.addresses)
 
 
 async def find_standing(subject: Subject, probe: Probe) -> Standing:
     """What the running node says, or what peers say of the probe, which takes seconds."""
     if subject.status is not None:
         status = subject.status
-        state = Reachability(status["reachability"]["state"])
-        return Standing(state, tuple(status["addresses"]), bool(status["network"]["peers"]))
+        state = status["reachability"]["state"]
+        reachability = Reachability.UNKNOWN if state == LOCAL else Reachability(state)
+        return Standing(reachability, tuple(status["addresses"]), bool(status["network"]["peers"]))
     network = probe.network
     has_peers = bool(network.peers)
     if has_peers and network.addresses and probe.refusal is None:

@@ -111,6 +111,11 @@ class Reachability(StrEnum):
     """Others have tried in vain: a NAT or a firewall is between."""
 
 
+def are_local(addresses: Sequence[str]) -> bool:
+    """Whether these addresses can be dialled from this machine alone; not so if there are none."""
+    return bool(addresses) and all(address.startswith(("/ip4/127.", "/ip6/::1/")) for address in addresses)
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectionInfo:
     """A connection to a peer, as `aci-p2p peers` shows it."""

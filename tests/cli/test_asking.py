@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,50 @@ def test_a_node_that_starts_is_told_of_only_without_another_way(monkeypatch: pyt
         raise NotReady(msg)
 
     monkeypatch.setattr(asking, "ask", ask)
+    monkeypatch.setattr(asking, "READY_S", 0.0)
     assert client_beside(Given().load()).bootstrap == (NAMED,)
     monkeypatch.delenv("ACI_BOOTSTRAP")
     assert client_beside(Given({"p2p.mdns": True}).load()).bootstrap == ()
     with pytest.raises(NotReady):
         client_beside(Given().load())
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What was waited; nothing else takes time."""
+    naps: list[float] = []
+    monkeypatch.setattr(time, "sleep", naps.append)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(naps))
+    return naps
+
+
+@pytest.mark.parametrize("then", ["it is up", "it was stopping"])
+def test_a_node_that_starts_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], slept: list[float], then: str
+) -> None:
+    def ask(path: Path, *_: object, **__: object) -> object:
+        if len(slept) < 3:
+            msg = "it is starting"
+            raise NotReady(msg)
+        if then == "it was stopping":
+            raise NoNode(path, "it has gone")
+        return status()
+
+    monkeypatch.setattr(asking, "ask", ask)
+    monkeypatch.delenv("ACI_BOOTSTRAP")
+    assert client_beside(Given().load()).bootstrap == (tuple(status()["addresses"]) if then == "it is up" else ())
+    assert slept == 3 * [asking.LOOK_S]
+    told = "the node that runs here is starting or stopping; waiting for it ...\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_node_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
+    def ask(*_: object, **__: object) -> object:
+        msg = "it is starting"
+        raise NotReady(msg)
+
+    monkeypatch.setattr(asking, "ask", ask)
+    monkeypatch.delenv("ACI_BOOTSTRAP")
+    with pytest.raises(NotReady):
+        client_beside(Given().load())
+    assert sum(slept) == asking.READY_S

@@ -27,7 +27,7 @@ from aci_p2p.dht import RecordRules
 from aci_p2p.doctor import ORDER, Finding, Level, Subject, diagnose, find_subject, reaching
 from aci_p2p.doctor import diagnosis as running_checks
 from aci_p2p.doctor import machine as machine_checks
-from aci_p2p.doctor.reaching import Standing, check_bootstrap, check_names, open_probe
+from aci_p2p.doctor.reaching import Probe, Standing, check_bootstrap, check_names, find_standing, open_probe
 from aci_p2p.doctor.standing import check_clock, check_hole_punching, check_reachability, check_relay
 from aci_p2p.executor import ModelStore
 from aci_p2p.keys import KeyRing
@@ -430,6 +430,20 @@ async def test_the_place_in_the_network(subject: Subject, standing: Standing, le
     checks = (check_reachability, check_relay, check_hole_punching)
     found = [finding.level.value for check in checks for finding in await check(subject, standing)]
     assert " ".join(found) == levels
+
+
+async def test_the_running_node_knows_its_place(subject: Subject) -> None:
+    running = status()
+    for state, address, is_local in (
+        ("private", "/ip4/192.0.2.1/tcp/9400", False),
+        ("public", "/ip4/192.0.2.1/tcp/9400", False),
+        ("local", "/ip4/127.0.0.1/tcp/9400", True),
+    ):
+        running["reachability"]["state"], running["addresses"] = state, [address]
+        # It is not probed.
+        standing = await find_standing(replace(subject, status=running), cast("Probe", None))
+        assert standing.is_local is is_local
+        assert is_local or standing.reachability == state
 
 
 async def test_ways_around_a_nat_that_are_off(subject: Subject) -> None:

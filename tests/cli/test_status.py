@@ -11,13 +11,14 @@ import pytest
 import trio
 
 from aci_p2p import control
+from aci_p2p.cli.entry import EXIT_INTERRUPTED
 from aci_p2p.cli.peers import peers_table
 from aci_p2p.cli.status import bootstrap_line, status_rows
 from aci_p2p.cli.texts import duration, print_table
 from aci_p2p.config import NodeConfig
 from aci_p2p.control import StatusReport
 from aci_p2p.control.server import open_control
-from tests.cli.conftest import LOOPBACK, Cli, Start, finish, one_line, wait_for
+from tests.cli.conftest import LOOPBACK, Cli, Process, Start, finish, one_line, wait_for
 from tests.cli.views import CONSUMER, HOSTILE, NODE, peer, status
 
 ROOT = "ab" * 32
@@ -115,13 +116,38 @@ def test_no_node(cli: Cli, home: Path, command: str) -> None:
         assert line.endswith("start one with: aci-p2p join")
 
 
-@pytest.mark.parametrize(
-    "arguments", [("status",), ("peers",), ("infer", "Hello!"), ("batch", "-"), ("providers", ROOT), ("market",)]
-)
-async def test_a_node_that_starts(cli: Cli, home: Path, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("command", ["status", "peers"])
+async def test_a_node_that_starts(cli: Cli, home: Path, command: str) -> None:
     async with open_control(NodeConfig(home=home, key="node").control_socket_path):
-        line = one_line(await trio.to_thread.run_sync(cli, *arguments), 4)
+        line = one_line(await trio.to_thread.run_sync(cli, command), 4)
     assert "the node that runs here is starting or stopping; try again in a moment" in line
+
+
+@pytest.mark.parametrize("arguments", [("infer", "Hello!"), ("providers", ROOT), ("market",)])
+async def test_commands_of_the_network_wait_for_it(start: Start, home: Path, arguments: tuple[str, ...]) -> None:
+    async with open_control(NodeConfig(home=home, key="node").control_socket_path):
+        process = start(*arguments)
+        await assert_it_waits(process)
+        process.send_signal(signal.SIGINT)
+        result = await trio.to_thread.run_sync(finish, process)
+    assert result.returncode == EXIT_INTERRUPTED
+    assert "Traceback" not in result.stderr
+
+
+async def test_one_that_was_stopping_is_not_waited_for_longer(start: Start, home: Path) -> None:
+    async with open_control(NodeConfig(home=home, key="node").control_socket_path):
+        process = start("infer", "Hello!")
+        await assert_it_waits(process)
+    result = await trio.to_thread.run_sync(finish, process)
+    assert result.returncode == 2
+    assert "no node is known to ask, and none runs here" in result.stderr
+
+
+async def assert_it_waits(process: Process) -> None:
+    """A command has said that it waits for the node that starts."""
+    assert process.stderr is not None
+    line = await trio.to_thread.run_sync(process.stderr.readline)
+    assert line == "the node that runs here is starting or stopping; waiting for it ...\n"
 
 
 def ask(cli: Cli, *arguments: str) -> dict[str, Any]:
@@ -141,6 +167,7 @@ def test_two_nodes_of_one_machine(cli: Cli, start: Start, home: Path, tmp_path: 
     assert mine["node"] != others["node"]
     assert others["bootstrap"] == [{"address": address, "reached": True, "attempts": 0, "failures": []}]
     text = cli("status").stdout
+    assert "reachability  local: it listens on this machine alone\n" in text
     assert f"node          {address.rpartition('/')[2]}\n" in text
     assert "  1 connected (1 in, 0 out)\n" in text
     assert [len(line) for line in text.splitlines()] == [len(line.rstrip()) for line in text.splitlines()]

@@ -25,7 +25,7 @@ from trio.testing import MockClock
 
 from aci_p2p import ACI
 from aci_p2p.control import ClocksReport, Journal, NoNode, PeersReport, StatusReport, ask, process, server
-from aci_p2p.control.observer import Observer
+from aci_p2p.control.observer import Observer, judge_reachability
 from aci_p2p.control.process import process_figures
 from aci_p2p.control.server import MAX_CLIENTS, Command, ControlInUse, open_control
 from aci_p2p.control.wire import (
@@ -40,6 +40,7 @@ from aci_p2p.control.wire import (
     encode_request,
     encode_result,
 )
+from aci_p2p.network.api import Reachability
 from aci_p2p.node import Node
 from aci_p2p.protocol.errors import LocalError, ResourceError
 from tests.node.conftest import MODEL, ROOT, OpenTestNode, ScriptedExecutor
@@ -483,6 +484,19 @@ def check_status(status: StatusReport, provider: str, consumer: str) -> None:
     (entry,) = status["log"]["last"]
     assert (entry["level"], entry["source"]) == ("warning", "test")
     assert entry["message"] == 'odd [2J peer="a b" n=3'
+
+
+@pytest.mark.parametrize(
+    ("reachability", "addresses", "state"),
+    [
+        (Reachability.PUBLIC, ["/ip4/127.0.0.1/tcp/9400", "/ip4/192.0.2.1/tcp/9400"], "public"),
+        (Reachability.PUBLIC, ["/ip4/127.0.0.1/tcp/9400", "/ip6/::1/tcp/9400"], "local"),
+        (Reachability.PRIVATE, [], "private"),
+        (Reachability.UNKNOWN, ["/ip6/::10/tcp/9400"], "unknown"),
+    ],
+)
+def test_peers_of_one_machine_make_nobody_public(reachability: Reachability, addresses: list[str], state: str) -> None:
+    assert judge_reachability(reachability, addresses)[0] == state
 
 
 async def test_rates_are_of_the_last_minute(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:
