@@ -220,7 +220,7 @@ class ProviderRole:
             if kind_of(frame) is Kind.OFFER:
                 await self._quote(stream, frame)
             else:
-                await self._award(stream, frame)
+                await self._award(stream, frame, self._book.take(frame, self._clock()))
         except MessageRefused as error:
             log.info("no award", extra={"fields": {"peer": stream.peer.short, "error": error}})
 
@@ -231,19 +231,21 @@ class ProviderRole:
             await self._decline(stream, quoted)
             return
         self._bids += 1
-        award = b""
+        award, taken = b"", None
         try:
             await stream.send(quoted.bid.data)
             with trio.move_on_after(LEASE_MS / MS_PER_S):
                 award = await stream.receive()
+                taken = self._book.take(award, self._clock())
         finally:
-            if not award:
+            # Nothing came, or nonsense, or the award of another bid: the slot is for others.
+            if not (isinstance(taken, Won) and taken.bid is quoted.bid):
                 self._book.take_back(quoted)
-        if award:
-            await self._award(stream, award)
+        if taken is not None:
+            await self._award(stream, award, taken)
 
-    async def _award(self, stream: Stream, frame: bytes) -> None:
-        taken = self._book.take(frame, self._clock())
+    async def _award(self, stream: Stream, frame: bytes, taken: Won | Declined) -> None:
+        """Run the job that `frame` awards, or say why not."""
         if isinstance(taken, Won):
             taken = await self._confirm(taken)
         if isinstance(taken, Declined):

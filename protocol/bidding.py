@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Final
 
 from aci_p2p.protocol.admission import LEASE_MS, Admission, AdmissionStatistics, Busy, Lease
@@ -19,7 +20,7 @@ from aci_p2p.protocol.validation import Decision, Reason, require
 BID_LIFETIME_MS: Final = 30 * SECOND
 """A bid is firm for half a minute: the longest window to wait for bids, and time to fall back on the next one."""
 MAX_OUTSTANDING: Final = 4_096
-"""Bids of ours that may still be awarded."""
+"""Bids of ours that may still be awarded, and as many quotes."""
 MAX_PER_CONSUMER: Final = 32
 """Bids by broadcast that one consumer may have waiting: a job a second. A consumer that offers for the sake of offering
 must not use up what we may say to all others (`replay.MAX_PER_SENDER`). Quotes hold slots, which bounds them."""
@@ -87,7 +88,9 @@ class BidBook:
         self._offerings = {offering.root: offering for offering in offerings}
         self._admission = Admission(slots)
         self._won: OrderedDict[bytes, int] = OrderedDict()
-        self._outstanding: OrderedDict[bytes, Won] = OrderedDict()
+        # Apart, so that each is in the order in which they expire.
+        self._bids: OrderedDict[bytes, Won] = OrderedDict()
+        self._quotes: OrderedDict[bytes, Won] = OrderedDict()
         self._broadcast: Counter[NodeId] = Counter()
         self._latency_ms = FIRST_LATENCY_MS
         self.draining = False
@@ -97,7 +100,7 @@ class BidBook:
 
     def __len__(self) -> int:
         """Bids that may still be awarded."""
-        return len(self._outstanding)
+        return len(self._bids) + len(self._quotes)
 
     @property
     def offerings(self) -> tuple[Offering, ...]:
@@ -206,9 +209,12 @@ class BidBook:
             region=offering.region,
         )
         bid = self._sealer.seal(body, now, lifetime_ms=lifetime_ms)
-        won = self._outstanding[bid.digest] = Won(offer, bid, offering.name, lease)
+        won = Won(offer, bid, offering.name, lease)
         if lease is None:
+            self._bids[bid.digest] = won
             self._broadcast[offer.sender] += 1
+        else:
+            self._quotes[bid.digest] = won
         return won
 
     @property
@@ -223,7 +229,7 @@ class BidBook:
     def take(self, frame: bytes, now: int) -> Won | Declined:
         """Judge an award; a bid can be awarded once. Its job has a slot until `release`. Raises MessageRefused."""
         award = open_envelope(frame, Award, network=self._sealer.network, now=now)
-        known = self._outstanding.get(award.body.bid_digest)
+        known = self._bids.get(award.body.bid_digest) or self._quotes.get(award.body.bid_digest)
         # From the consumer that the bid answers: bids are public, and whoever heard ours must not be able to use it up.
         require(known is None or award.sender == known.offer.sender, Decision.REJECT, Reason.WRONG_SENDER)
         self._forget(award.body.bid_digest)
@@ -276,13 +282,14 @@ class BidBook:
         return offering
 
     def _forget_unserved(self) -> None:
-        for digest, known in tuple(self._outstanding.items()):
+        for digest, known in (*self._bids.items(), *self._quotes.items()):
             if known.offer.body.model_root not in self._offerings:
                 self._forget(digest)
 
     def _forget(self, digest: bytes) -> None:
-        known = self._outstanding.pop(digest, None)
-        if known is not None and known.lease is None:
+        self._quotes.pop(digest, None)
+        known = self._bids.pop(digest, None)
+        if known is not None:
             consumer = known.offer.sender
             self._broadcast[consumer] -= 1
             if not self._broadcast[consumer]:
@@ -290,14 +297,15 @@ class BidBook:
 
     def _bids_for(self, offer: Envelope[Offer]) -> list[Won]:
         job_id, consumer = offer.body.job_id, offer.sender
-        known = self._outstanding.values()
+        known = chain(self._bids.values(), self._quotes.values())
         return [won for won in known if won.offer.body.job_id == job_id and won.offer.sender == consumer]
 
     def _forget_expired(self, now: int) -> None:
         while self._won and next(iter(self._won.values())) <= now:
             self._won.popitem(last=False)
-        while self._outstanding:
-            digest, known = next(iter(self._outstanding.items()))
-            if len(self._outstanding) < MAX_OUTSTANDING and known.bid.header.expires_at > now:
-                return
-            self._forget(digest)
+        for known in (self._bids, self._quotes):
+            while known:
+                digest, oldest = next(iter(known.items()))
+                if len(known) < MAX_OUTSTANDING and oldest.bid.header.expires_at > now:
+                    break
+                self._forget(digest)

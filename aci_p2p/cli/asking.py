@@ -75,6 +75,10 @@ def _wait_until_ready(loaded: Loaded) -> StatusReport:
         except NotReady:
             if time.monotonic() >= give_up:
                 raise
+        except NoNode as error:
+            # One that loads its models may take its time to say so.
+            if not (told and error.runs) or time.monotonic() >= give_up:
+                raise
         if not told:
             sys.stderr.write("the node that runs here is starting or stopping; waiting for it ...\n")
             told = True

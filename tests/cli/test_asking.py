@@ -102,6 +102,22 @@ def test_a_node_that_starts_is_waited_for(
     assert capsys.readouterr().err == told
 
 
+def test_one_that_takes_its_time_to_say_that_it_starts_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, slept: list[float]
+) -> None:
+    def ask(path: Path, *_: object, **__: object) -> object:
+        if not slept:
+            msg = "it is starting"
+            raise NotReady(msg)
+        if len(slept) < 3:
+            raise NoNode(path, "it does not answer", runs=True)
+        return status()
+
+    monkeypatch.setattr(asking, "ask", ask)
+    monkeypatch.delenv("ACI_BOOTSTRAP")
+    assert client_beside(Given().load()).bootstrap == tuple(status()["addresses"])
+
+
 def test_a_node_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
     def ask(*_: object, **__: object) -> object:
         msg = "it is starting"

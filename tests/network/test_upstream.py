@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from threading import Thread
 
 import pytest
+
+from aci_p2p.network.libp2p.upstream import _EmptyPackages
 
 UNUSED = {"aioquic", "fastecdsa", "httpx", "miniupnpc", "requests", "trio_websocket", "zeroconf"}
 """Modules that py-libp2p loads for what this package does not use."""
@@ -98,6 +101,18 @@ def test_one_that_another_finder_finds() -> None:
         "from aci_p2p.network.libp2p import upstream\n"
         "assert upstream.RPC and 'requests' not in sys.modules\n"
     )
+
+
+def test_other_threads_find_quic_meanwhile() -> None:
+    finder = _EmptyPackages()
+    with pytest.raises(ModuleNotFoundError, match="nothing here uses QUIC"):
+        finder.find_spec("aioquic", None)
+    found: list[object] = []
+    other = Thread(target=lambda: found.append(finder.find_spec("aioquic", None)))
+    other.start()
+    other.join()
+    # That is for the finders behind it.
+    assert found == [None]
 
 
 @pytest.mark.parametrize("text", ["", "import libp2p"], ids=["alone", "before theirs"])

@@ -40,6 +40,7 @@ from aci_p2p.protocol.messages import Abort, AbortCode, Award, Bid, Offer
 from aci_p2p.protocol.proof import ProofInvalid, encode_proof
 from aci_p2p.served_job import ServedJob
 from tests.node.conftest import ROOT, OpenTestNode, ScriptedExecutor, due
+from tests.scenarios.messages import make_offer
 
 if TYPE_CHECKING:
     from trio import TaskStatus
@@ -537,6 +538,30 @@ async def test_a_job_is_served_once_whatever_is_forgotten(
             assert again.provider.statistics().running == 0
             # Another one finds its slot free.
             assert (await aci.inference(model=MODEL, prompt="count on")).text
+
+
+@pytest.mark.parametrize("answer", ["nonsense", "another bid"])
+async def test_a_quote_that_is_not_awarded_keeps_no_slot(
+    autojump_clock: MockClock, open_test_node: OpenTestNode, answer: str
+) -> None:
+    async with (
+        open_test_node("provider", executor=ScriptedExecutor(), slots=1) as provider,
+        open_test_node("consumer", provider.addresses[:1]) as consumer,
+        ACI(consumer) as aci,
+    ):
+        body = replace(make_offer(consumer._sealer, virtual_clock(), b"1").body, model_root=ROOT, max_tokens=1)
+        offer = consumer._sealer.seal(body, virtual_clock())
+        async with consumer.network.open_stream(provider.node_id, JOB_PROTOCOL) as stream:
+            await stream.send(offer.data)
+            await stream.receive()
+            assert provider.provider is not None
+            assert provider.provider._book.admission.reserved == 1
+            award = consumer._sealer.seal(Award(offer.body.job_id, bytes(32), 0), virtual_clock()).data
+            await stream.send(b"nonsense" if answer == "nonsense" else award)
+            await trio.sleep(0.1)
+            assert provider.provider._book.admission.reserved == 0
+            assert len(provider.provider._book) == 0
+        assert (await aci.inference(model=MODEL, prompt="count")).text
 
 
 async def test_a_clock_that_jumps_does_not_end_a_provider(

@@ -317,6 +317,18 @@ def test_outstanding_bids_are_bounded(book: BidBook, monkeypatch: pytest.MonkeyP
     assert len(book) == 3
 
 
+def test_quotes_are_forgotten_with_their_leases_and_push_out_no_bid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bidding, "MAX_OUTSTANDING", 3)
+    book = BidBook(PROVIDER, (OFFERING,), slots=5)
+    firm = bid(book, 1)
+    for number in range(2, 6):
+        quoted(book, number)
+    assert len(book) == 1 + 3
+    quoted(book, 6, NOW + LEASE_MS)
+    assert len(book) == 1 + 1
+    assert isinstance(book.take(award(firm, now=NOW + LEASE_MS), NOW + LEASE_MS), Won)
+
+
 def test_latency_follows_what_was_measured(book: BidBook) -> None:
     for _ in range(100):
         book.measured(100)

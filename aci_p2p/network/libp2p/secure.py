@@ -147,6 +147,7 @@ class SecureChannel:
         self._channel = channel
         self._cipher = cipher
         self._received = bytearray()
+        self._fault = ""
         self.peer = peer
 
     async def receive(self) -> bytearray:
@@ -165,12 +166,20 @@ class SecureChannel:
         return data
 
     async def _fill(self) -> None:
-        for message in await self._channel.read_messages():
-            plaintext = self._cipher.decrypt(message)
+        """Receive something. What is genuine is delivered first, however the stream was cut; then all is over."""
+        before = len(self._received)
+        for message in () if self._fault else await self._channel.read_messages():
+            try:
+                plaintext = self._cipher.decrypt(message)
+            except Exception:  # noqa: BLE001 - whatever the cipher finds, nothing behind it is the peer's
+                self._fault = "the peer sent a message that is not genuine"
+                break
             if not plaintext:
-                msg = "the peer sent an empty message"
-                raise ConnectionLost(msg)
+                self._fault = "the peer sent an empty message"
+                break
             self._received += plaintext
+        if len(self._received) == before:
+            raise ConnectionLost(self._fault)
 
     async def write(self, data: bytes) -> None:
         """Send bytes, split into Noise messages as needed. Raises ConnectionLost."""

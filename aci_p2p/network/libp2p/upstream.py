@@ -16,6 +16,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from threading import get_ident
 from types import ModuleType
 
 PACKAGE = "libp2p"
@@ -31,13 +32,17 @@ def _is_upstream(name: str) -> bool:
 
 
 class _EmptyPackages(MetaPathFinder):
-    """Finds py-libp2p's packages as if their `__init__` were empty, and QUIC missing."""
+    """Finds py-libp2p's packages as if their `__init__` were empty, and for this thread QUIC missing."""
+
+    def __init__(self) -> None:
+        self._thread = get_ident()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname == _DONE_WITHOUT:
-            raise ModuleNotFoundError(name=fullname)
+        if fullname == _DONE_WITHOUT and get_ident() == self._thread:
+            msg = "nothing here uses QUIC"
+            raise ModuleNotFoundError(msg, name=fullname)
         if not _is_upstream(fullname) or fullname == _KEPT_WHOLE:
             return None
         others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
