@@ -1,8 +1,8 @@
 """From a stream of bytes to an encrypted, authenticated connection: multistream-select, then py-libp2p's Noise XX.
 
 The bytes come over TCP or through a relay. The handshake and the ciphers are py-libp2p's; what follows the handshake is
-framed here (https://github.com/libp2p/specs/blob/master/noise/README.md#wire-format), since its way through seven
-coroutines takes three times as long as the cipher does for a short message.
+framed here (https://github.com/libp2p/specs/blob/master/noise/README.md#wire-format): its way through seven coroutines
+costs a tenth of a job (spec/decisions/0005).
 
 Noise is the only security offered, so a plaintext dialler is refused at negotiation. The identity that the handshake
 proves must be an Ed25519 key; whoever has another kind of key is refused.
