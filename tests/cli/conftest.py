@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -66,6 +67,8 @@ def one_line(result: subprocess.CompletedProcess[str], code: int) -> str:
 def start(home: Path) -> Iterator[Start]:
     """Starts `aci-p2p` with arguments; whatever still runs at the end is killed."""
     running: list[Process] = []
+    # What a shell starts in the background ignores Ctrl-C, and so does what that starts, unless somebody handles it.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(*arguments: str, at: Path = home) -> Process:
         process = subprocess.Popen(
@@ -80,6 +83,7 @@ def start(home: Path) -> Iterator[Start]:
         return process
 
     yield run
+    signal.signal(signal.SIGINT, ours)
     for process in running:
         process.kill()
         process.communicate()
