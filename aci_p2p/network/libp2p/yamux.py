@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import trio
 
 from aci_p2p.network.libp2p.holdings import Holdings
+from aci_p2p.network.libp2p.secure import MAX_PLAINTEXT_BYTES
 
 PROTOCOL = "/yamux/1.0.0"
 """Protocol id negotiated for the connection."""
@@ -33,8 +34,8 @@ HIGH_WATER_BYTES = 128 << 10
 """Data is held back while more than this is waiting to be sent, bytes: two Noise messages."""
 FRAME_PAYLOAD_BYTES = 32 << 10
 """Largest data frame that we send, bytes: small enough that streams take turns."""
-BATCH_BYTES = 65_519
-"""Written at once, bytes: the plaintext of the largest Noise message."""
+BATCH_BYTES = MAX_PLAINTEXT_BYTES
+"""Written at once, bytes: one Noise message."""
 MAX_OUTBOUND_STREAMS = 512
 """Streams that we keep open on one connection."""
 KEEPALIVE_SECONDS = 15.0
