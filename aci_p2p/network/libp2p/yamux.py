@@ -28,7 +28,7 @@ WINDOW_BYTES = 256 << 10
 MAX_BUFFERED_BYTES = 4 << 20
 """Received and not yet read on one connection, bytes: sixteen full windows."""
 MAX_QUEUED_BYTES = 1 << 20
-"""Waiting to be sent on one connection, bytes: beyond HIGH_WATER_BYTES only answers that the peer asks for and leaves."""
+"""Waiting to be sent on one connection, bytes: beyond HIGH_WATER_BYTES only answers that the peer asks for, unread."""
 HIGH_WATER_BYTES = 128 << 10
 """Data is held back while more than this is waiting to be sent, bytes: two Noise messages."""
 FRAME_PAYLOAD_BYTES = 32 << 10
