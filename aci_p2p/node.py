@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random, SystemRandom
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import trio
 
@@ -18,40 +18,34 @@ from aci_p2p.config import NodeConfig, ProviderConfig, parse_stakes
 from aci_p2p.consumer import RunningJob, Services, open_job
 from aci_p2p.database import StoreError
 from aci_p2p.dht import Discovery, DiscoveryOptions, RecordRules, open_discovery
-from aci_p2p.executor import Executor, ModelStore, open_process_executor
 from aci_p2p.gossip import Asks, Market, open_asks, open_market
-from aci_p2p.gossip.asks import MAX_OFFERED
 from aci_p2p.keys import KeyRing
 from aci_p2p.network import Network, NetworkConfig
 from aci_p2p.peer_clocks import CLOCK_PROTOCOL, clock_service
-from aci_p2p.protocol.bidding import Offering
 from aci_p2p.protocol.consumer import ConsumerJob
 from aci_p2p.protocol.envelope import Envelope, Sealer
-from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
-from aci_p2p.protocol.job import JOB_PROTOCOL
 from aci_p2p.protocol.lifecycle import Party
 from aci_p2p.protocol.messages import NONCE_BYTES
 from aci_p2p.protocol.publications import CapabilityRecord, NodeRecord
 from aci_p2p.protocol.reputation import Reputation
 from aci_p2p.protocol.request import JobRequest, JobSecrets
 from aci_p2p.protocol.selection import ExpectedCost, Knowledge, SelectionRule, Stakes, StakeTable
-from aci_p2p.protocol.settlement import SETTLE_PROTOCOL
-from aci_p2p.protocol.terms import MAX_LABEL_BYTES
-from aci_p2p.provider import ProviderRole
-from aci_p2p.repricing import Repricing
 from aci_p2p.settlement import Settler
 from aci_p2p.store import Store, open_store
 from aci_p2p.tasks import open_background
 from aci_p2p.version import SOFTWARE
+
+if TYPE_CHECKING:
+    from aci_p2p.executor import Executor
+    from aci_p2p.provider import ProviderRole
+    from aci_p2p.serving import Serving
 
 log = logging.getLogger("aci_p2p.node")
 
 REACH_WAIT_S: Final = 2.0
 """Seconds until found providers must have joined our gossip; two heartbeats."""
 
-CHANGE_GAP_S: Final = 0.05
-"""Seconds between two looks at what jobs have changed of what a provider announces and asks; the first is at once."""
 SETTLE_S: Final = 3_600.0
 """Seconds between looks for jobs whose challenge window of a day is over: nobody waits for it."""
 
@@ -123,12 +117,8 @@ class Node:
         """Its experience with providers."""
         self.stakes = parts.stakes or StakeTable(parse_stakes(config.stakes))
         """What providers have at stake."""
-        self.provider: ProviderRole | None = None
-        """Its provider's role, if it serves models."""
-        self.executor: Executor | None = None
-        """What runs its models, if it serves some."""
-        self.repricing: Repricing | None = None
-        """What sets its prices, if it serves some."""
+        self.serving: Serving | None = None
+        """How it serves models, if it does."""
         self._parts = parts
         self._sealer = sealer
 
@@ -136,6 +126,11 @@ class Node:
     def node_id(self) -> NodeId:
         """Its identity."""
         return self.network.node_id
+
+    @property
+    def provider(self) -> ProviderRole | None:
+        """Its provider's role, if it serves models."""
+        return None if self.serving is None else self.serving.role
 
     @property
     def clock(self) -> Clock:
@@ -182,8 +177,8 @@ class Node:
 
         Raises LocalError when a model cannot be served, and then goes on as before.
         """
-        assert self.repricing is not None and self.executor is not None  # noqa: PT018 - there are both or none
-        self.repricing.offer(await _offerings(self.executor, ModelStore(self.config.models_path), config), config)
+        assert self.serving is not None
+        await self.serving.provide(config)
         self.config = replace(self.config, provider=config)
         self.asks.look_again()
         await self.announce()
@@ -239,6 +234,7 @@ async def open_node(
                 try:
                     if config.provider is not None and config.provider.serve:
                         async with _providing(node, config.provider, parts, sealer):
+                            await node.announce()
                             yield node
                         return
                     if config.own_key:
@@ -293,74 +289,12 @@ async def open_libp2p(key: KeyPair, config: NetworkConfig, rules: RecordRules) -
 @asynccontextmanager
 async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, sealer: Sealer) -> AsyncGenerator[None]:
     """Serve models within the block."""
-    models = ModelStore(node.config.models_path)
-    opening = parts.open_executor() if parts.open_executor else open_process_executor(models, threads=config.threads)
-    async with opening as executor, open_background() as nursery:
-        offerings = await _offerings(executor, models, config)
+    # Imported here: what runs models is a fourteenth of a start, which nodes that serve none should not pay.
+    from aci_p2p.serving import open_serving  # noqa: PLC0415
 
-        def speaks() -> bool:
-            return node.config.provider is not None and node.config.provider.asks
-
-        change = trio.Event()
-
-        def changed() -> None:
-            change.set()
-
-        async def tell_changes() -> None:
-            nonlocal change
-            while True:
-                await change.wait()
-                change = trio.Event()
-                node.discovery.look_again()
-                node.asks.look_again()
-                await trio.sleep(CHANGE_GAP_S)
-
-        role = ProviderRole(
-            network=node.network, market=node.market, executor=executor, store=node.store, sealer=sealer,
-            clock=parts.clock, entropy=parts.entropy, offerings=offerings, slots=config.slots, on_change=changed,
-        )  # fmt: skip
-        repricing = Repricing(role, parts.clock, changed)
-        repricing.offer(offerings, config)
-        node.provider, node.executor, node.repricing = role, executor, repricing
-        with node.network.serve(JOB_PROTOCOL, role.serve), node.network.serve(SETTLE_PROTOCOL, role.settle):
-            nursery.start_soon(role.bid_on_offers)
-            nursery.start_soon(tell_changes)
-            nursery.start_soon(repricing.run)
-            # Who finds us in the DHT finds us on the model's topics, too.
-            node.asks.offer(role.asks, speaks)
-            await node.announce()
-            try:
-                yield
-            finally:
-                await node.asks.take_back()
-                await role.hand_back()
-
-
-async def _offerings(executor: Executor, models: ModelStore, config: ProviderConfig) -> list[Offering]:
-    """What a configuration serves, its models checked, and loaded unless that is to wait. Raises LocalError."""
-    names = config.models or tuple(model.name for model in models.list())
-    if not names:
-        msg = "there is no model in the store"
-        raise LocalError(msg, hint="fetch one with: aci-p2p models pull")
-    if len(names) > MAX_OFFERED:
-        log.warning("of %d models the first %d are served, as many as a node may offer", len(names), MAX_OFFERED)
-        names = names[:MAX_OFFERED]
-    found = [await executor.load(name) if config.preload else models.open(name) for name in names]
-    return [
-        Offering(
-            name=model.name,
-            root=model.root,
-            context=model.context,
-            input_token_price=config.input_token_price,
-            output_token_price=config.output_token_price,
-            quantisation=_quantisation(executor, model.name),
-            region=config.region,
-            price_curve=config.price_curve,
-        )
-        for model in found
-    ]
-
-
-def _quantisation(executor: Executor, model: str) -> str:
-    """The weight format as bids carry it."""
-    return executor.describe(model).quantisation.encode()[:MAX_LABEL_BYTES].decode(errors="ignore")
+    async with open_serving(
+        config, network=node.network, market=node.market, discovery=node.discovery, asks=node.asks, store=node.store,
+        sealer=sealer, models_path=node.config.models_path, open_executor=parts.open_executor, clock=parts.clock,
+        entropy=parts.entropy,
+    ) as node.serving:  # fmt: skip
+        yield

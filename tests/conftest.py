@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from tests.network.namespaces import Laboratory, open_laboratory, why_unavailabl
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL_HOME = REPOSITORY / ".aci"
 """Where `make model` puts the default model."""
+
+# The processes that tests start find compiled what others ran before, as on users' machines: a third of their start.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile("deep", max_examples=10_000, deadline=None)

@@ -16,11 +16,10 @@ import trio
 from rich.console import Console
 
 from aci_p2p.cli.common import program
-from aci_p2p.cli.live import can_be_live, open_live
 from aci_p2p.cli.loading import loading
 from aci_p2p.cli.notify import notify
 from aci_p2p.cli.options import NODE, Given, configured
-from aci_p2p.cli.output import Background
+from aci_p2p.cli.output import Background, can_be_live
 from aci_p2p.cli.reload import Reloading, log_level
 from aci_p2p.cli.running import Logs, Stop, run
 from aci_p2p.cli.texts import plural
@@ -28,7 +27,6 @@ from aci_p2p.config import Loaded, NodeConfig
 from aci_p2p.control import Journal
 from aci_p2p.control.observer import Observer
 from aci_p2p.control.server import open_control
-from aci_p2p.executor import ModelStore
 from aci_p2p.node import Node, open_node
 from aci_p2p.protocol.pricing import format_amount
 from aci_p2p.tasks import open_background
@@ -106,6 +104,9 @@ class _Daemon:
             _introduce(self.console, node)
             yield
             return
+        # Imported here: drawing takes a thirtieth of a start, which nodes without a terminal should not pay.
+        from aci_p2p.cli.live import open_live  # noqa: PLC0415
+
         async with open_live(observer, self.journal, sys.stdout):
             yield
 
@@ -125,14 +126,15 @@ def command(given: Given, live: bool | None, verbose: bool) -> None:  # noqa: FB
         given.flags["log.level"] = "debug"
     loaded = given.load()
     config, settings = loaded.config.node, loaded.config.log
-    provider = config.provider
-    if provider is not None and provider.serve and not (provider.models or ModelStore(config.models_path).list()):
+    if not _has_models(config):
         config = replace(config, provider=None)
     shows = can_be_live(sys.stdout) and (live if live is not None else loaded.origins["log.format"].source == "default")
     journal = Journal()
     with loading():
         # Here, because the event loop would stand still for as long as it takes.
         import_module("aci_p2p.network.libp2p")
+        if config.provider and config.provider.serve:
+            import_module("aci_p2p.serving")
 
     async def work(stop: Stop) -> None:
         with trio.open_signal_receiver(signal.SIGHUP) as hangups, Background(sys.stdout) as output:
@@ -143,6 +145,16 @@ def command(given: Given, live: bool | None, verbose: bool) -> None:  # noqa: FB
     # On the screen, lines of log have their place; elsewhere they go on.
     to_stderr = not (shows and sys.stderr.isatty())
     run(work, daemon=True, logs=Logs(log_level(settings), settings.format, journal, to_stderr))
+
+
+def _has_models(config: NodeConfig) -> bool:
+    """Whether there is something to serve where a node is told to."""
+    if config.provider is None or not config.provider.serve or config.provider.models:
+        return True
+    # Imported here, as what nodes that serve nothing should not pay for.
+    from aci_p2p.executor import ModelStore  # noqa: PLC0415
+
+    return bool(ModelStore(config.models_path).list())
 
 
 async def _finish_jobs(node: Node) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import IO, Final, TextIO
+from typing import Final, TextIO
 
 import trio
 from rich.console import Console
@@ -87,11 +87,6 @@ class Terminal:
 
     def _write(self, text: str) -> None:
         write_all(self._descriptor, text.encode(errors="replace"))
-
-
-def can_be_live(file: IO[str]) -> bool:
-    """Whether a file is a terminal that can be drawn on."""
-    return file.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "")
 
 
 @asynccontextmanager

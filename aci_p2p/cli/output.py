@@ -18,6 +18,11 @@ CLOSE_S: Final = 1.0
 """Seconds for what still waits to be written at the end."""
 
 
+def can_be_live(file: IO[str]) -> bool:
+    """Whether a file is a terminal that can be drawn on."""
+    return file.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "")
+
+
 class Background(io.TextIOBase):
     """A text file that never makes its writer wait: a thread writes to the descriptor behind it.
 

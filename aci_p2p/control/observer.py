@@ -245,10 +245,10 @@ class Observer:
         )
 
     def _provider(self) -> ProviderSection | None:
-        role, executor = self._node.provider, self._node.executor
-        if role is None or executor is None:
+        if (serving := self._node.serving) is None:
             return None
-        statistics, computing = role.statistics(), executor.statistics()
+        role = serving.role
+        statistics, computing = role.statistics(), serving.executor.statistics()
         return ProviderSection(
             models=[
                 {

@@ -24,7 +24,8 @@ import trio
 from rich.cells import cell_len
 from rich.text import Text
 
-from aci_p2p.cli.live import Terminal, can_be_live, open_live, render
+from aci_p2p.cli.live import Terminal, open_live, render
+from aci_p2p.cli.output import can_be_live
 from aci_p2p.cli.screen import View
 from aci_p2p.control import Event, Journal, PeersReport, StatusReport, ask
 from aci_p2p.control.market import ModelSummary

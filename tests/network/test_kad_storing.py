@@ -20,6 +20,7 @@ from aci_p2p.network.libp2p.kad_table import closest, position
 from aci_p2p.network.libp2p.kademlia import Kademlia
 from aci_p2p.network.libp2p.upstream import KademliaMessage as KadMessage
 from aci_p2p.network.libp2p.varint import prefixed
+from aci_p2p.network.libp2p.yamux import StreamReset
 from aci_p2p.protocol.identity import NodeId
 from tests.network.driver import STRANGER, make_key, select_record, validate_record
 
@@ -74,26 +75,29 @@ class WiredHost:
     def learn(self, *_args: object, **_kwargs: object) -> None:
         """Everybody is known."""
 
-    async def open_stream(self, peer: NodeId, _protocol: str) -> WiredStream:
+    async def open_stream(self, peer: NodeId, _protocol: str, *, eager: bool) -> WiredStream:
         if peer not in self.wire.answers:
             await trio.sleep_forever()
-        return WiredStream(self.node_id, self.wire.answers[peer])
+        return WiredStream(self.wire, self.node_id, peer)
 
 
 class WiredStream:
     """Carries requests to a peer, and its answers back."""
 
-    def __init__(self, asker: NodeId, answer: Answer) -> None:
+    def __init__(self, wire: Wire, asker: NodeId, peer: NodeId) -> None:
+        self._wire = wire
         self._asker = asker
-        self._answer = answer
+        self._peer = peer
         self._received = b""
 
     async def write(self, data: bytes) -> None:
         await trio.sleep(ROUND_TRIP_SECONDS)
+        if (answer_to := self._wire.answers.get(self._peer)) is None:
+            raise StreamReset
         while data:
             length, start = (data[0], 1) if data[0] < 0x80 else (data[0] - 0x80 + (data[1] << 7), 2)
             request, data = KadMessage.FromString(data[start : start + length]), data[start + length :]
-            if (answer := self._answer(self._asker, request)) is not None:
+            if (answer := answer_to(self._asker, request)) is not None:
                 self._received += prefixed(answer.SerializeToString())
 
     async def read_exactly(self, count: int) -> bytes:

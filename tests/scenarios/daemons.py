@@ -37,12 +37,12 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "ACI_HOME": str(home), "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def until(condition: Callable[[], object], *, seconds: float = START_S) -> float:
-    """Wait until a condition holds; seconds that it took."""
+def until(condition: Callable[[], object], *, seconds: float = START_S, every: float = 0.02) -> float:
+    """Wait until a condition holds, looking again and again; seconds that it took."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds, f"nothing came of it within {seconds:g} s"
-        time.sleep(0.02)
+        time.sleep(every)
     return time.monotonic() - began
 
 

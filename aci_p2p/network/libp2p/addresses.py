@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Self, TypeAlias, cast
 
 import ifaddr
@@ -28,6 +29,9 @@ MAX_ADDRESS_TEXT = 512
 """Characters of a multiaddr that we are willing to parse."""
 MAX_HOST_TEXT = 253
 """Characters of a host name (RFC 1035)."""
+
+_CACHED = 1_024
+"""Addresses whose parsed form is kept: every answer of the DHT names the same ones again."""
 
 _IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _IpNetwork: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -57,6 +61,7 @@ class Scope(IntEnum):
     """From everywhere."""
 
 
+@lru_cache(_CACHED)
 def scope_of(ip: str) -> Scope | None:
     """The scope of an IP address; None when nobody is there whom one could mean: unspecified, multicast, reserved."""
     address = ipaddress.ip_address(ip)
@@ -110,6 +115,7 @@ class TcpAddress:
             raise LocalError(msg) from error
 
     @classmethod
+    @lru_cache(_CACHED)
     def _decode(cls, raw: bytes) -> Self:
         code, rest = split_varint(raw)
         protocol = _PROTOCOLS.get(code, "")

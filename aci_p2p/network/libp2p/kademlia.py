@@ -29,6 +29,7 @@ from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.kad_avoided import Avoided
 from aci_p2p.network.libp2p.kad_lookup import Lookup
 from aci_p2p.network.libp2p.kad_stores import ProviderStore, RecordStore
+from aci_p2p.network.libp2p.kad_streams import QueryStreams
 from aci_p2p.network.libp2p.kad_table import (
     BUCKET_SIZE,
     RoutingTable,
@@ -147,6 +148,7 @@ class Kademlia:
         self._select = select
         self._random = random
         self._may_dial = may_dial
+        self._streams = QueryStreams(host, PROTOCOL, MAX_MESSAGE_BYTES)
         self._table = RoutingTable(host.node_id)
         self._records = RecordStore(position_of(host.node_id))
         self._providers = ProviderStore(position_of(host.node_id))
@@ -185,6 +187,7 @@ class Kademlia:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._refresh)
             nursery.start_soon(self._check_doubted)
+            nursery.start_soon(self._streams.run)
 
     async def _refresh(self) -> None:
         """Look around when new peers appear, and refresh the table now and then."""
@@ -362,12 +365,7 @@ class Kademlia:
             requests.append(Message(type=Message.PING))
         try:
             with trio.fail_after(seconds):
-                stream = await self._host.open_stream(peer, PROTOCOL)
-                try:
-                    await stream.write(b"".join(prefixed(request.SerializeToString()) for request in requests))
-                    answer = Message.FromString(await read_prefixed(stream, MAX_MESSAGE_BYTES))
-                finally:
-                    stream.close()
+                answer = await self._streams.ask(peer, requests)
         except Exception:  # whatever is wrong with one peer, the lookup goes on with the others
             log.debug("%s did not answer a DHT query", peer.short, exc_info=True)
             self._table.remove(peer)
