@@ -12,7 +12,7 @@ import trio
 from aci_p2p.clock import MS_PER_S, Clock
 from aci_p2p.gossip import Asks
 from aci_p2p.jobs import StreamPump
-from aci_p2p.network.api import Network
+from aci_p2p.network.api import Network, NoFreeStream
 from aci_p2p.protocol.admission import LEASE_MS, RETRY_MS
 from aci_p2p.protocol.envelope import Envelope
 from aci_p2p.protocol.errors import AciError
@@ -87,12 +87,17 @@ class Quotes:
                         await pump.run(nullcontext(stream))
         except* AciError as group:
             error = group.exceptions[0]
-            retry_at = error.retry_at if isinstance(error, QuoteDeclined) else None
-            await tell(QuoteRefused(provider, str(error), retry_at))
+            await tell(QuoteRefused(provider, str(error), self._retry_at(error)))
         finally:
             self._open.pop(provider, None)
         if patience.cancelled_caught:
             await tell(QuoteRefused(provider, "it did not answer in time"))
+
+    def _retry_at(self, error: BaseException) -> int | None:
+        """When to ask a provider again that has given no quote, Unix milliseconds; None: not for this job."""
+        if isinstance(error, NoFreeStream):
+            return self._clock() + RETRY_MS
+        return error.retry_at if isinstance(error, QuoteDeclined) else None
 
     def award(self, provider: NodeId, pump: StreamPump) -> bool:
         """Let the job go on over the stream of a quote; False: there is none."""

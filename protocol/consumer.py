@@ -242,11 +242,12 @@ class ConsumerJob(Job):
         return [] if asked.providers else self._broadcast(now)
 
     def _on_quote_refused(self, refusal: QuoteRefused, now: int) -> list[Effect]:
+        # Also when it comes late, and everybody is asked already.
+        self._current.note_busy(refusal.retry_at, now)
         awaited = self._current.awaited
         if not awaited or refusal.provider not in awaited:
             return []
         self._last_decline = f"{refusal.provider.short}: {printable(refusal.detail)}"
-        self._current.note_busy(refusal.retry_at, now)
         awaited.discard(refusal.provider)
         return [] if awaited else self._choose(now)
 

@@ -42,6 +42,12 @@ class PeerUnreachable(ResourceError):
     code = "peer_unreachable"
 
 
+class NoFreeStream(PeerUnreachable):
+    """As many of our streams to the peer are open as it serves; one of them has to end first."""
+
+    code = "no_free_stream"
+
+
 class AddressInUse(ResourceError):
     """A listen address is taken by another program."""
 
@@ -267,7 +273,9 @@ class Network(ABC):
 
     @abstractmethod
     def open_stream(self, peer: NodeId, protocol: str, *, eager: bool = False) -> AbstractAsyncContextManager[Stream]:
-        """Open a stream, dialling if needed. Raises PeerUnreachable. Closed at the end, reset on error or cancel.
+        """Open a stream, dialling if needed. Closed at the end, reset on error or cancel.
+
+        Raises PeerUnreachable; NoFreeStream while limits.MAX_STREAMS_TO_PEER of ours to the peer are open.
 
         An `eager` one saves a round trip where the peer has served the protocol before: that it does so no more is then
         known from the first `receive`, which raises StreamClosed.

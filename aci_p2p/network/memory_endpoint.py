@@ -35,6 +35,7 @@ from aci_p2p.network.memory_medium import DIAL_S, KEEP_ALIVE_S, Inbox, parse_add
 from aci_p2p.network.memory_records import RecordRules, RecordShelf
 from aci_p2p.network.memory_stream import MemoryStream, Pipe
 from aci_p2p.network.model import Nat
+from aci_p2p.network.outbound import OutboundStreams
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.protocol.validation import Decision, Validation
@@ -75,7 +76,7 @@ class MemoryNetwork(Network):
         self._connected: dict[NodeId, tuple[str, ...]] = {}
         self._handlers: dict[str, tuple[StreamHandler, set[trio.CancelScope]]] = {}
         self._inbound = InboundStreams[MemoryStream]()
-        self._streams = 0
+        self._outbound = OutboundStreams()
         self._dials = 0
         self._dial_failures = 0
         self._handler_failures = 0
@@ -228,20 +229,20 @@ class MemoryNetwork(Network):
         *,
         eager: bool = False,  # noqa: ARG002 - nothing is negotiated here
     ) -> AsyncGenerator[Stream]:
-        remote = await self._dial(peer, self._known.get(peer, ()))
-        incoming, outgoing = remote.pipe_to(self._node_id), self.pipe_to(peer)
-        accept = remote.accept_stream(self._node_id, protocol, incoming=outgoing, outgoing=incoming)
-        if not accept:
-            msg = f"{peer.short} does not serve {protocol}"
-            raise PeerUnreachable(msg)
-        stream = MemoryStream(peer, incoming, outgoing, self._carrier(peer))
-        with self._holding(stream):
-            yield stream
+        with self._outbound.opening(peer):
+            remote = await self._dial(peer, self._known.get(peer, ()))
+            incoming, outgoing = remote.pipe_to(self._node_id), self.pipe_to(peer)
+            accept = remote.accept_stream(self._node_id, protocol, incoming=outgoing, outgoing=incoming)
+            if not accept:
+                msg = f"{peer.short} does not serve {protocol}"
+                raise PeerUnreachable(msg)
+            stream = MemoryStream(peer, incoming, outgoing, self._carrier(peer))
+            with self._holding(stream):
+                yield stream
 
     @contextmanager
     def _holding(self, stream: MemoryStream) -> Generator[None]:
-        """Count a stream, and close it at the end of the block, or reset it when that fails or is cancelled."""
-        self._streams += 1
+        """Keep a stream, and close it at the end of the block, or reset it when that fails or is cancelled."""
         self._links[stream.peer].streams[stream] = None
         try:
             yield
@@ -251,7 +252,6 @@ class MemoryNetwork(Network):
         else:
             stream.close()
         finally:
-            self._streams -= 1
             if (link := self._links.get(stream.peer)) is not None:
                 link.streams.pop(stream, None)
 
@@ -487,7 +487,7 @@ class MemoryNetwork(Network):
             handshakes_refused=0,
             dials=self._dials,
             dial_failures=self._dial_failures,
-            streams=self._streams,
+            streams=sum(len(link.streams) for link in self._links.values()),
             gossip_accepted=self._journal.accepted,
             gossip_refused=dict(self._journal.refused),
             gossip_dropped=self._journal.dropped,

@@ -9,8 +9,16 @@ import pytest
 import trio
 import trio.testing
 
-from aci_p2p.network import MAX_FRAME_BYTES, DialledOurselves, Network, PeerUnreachable, Stream, StreamClosed
-from aci_p2p.network.limits import MAX_STREAMS_PER_PEER
+from aci_p2p.network import (
+    MAX_FRAME_BYTES,
+    DialledOurselves,
+    Network,
+    NoFreeStream,
+    PeerUnreachable,
+    Stream,
+    StreamClosed,
+)
+from aci_p2p.network.limits import MAX_STREAMS_PER_PEER, MAX_STREAMS_TO_PEER
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import NodeId
 from aci_p2p.version import SOFTWARE
@@ -382,7 +390,46 @@ async def test_one_handler_a_protocol(open_network: Opener) -> None:
             pass
 
 
-async def test_streams_of_one_peer_are_bounded(open_line: OpenLine) -> None:
+async def test_streams_to_one_peer_are_bounded(open_network: Opener, open_line: OpenLine) -> None:
+    async with open_line(2) as (a, b), open_network(3) as c, trio.open_nursery() as nursery:
+        scopes: list[trio.CancelScope] = []
+
+        async def hold() -> None:
+            with trio.CancelScope() as scope:
+                async with a.open_stream(b.node_id, ECHO):
+                    scopes.append(scope)
+                    await trio.sleep_forever()
+
+        with b.serve(ECHO, echo), c.serve(ECHO, echo):
+            for _ in range(MAX_STREAMS_TO_PEER):
+                nursery.start_soon(hold)
+            await eventually(lambda: b.statistics().streams == MAX_STREAMS_TO_PEER == len(scopes))
+            with pytest.raises(NoFreeStream):
+                async with a.open_stream(b.node_id, ECHO):
+                    pass
+            # Others are open to us, and it has room again when one has ended.
+            await a.connect(c.addresses[0])
+            async with a.open_stream(c.node_id, ECHO) as stream:
+                await stream.send(b"another peer")
+                assert await stream.receive() == b"another peer"
+            scopes.pop().cancel()
+            await eventually(lambda: b.statistics().streams == MAX_STREAMS_TO_PEER - 1)
+            async with a.open_stream(b.node_id, ECHO) as stream:
+                await stream.send(b"room again")
+                assert await stream.receive() == b"room again"
+            nursery.cancel_scope.cancel()
+
+
+async def test_streams_that_cannot_be_opened_are_not_counted(open_line: OpenLine) -> None:
+    async with open_line(2) as (a, b):
+        for _ in range(MAX_STREAMS_TO_PEER + 1):
+            with pytest.raises(PeerUnreachable, match="does not serve"):
+                async with a.open_stream(b.node_id, ECHO):
+                    pass
+
+
+async def test_streams_of_one_peer_are_bounded(open_line: OpenLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aci_p2p.network.outbound.MAX_STREAMS_TO_PEER", MAX_STREAMS_PER_PEER + 1)
     async with open_line(2) as (a, b), trio.open_nursery() as nursery:
         opened = 0
 

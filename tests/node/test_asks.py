@@ -14,6 +14,7 @@ from trio.testing import MockClock
 from aci_p2p import ACI, ProviderConfig
 from aci_p2p.control.market import ModelSummary, read_market, summarise_market
 from aci_p2p.control.wire import BadRequest
+from aci_p2p.network.limits import MAX_STREAMS_TO_PEER
 from aci_p2p.node import Node
 from aci_p2p.protocol.publications import Ask, PriceStep
 from tests.node.conftest import MODEL, ROOT, OpenTestNode, ScriptedExecutor
@@ -99,6 +100,30 @@ async def test_who_is_stopped_takes_its_asks_back(autojump_clock: MockClock, ope
             assert [ask.free_slots for ask in book(consumer)] == [0]
         await trio.sleep(0.1)
         assert book(consumer) == []
+
+
+async def test_more_jobs_at_once_than_one_provider_has_streams_wait(
+    autojump_clock: MockClock, open_test_node: OpenTestNode
+) -> None:
+    jobs = MAX_STREAMS_TO_PEER + 20
+    async with opened(open_test_node) as (provider, consumer), ACI(consumer) as aci:
+        await configured(provider, slots=jobs)
+        assert await consumer.asks.wait_for_asks(ROOT, 5)
+        most = 0
+
+        async def ask() -> None:
+            nonlocal most
+            async with aci.stream(model=ROOT.hex(), prompt="count") as answer:
+                async for _ in answer:
+                    assert provider.provider
+                    most = max(most, provider.provider.statistics().running)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(jobs):
+                nursery.start_soon(ask)
+        assert most == MAX_STREAMS_TO_PEER
+        assert provider.provider
+        assert provider.provider.statistics().finished == jobs
 
 
 async def test_prices_follow_how_busy_a_provider_is(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:

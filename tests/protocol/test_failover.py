@@ -286,6 +286,18 @@ def test_who_is_busy_says_until_when(told: int, believed: int) -> None:
     assert bench.error.retry_at == believed
 
 
+def test_who_says_late_that_it_is_busy_is_believed_too() -> None:
+    bench = ConsumerBench(ROBUST)
+    bench.feed(Start())
+    bench.feed(QuotesAsked(frozenset({PROVIDER.node_id})))
+    assert one(bench.time_out(), Broadcast)
+    assert bench.feed(QuoteRefused(PROVIDER.node_id, "busy", bench.now + 500)) == []
+    told = bench.now + 500
+    bench.time_out()
+    assert isinstance(bench.error, NoBids)
+    assert bench.error.retry_at == told
+
+
 def test_whose_asks_are_full_may_have_room_later() -> None:
     bench = ConsumerBench(ROBUST)
     bench.feed(Start())

@@ -40,6 +40,7 @@ from aci_p2p.network.libp2p.kademlia import Kademlia
 from aci_p2p.network.libp2p.streams import FramedStream
 from aci_p2p.network.libp2p.traversal import Traversal
 from aci_p2p.network.libp2p.yamux import YamuxStream
+from aci_p2p.network.outbound import OutboundStreams
 from aci_p2p.protocol.errors import LocalError
 from aci_p2p.protocol.identity import KeyPair, NodeId
 from aci_p2p.protocol.validation import Validation
@@ -59,6 +60,7 @@ class Libp2pNetwork(Network):
         self._gossip = gossip
         self._kademlia = kademlia
         self._traversal = traversal
+        self._outbound = OutboundStreams()
         self._streams = 0
         self._changes = Notice()
         self._addresses: tuple[str, ...] = ()
@@ -129,17 +131,18 @@ class Libp2pNetwork(Network):
 
     @asynccontextmanager
     async def open_stream(self, peer: NodeId, protocol: str, *, eager: bool = False) -> AsyncGenerator[Stream]:
-        raw = await self._host.open_stream(peer, protocol, eager=eager)
-        self._streams += 1
-        try:
-            yield FramedStream(peer, raw)
-        except BaseException:
-            raw.reset()
-            raise
-        else:
-            raw.close()
-        finally:
-            self._streams -= 1
+        with self._outbound.opening(peer):
+            raw = await self._host.open_stream(peer, protocol, eager=eager)
+            self._streams += 1
+            try:
+                yield FramedStream(peer, raw)
+            except BaseException:
+                raw.reset()
+                raise
+            else:
+                raw.close()
+            finally:
+                self._streams -= 1
 
     def serve(self, protocol: str, handler: StreamHandler) -> AbstractContextManager[None]:
         return self._host.serve(protocol, partial(self._serve_stream, handler))
