@@ -81,11 +81,13 @@ def streams(host: EchoHost) -> QueryStreams:
 
 
 async def test_a_stream_is_used_again(autojump_clock: MockClock, host: EchoHost, streams: QueryStreams) -> None:
-    for number in range(9):
-        assert await streams.ask(PEER, [query(number)]) == query(number)
-    assert len(host.opened) == 1
-    await streams.ask(make_key(3).node_id, [query(1)])
-    assert len(host.opened) == 2
+    async with open_background() as tasks:
+        tasks.start_soon(streams.run)
+        for number in range(9):
+            assert await streams.ask(PEER, [query(number)]) == query(number)
+        assert len(host.opened) == 1
+        await streams.ask(make_key(3).node_id, [query(1)])
+        assert len(host.opened) == 2
 
 
 async def test_queries_at_one_time_have_streams_of_their_own(

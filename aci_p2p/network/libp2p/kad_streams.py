@@ -1,4 +1,4 @@
-"""The streams that DHT queries go over, kept open for a while: a new one costs four times the query itself.
+"""The streams that DHT queries go over, kept open for a while: over a new one, a query costs three times as much.
 
 go-libp2p keeps one for each peer, too.
 """
@@ -46,13 +46,15 @@ class QueryStreams:
     async def run(self) -> None:
         """Close what nobody needs any more, until cancelled."""
         while True:
-            if not self._kept:
+            first = next(iter(self._kept.values()), None)
+            if first is None:
                 self._has_kept = trio.Event()
                 await self._has_kept.wait()
-            await trio.sleep_until(next(iter(self._kept.values())).until)
-            while self._kept and next(iter(self._kept.values())).until <= trio.current_time():
-                _, kept = self._kept.popitem(last=False)
-                kept.stream.close()
+            elif first.until > trio.current_time():
+                await trio.sleep_until(first.until)
+            else:
+                self._kept.popitem(last=False)
+                first.stream.close()
 
     async def ask(self, peer: NodeId, requests: list[Message]) -> Message:
         """The one answer to requests that do nothing more when they come twice.
