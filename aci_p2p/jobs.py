@@ -10,7 +10,7 @@ from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 import trio
 
 from aci_p2p.clock import Clock, trio_deadline
-from aci_p2p.network.api import Stream, StreamClosed
+from aci_p2p.network.api import NoFreeStream, Stream, StreamClosed
 from aci_p2p.protocol.errors import AciError
 from aci_p2p.protocol.job import (
     Cancel,
@@ -103,7 +103,7 @@ class StreamPump:
 
     async def run(self, opening: AbstractAsyncContextManager[Stream]) -> None:
         """Open the stream and pump until it ends or `close` is called."""
-        detail = "the stream ended"
+        ended = StreamEnded("the stream ended")
         with self._scope, self._outgoing:
             try:
                 async with opening as stream, trio.open_nursery() as nursery:
@@ -111,9 +111,10 @@ class StreamPump:
                     await self._send_all(stream)
                     nursery.cancel_scope.cancel()
             except* AciError as group:
-                detail = str(group.exceptions[0])
+                error = group.exceptions[0]
+                ended = StreamEnded(str(error), is_crowded=isinstance(error, NoFreeStream))
         if not self._closing:
-            await self._tell(StreamEnded(detail), self)
+            await self._tell(ended, self)
 
     async def _send_all(self, stream: Stream) -> None:
         async for frame in self._outgoing:

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -203,6 +204,9 @@ async def open_node(
     keeps trying. Raises LocalError (key, models, addresses), AddressInUse, BootstrapFailed.
     """
     config, parts = config or NodeConfig(), parts or NodeParts()
+    if config.provider is not None and config.provider.serve:
+        # Before others connect, whom its loading would keep waiting.
+        import_module("aci_p2p.serving")
     rules = RecordRules(config.network, parts.clock)
     open_network = parts.open_network or open_libp2p
     with _key(config) as key:
@@ -289,7 +293,7 @@ async def open_libp2p(key: KeyPair, config: NetworkConfig, rules: RecordRules) -
 @asynccontextmanager
 async def _providing(node: Node, config: ProviderConfig, parts: NodeParts, sealer: Sealer) -> AsyncGenerator[None]:
     """Serve models within the block."""
-    # Imported here: what runs models is a fourteenth of a start, which nodes that serve none should not pay.
+    # Imported here: it is a fourteenth of a start, which nodes that serve nothing should not pay.
     from aci_p2p.serving import open_serving  # noqa: PLC0415
 
     async with open_serving(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
+from aci_p2p.protocol.admission import RETRY_MS
 from aci_p2p.protocol.commitments import derive_job_id, input_commitment, nonce_commitment
 from aci_p2p.protocol.envelope import Envelope, Sealer, open_envelope
 from aci_p2p.protocol.errors import AciError
@@ -170,8 +171,8 @@ class ConsumerJob(Job):
                 return self._on_bid(bid, now)
             case FrameArrived(data) if self._state in FROM_PROVIDER:
                 return self._on_frame(data, now)
-            case StreamEnded(detail) if self._state in FROM_PROVIDER:
-                return self._on_stream_end(detail, now)
+            case StreamEnded() if self._state in FROM_PROVIDER:
+                return self._on_stream_end(event, now)
             case TimerFired() if self._state is not State.DRAFT:
                 return self._on_timer(now)
             case Cancel():
@@ -253,11 +254,7 @@ class ConsumerJob(Job):
 
     def _on_bid(self, bid: Envelope[Bid], now: int) -> list[Effect]:
         current = self._current
-        if (
-            bid.sender == self._sealer.node_id
-            or bid.sender in self._excluded
-            or (summary := current.take(bid, now)) is None
-        ):
+        if bid.sender in {self._sealer.node_id, *self._excluded} or (summary := current.take(bid, now)) is None:
             return []
         effects: list[Effect] = [BidSeen(summary)]
         if current.awaited is not None:
@@ -293,8 +290,7 @@ class ConsumerJob(Job):
 
     def _is_affordable(self, bid: Envelope[Bid]) -> bool:
         """Whether the rest of the job stays within the maximum, whatever was paid before."""
-        accepted = len(self._output.tokens)
-        worst = worst_price(self._current.offer.body, bid.body, accepted_tokens=accepted).total
+        worst = worst_price(self._current.offer.body, bid.body, accepted_tokens=len(self._output.tokens)).total
         return self._price + worst <= self._request.max_price
 
     def _award(self, bid: Envelope[Bid], now: int) -> list[Effect]:
@@ -328,8 +324,12 @@ class ConsumerJob(Job):
             return self._decline("it did not answer the award in time", now, Trigger.TIMEOUT, farewell)
         return self._provider_fails("it went silent", now, farewell)
 
-    def _on_stream_end(self, detail: str, now: int) -> list[Effect]:
-        return self._decline(detail, now) if self._state is State.AWARDED else self._provider_fails(detail, now)
+    def _on_stream_end(self, ended: StreamEnded, now: int) -> list[Effect]:
+        if self._state is not State.AWARDED:
+            return self._provider_fails(ended.detail, now)
+        why, retry_at = (Passing.DECLINED, now + RETRY_MS) if ended.is_crowded else (Passing.FAILED, None)
+        self._current.note_busy(retry_at, now)
+        return self._decline(ended.detail, now, why=why)
 
     def _decline(
         self,

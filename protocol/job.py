@@ -294,6 +294,8 @@ class StreamEnded:
 
     detail: str
     """Why, in words."""
+    is_crowded: bool = False
+    """Whether it could not be opened because as many of ours are open as the peer serves: no fault of the peer's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class QuoteRefused:
     detail: str
     """Why, in words."""
     retry_at: int | None = None
-    """When to ask it again, by its word, Unix milliseconds; None: it does not say."""
+    """When to ask it again, by its word or for want of a stream, Unix milliseconds; None: nobody says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class Round:
         return None
 
     def note_busy(self, retry_at: int | None, now: int) -> None:
-        """A provider has no room before `retry_at`, by its word; more than MAX_WAIT_MS from now is not believed."""
+        """A provider has no room before `retry_at`; more than MAX_WAIT_MS from now is not believed."""
         if retry_at is not None:
             until = min(max(retry_at, now), now + MAX_WAIT_MS)
             self._busy_until = min(self._busy_until or until, until)

@@ -133,8 +133,6 @@ def command(given: Given, live: bool | None, verbose: bool) -> None:  # noqa: FB
     with loading():
         # Here, because the event loop would stand still for as long as it takes.
         import_module("aci_p2p.network.libp2p")
-        if config.provider and config.provider.serve:
-            import_module("aci_p2p.serving")
 
     async def work(stop: Stop) -> None:
         with trio.open_signal_receiver(signal.SIGHUP) as hangups, Background(sys.stdout) as output:

@@ -43,7 +43,7 @@ class PeerUnreachable(ResourceError):
 
 
 class NoFreeStream(PeerUnreachable):
-    """As many of our streams to the peer are open as it serves; one of them has to end first."""
+    """As many streams of the protocol are open to the peer as it serves; one of them has to end first."""
 
     code = "no_free_stream"
 
@@ -275,7 +275,7 @@ class Network(ABC):
     def open_stream(self, peer: NodeId, protocol: str, *, eager: bool = False) -> AbstractAsyncContextManager[Stream]:
         """Open a stream, dialling if needed. Closed at the end, reset on error or cancel.
 
-        Raises PeerUnreachable; NoFreeStream while limits.MAX_STREAMS_TO_PEER of ours to the peer are open.
+        Raises PeerUnreachable; NoFreeStream while limits.MAX_STREAMS_TO_PEER of the protocol are open to the peer.
 
         An `eager` one saves a round trip where the peer has served the protocol before: that it does so no more is then
         known from the first `receive`, which raises StreamClosed.

@@ -7,8 +7,8 @@ from aci_p2p.protocol.messages import RECORD_LIFETIME_MS, SECOND
 MAX_STREAMS_PER_PEER = 64
 """Inbound streams served at once for one peer: a consumer holds one a job, a validator a few."""
 MAX_STREAMS_TO_PEER = 48
-"""Streams that we have open to one peer, in all protocols above the network: its own have room beside them within
-MAX_STREAMS_PER_PEER, and those of which the peer has not seen the end."""
+"""Streams of one protocol that we have open to one peer: others, first of all the network's own, have room beside them
+within MAX_STREAMS_PER_PEER, and so have those of which the peer has not seen the end."""
 MAX_STREAMS = 1024
 """Inbound streams served at once in all: each holds a task and a receive window."""
 MAX_REJECTS_PER_MINUTE = 16

@@ -229,8 +229,8 @@ class MemoryNetwork(Network):
         *,
         eager: bool = False,  # noqa: ARG002 - nothing is negotiated here
     ) -> AsyncGenerator[Stream]:
-        with self._outbound.opening(peer):
-            remote = await self._dial(peer, self._known.get(peer, ()))
+        remote = await self._dial(peer, self._known.get(peer, ()))
+        with self._outbound.opening(peer, protocol):
             incoming, outgoing = remote.pipe_to(self._node_id), self.pipe_to(peer)
             accept = remote.accept_stream(self._node_id, protocol, incoming=outgoing, outgoing=incoming)
             if not accept:

@@ -12,24 +12,25 @@ from aci_p2p.protocol.identity import NodeId
 
 
 class OutboundStreams:
-    """The streams that we have open: at most MAX_STREAMS_TO_PEER to each peer, which resets those beyond its own limit.
+    """The streams that we have open: at most MAX_STREAMS_TO_PEER of a protocol to each peer.
 
-    A peer that has to do so again and again has nothing more to do with us.
+    Those beyond its own limit a peer resets, and it throws out who tries again and again.
     """
 
     def __init__(self) -> None:
-        self._open: Counter[NodeId] = Counter()
+        self._open: Counter[tuple[NodeId, str]] = Counter()
 
     @contextmanager
-    def opening(self, peer: NodeId) -> Generator[None]:
-        """A stream to a peer is opened and used within the block. Raises NoFreeStream."""
-        if self._open[peer] >= MAX_STREAMS_TO_PEER:
+    def opening(self, peer: NodeId, protocol: str) -> Generator[None]:
+        """A stream to a connected peer is opened and used within the block. Raises NoFreeStream."""
+        place = (peer, protocol)
+        if self._open[place] >= MAX_STREAMS_TO_PEER:
             msg = f"{peer.short} serves {MAX_STREAMS_TO_PEER} of our streams already"
             raise NoFreeStream(msg, hint="wait for one of them to end")
-        self._open[peer] += 1
+        self._open[place] += 1
         try:
             yield
         finally:
-            self._open[peer] -= 1
-            if not self._open[peer]:
-                del self._open[peer]
+            self._open[place] -= 1
+            if not self._open[place]:
+                del self._open[place]

@@ -16,12 +16,14 @@ from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.connections import Connection
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.kad_avoided import Avoided
+from aci_p2p.network.libp2p.kad_streams import KEEP_SECONDS
 from aci_p2p.network.libp2p.kad_table import closest, position
 from aci_p2p.network.libp2p.kademlia import Kademlia
 from aci_p2p.network.libp2p.upstream import KademliaMessage as KadMessage
 from aci_p2p.network.libp2p.varint import prefixed
 from aci_p2p.network.libp2p.yamux import StreamReset
 from aci_p2p.protocol.identity import NodeId
+from aci_p2p.tasks import open_background
 from tests.network.driver import STRANGER, make_key, select_record, validate_record
 
 ROUND_TRIP_SECONDS = 0.05
@@ -37,6 +39,7 @@ class Wire:
 
     def __init__(self, honest: int) -> None:
         self.answers: dict[NodeId, Answer] = {}
+        self.open_streams = 0
         self.nodes = [self.open_node(number) for number in range(1, honest + 1)]
         for node in self.nodes:
             self.answers[node._host.node_id] = node._answer
@@ -89,6 +92,7 @@ class WiredStream:
         self._asker = asker
         self._peer = peer
         self._received = b""
+        wire.open_streams += 1
 
     async def write(self, data: bytes) -> None:
         await trio.sleep(ROUND_TRIP_SECONDS)
@@ -107,7 +111,7 @@ class WiredStream:
         return data
 
     def close(self) -> None:
-        """Nothing is left to end."""
+        self._wire.open_streams -= 1
 
 
 class Inventor:
@@ -206,6 +210,24 @@ async def test_who_keeps_no_more_is_replaced(autojump_clock: MockClock) -> None:
     del wire.answers[second._host.node_id]
     await node.put_record(KEYS[0], b"2")
     assert node._keepers[KEYS[0].encode()] == (third._host.node_id,)
+
+
+async def test_streams_are_used_again_and_closed_in_the_end(autojump_clock: MockClock) -> None:
+    wire = Wire(4)
+    async with open_background() as tasks:
+        tasks.start_soon(wire.nodes[0].run)
+        for key in KEYS:
+            await wire.nodes[0].put_record(key, b"value")
+        assert wire.open_streams == 3
+        await trio.sleep(KEEP_SECONDS + 1)
+        assert wire.open_streams == 0
+
+
+async def test_an_answer_to_something_else_is_none(autojump_clock: MockClock) -> None:
+    wire = Wire(1)
+    wire.answers[STRANGER] = lambda _asker, request: KadMessage(type=KadMessage.PING, key=request.key)
+    assert await wire.nodes[0]._ask(STRANGER, KadMessage(type=KadMessage.PING), 1.0) is not None
+    assert await wire.nodes[0]._ask(STRANGER, KadMessage(type=KadMessage.GET_VALUE, key=b"key"), 1.0) is None
 
 
 def test_failures_at_one_time_are_one_failure() -> None:

@@ -28,11 +28,13 @@ class EchoHost:
     def __init__(self) -> None:
         self.opened: list[EchoStream] = []
         self.failure: type[Exception] | None = None
+        self.prepend = b""
 
     async def open_stream(self, _peer: NodeId, _protocol: str, *, eager: bool) -> EchoStream:
         assert eager
         await trio.lowlevel.checkpoint()
         self.opened.append(EchoStream(self.failure))
+        self.opened[-1]._received = self.prepend
         return self.opened[-1]
 
     @property
@@ -134,6 +136,34 @@ async def test_malformed_answers_end_the_stream(
     with pytest.raises(DecodeError):
         await streams.ask(PEER, [query(2)])
     assert host.opened[0].closed
+
+
+async def test_what_was_answered_too_much_is_not_taken_for_the_next_answer(
+    autojump_clock: MockClock, host: EchoHost, streams: QueryStreams
+) -> None:
+    await streams.ask(PEER, [query(1)])
+    host.opened[0]._received = prefixed(query(1).SerializeToString())
+    assert await streams.ask(PEER, [query(2)]) == query(2)
+    assert [stream.closed for stream in host.opened] == [True, False]
+
+
+async def test_who_answers_something_else_is_asked_on_a_new_stream_each_time(
+    autojump_clock: MockClock, host: EchoHost, streams: QueryStreams
+) -> None:
+    for number in range(2):
+        host.prepend = prefixed(KadMessage(type=KadMessage.PING).SerializeToString())
+        assert (await streams.ask(PEER, [query(number)])).type == KadMessage.PING
+    assert [stream.closed for stream in host.opened] == [True, True]
+
+
+async def test_where_another_connection_is_better_the_stream_is_left(
+    autojump_clock: MockClock, host: EchoHost, streams: QueryStreams
+) -> None:
+    await streams.ask(PEER, [query(1)])
+    streams.drop(PEER)
+    streams.drop(PEER)
+    assert host.open_streams == 0
+    assert await streams.ask(PEER, [query(2)]) == query(2)
 
 
 async def test_what_nobody_needs_is_closed(autojump_clock: MockClock, host: EchoHost, streams: QueryStreams) -> None:

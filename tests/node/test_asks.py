@@ -102,13 +102,14 @@ async def test_who_is_stopped_takes_its_asks_back(autojump_clock: MockClock, ope
         assert book(consumer) == []
 
 
+@pytest.mark.parametrize("asks", [True, False])
 async def test_more_jobs_at_once_than_one_provider_has_streams_wait(
-    autojump_clock: MockClock, open_test_node: OpenTestNode
+    autojump_clock: MockClock, open_test_node: OpenTestNode, *, asks: bool
 ) -> None:
-    jobs = MAX_STREAMS_TO_PEER + 20
+    jobs = MAX_STREAMS_TO_PEER + 12
     async with opened(open_test_node) as (provider, consumer), ACI(consumer) as aci:
-        await configured(provider, slots=jobs)
-        assert await consumer.asks.wait_for_asks(ROOT, 5)
+        await configured(provider, slots=jobs, asks=asks)
+        assert await consumer.asks.wait_for_asks(ROOT, 5) is asks
         most = 0
 
         async def ask() -> None:
@@ -121,9 +122,13 @@ async def test_more_jobs_at_once_than_one_provider_has_streams_wait(
         async with trio.open_nursery() as nursery:
             for _ in range(jobs):
                 nursery.start_soon(ask)
+                # Within the time of the first, and slower than bids are counted (MAX_PER_CONSUMER).
+                await trio.sleep(0.05)
         assert most == MAX_STREAMS_TO_PEER
         assert provider.provider
         assert provider.provider.statistics().finished == jobs
+        # The limit is ours: nobody is blamed for it.
+        assert consumer.reputation.standing(provider.node_id, ROOT, consumer.clock()).success_milli > 900
 
 
 async def test_prices_follow_how_busy_a_provider_is(autojump_clock: MockClock, open_test_node: OpenTestNode) -> None:

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from aci_p2p import ACI, NoBids, ProviderConfig, Requirements, node
+from aci_p2p import ACI, NoBids, ProviderConfig, Requirements, serving
 from aci_p2p.executor import ModelInfo, ModelUnavailable
 from aci_p2p.protocol.errors import LocalError
 from tests.node.conftest import MODEL, ROOT, OpenTestNode, ScriptedExecutor, due
@@ -71,7 +71,7 @@ async def test_what_cannot_be_served_changes_nothing(autojump_clock: MockClock, 
 async def test_no_more_models_than_a_node_may_offer(
     autojump_clock: MockClock, open_test_node: OpenTestNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node, "MAX_OFFERED", 1)
+    monkeypatch.setattr(serving, "MAX_OFFERED", 1)
     async with (
         open_test_node("provider", executor=TwoModels()) as provider,
         open_test_node("consumer", provider.addresses[:1]) as consumer,

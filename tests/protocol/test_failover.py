@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from aci_p2p.protocol.admission import LEASE_MS, MAX_WAIT_MS
+from aci_p2p.protocol.admission import LEASE_MS, MAX_WAIT_MS, RETRY_MS
 from aci_p2p.protocol.consumer import Start
 from aci_p2p.protocol.envelope import Sealer, open_envelope
 from aci_p2p.protocol.identity import KeyPair
@@ -30,6 +30,7 @@ from aci_p2p.protocol.provider import GenerationFailed
 from aci_p2p.protocol.request import NoBids, PromptRefused, ProviderFault
 from aci_p2p.protocol.round import QUOTE_PATIENCE_MS, QUOTE_WAIT_MS, SEEK_MS, BidArrived, QuoteRefused, QuotesAsked
 from aci_p2p.protocol.settlement import read_statement, settle
+from aci_p2p.protocol.terms import PassedOver, Passing
 from aci_p2p.protocol.validation import MessageRefused
 from tests.protocol.driver import (
     CONSUMER,
@@ -296,6 +297,16 @@ def test_who_says_late_that_it_is_busy_is_believed_too() -> None:
     bench.time_out()
     assert isinstance(bench.error, NoBids)
     assert bench.error.retry_at == told
+
+
+def test_whom_we_have_no_stream_for_is_not_blamed() -> None:
+    bench = ConsumerBench(ROBUST).reach(State.AWARDED)
+    bench.feed(StreamEnded("too many streams", is_crowded=True))
+    told = bench.now + RETRY_MS
+    bench.time_out()
+    assert isinstance(bench.error, NoBids)
+    assert bench.error.retry_at == told
+    assert bench.job._current.passed[0] == PassedOver(PROVIDER.node_id, Passing.DECLINED)
 
 
 def test_whose_asks_are_full_may_have_room_later() -> None:

@@ -49,7 +49,7 @@ FAILED_STREAMS_PER_SECOND = 1.0
 """Inbound streams of one peer that may come to nothing in the long run, per second: garbage, protocols that nobody
 agrees on, more streams than it may have. Honest peers of other versions ask in vain now and then."""
 FAILED_STREAMS_BURST = 256.0
-"""Inbound streams of one peer that may come to nothing at once: a busy consumer meets the limit of streams."""
+"""Inbound streams of one peer that may come to nothing at once: some are open here yet that the peer has ended."""
 HOMES_SECONDS = 60.0
 """How long is remembered in which scopes we live, seconds: looking at the interfaces takes a millisecond."""
 BACKLOG = 256

@@ -56,33 +56,43 @@ class QueryStreams:
                 self._kept.popitem(last=False)
                 first.stream.close()
 
+    def drop(self, peer: NodeId) -> None:
+        """Close what is kept to a peer: another connection to it is better."""
+        if (kept := self._kept.pop(peer, None)) is not None:
+            kept.stream.close()
+
     async def ask(self, peer: NodeId, requests: list[Message]) -> Message:
         """The one answer to requests that do nothing more when they come twice.
 
-        Raises PeerUnreachable, EndOfStream, StreamReset, and what a malformed answer is.
+        Raises PeerUnreachable, EndOfStream, StreamReset; VarintError, DecodeError for what is no message.
         """
         data = b"".join(prefixed(request.SerializeToString()) for request in requests)
         if (kept := self._kept.pop(peer, None)) is not None:
             try:
-                return await self._exchange(peer, kept.stream, data)
+                answer = await self._exchange(peer, kept.stream, data, requests[-1])
             except (EndOfStream, StreamReset):
                 # The peer need not keep it as long as we do.
                 pass
+            else:
+                # What it sent too much before would be taken for the answer otherwise.
+                if _is_answer(answer, requests[-1]):
+                    return answer
         stream = await self._host.open_stream(peer, self._protocol, eager=True)
-        return await self._exchange(peer, stream, data)
+        return await self._exchange(peer, stream, data, requests[-1])
 
-    async def _exchange(self, peer: NodeId, stream: YamuxStream, data: bytes) -> Message:
-        answer: Message | None = None
+    async def _exchange(self, peer: NodeId, stream: YamuxStream, data: bytes, last: Message) -> Message:
+        is_good = False
         try:
             await stream.write(data)
             answer = Message.FromString(await read_prefixed(stream, self._max_answer))
+            is_good = _is_answer(answer, last)
             return answer
         finally:
             # After a query that was given up, its answer would be taken for that to the next.
-            if answer is None or peer in self._kept:
-                stream.close()
-            else:
+            if is_good and peer not in self._kept:
                 self._keep(peer, stream)
+            else:
+                stream.close()
 
     def _keep(self, peer: NodeId, stream: YamuxStream) -> None:
         self._kept[peer] = _Kept(stream, trio.current_time() + KEEP_SECONDS)
@@ -90,3 +100,7 @@ class QueryStreams:
         if len(self._kept) > MAX_KEPT:
             _, oldest = self._kept.popitem(last=False)
             oldest.stream.close()
+
+
+def _is_answer(answer: Message, request: Message) -> bool:
+    return answer.type == request.type and answer.key == request.key

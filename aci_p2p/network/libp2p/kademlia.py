@@ -169,6 +169,10 @@ class Kademlia:
             self._doubted[oldest] = None
             self._doubts.set()
 
+    def move(self, peer: NodeId) -> None:
+        """Another connection to a peer is better than the one before."""
+        self._streams.drop(peer)
+
     def close_peers(self) -> list[NodeId]:
         """The peers in the routing table that are closest to us: connections to them are needed."""
         return self._table.closest(position_of(self._host.node_id), BUCKET_SIZE)
@@ -375,6 +379,8 @@ class Kademlia:
                 self._avoided.add(peer, trio.current_time())
             return None
         self._table.heard_from(peer)
+        if (connection := self._host.connections.preferred(peer)) is not None:
+            connection.used = trio.current_time()
         return answer if answer.type == requests[-1].type else None
 
     def _learn(self, teller: NodeId, peers: Iterable[Message.Peer]) -> list[NodeId]:

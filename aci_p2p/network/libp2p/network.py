@@ -131,7 +131,9 @@ class Libp2pNetwork(Network):
 
     @asynccontextmanager
     async def open_stream(self, peer: NodeId, protocol: str, *, eager: bool = False) -> AsyncGenerator[Stream]:
-        with self._outbound.opening(peer):
+        if peer not in self._host.peers:
+            await self._host.dial(peer)
+        with self._outbound.opening(peer, protocol):
             raw = await self._host.open_stream(peer, protocol, eager=eager)
             self._streams += 1
             try:
@@ -250,6 +252,7 @@ async def open_libp2p_network(
         _introduce(identify, kademlia)
         traversal = Traversal(host, identify, key, config, nursery=nursery, random=random, clock=system_clock)
         host.connections.protected += [gossip.mesh_peers, kademlia.close_peers]
+        host.on_moved.append(kademlia.move)
         with ExitStack() as stack:
             for protocol, serve in (
                 (identify_module.PROTOCOL, identify.serve),
