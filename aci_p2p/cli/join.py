@@ -104,7 +104,7 @@ class _Daemon:
             _introduce(self.console, node)
             yield
             return
-        # Imported here: drawing takes a thirtieth of a start, which nodes without a terminal should not pay.
+        # Imported here: nodes without a terminal do without.
         from aci_p2p.cli.live import open_live  # noqa: PLC0415
 
         async with open_live(observer, self.journal, sys.stdout):
