@@ -33,6 +33,7 @@ from aci_p2p.protocol.job import (
     OpenStream,
     ReleaseQuotes,
 )
+from aci_p2p.protocol.lifecycle import State
 from aci_p2p.protocol.messages import MAX_TOKENS, Bid, Offer, Proof, Receipt
 from aci_p2p.protocol.proof import ProofFile
 from aci_p2p.protocol.request import JobCancelled
@@ -155,7 +156,7 @@ class RunningJob(JobShell[ConsumerEvent], UpdateStream[JobUpdate]):
                     except AciError as error:
                         self._outcome = error
                     finally:
-                        self._quotes.release()
+                        self._quotes.release(unheard=True)
                 # The user has everything; farewells need not be waited for.
                 self._updates_in.close()
 
@@ -173,7 +174,7 @@ class RunningJob(JobShell[ConsumerEvent], UpdateStream[JobUpdate]):
                 assert self._streams is not None  # set before the first event
                 self._streams.start_soon(self._quotes.ask, offer, exclude, self.tell)
             case ReleaseQuotes():
-                self._quotes.release()
+                self._quotes.release(unheard=self._job.state is not State.OFFERED)
             case OpenStream(provider, addresses):
                 self._pump = StreamPump(self.tell)
                 if not self._quotes.award(provider, self._pump):
@@ -181,7 +182,10 @@ class RunningJob(JobShell[ConsumerEvent], UpdateStream[JobUpdate]):
                     assert self._streams is not None  # set before the first event
                     stream = self._network.open_stream(provider, JOB_PROTOCOL, eager=True)
                     self._streams.start_soon(self._pump.run, stream)
-            case BidSeen() | Chosen() | FailedOver() | Deliver():
+            case BidSeen(bid):
+                self._quotes.weighed(bid.provider)
+                await self._update(effect)
+            case Chosen() | FailedOver() | Deliver():
                 await self._update(effect)
             case Finished():
                 file, proof, receipt = self._job.proof_file(), self._job.proof, self._job.receipt

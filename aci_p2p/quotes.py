@@ -34,6 +34,8 @@ class _Quote:
     """A stream on which a provider has quoted."""
 
     def __init__(self) -> None:
+        self.is_weighed = False
+        """Whether the job has heard of it: what it was told waits in its queue for a while."""
         self._pump: StreamPump | None = None
         self._decided = trio.Event()
 
@@ -107,8 +109,13 @@ class Quotes:
         quote.decide(pump)
         return True
 
-    def release(self) -> None:
-        """Close the streams of all quotes that were not awarded."""
-        for quote in self._open.values():
-            quote.decide(None)
-        self._open.clear()
+    def weighed(self, provider: NodeId) -> None:
+        """The job has heard of a provider's quote."""
+        if (quote := self._open.get(provider)) is not None:
+            quote.is_weighed = True
+
+    def release(self, *, unheard: bool) -> None:
+        """Close the streams of all quotes that were not awarded; if `unheard`, also of those yet to be weighed."""
+        for provider, quote in tuple(self._open.items()):
+            if unheard or quote.is_weighed:
+                self._open.pop(provider).decide(None)

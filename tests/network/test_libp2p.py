@@ -16,7 +16,7 @@ import trio
 
 from aci_p2p.network import MAX_FRAME_BYTES, AddressInUse, Network, PeerUnreachable, StreamClosed
 from aci_p2p.network.config import NetworkConfig
-from aci_p2p.network.libp2p import addresses, connections, host, identify, kademlia, open_libp2p_network, upgrade
+from aci_p2p.network.libp2p import addresses, connections, host, identify, kad_streams, open_libp2p_network, upgrade
 from aci_p2p.network.libp2p.addresses import TcpAddress
 from aci_p2p.network.libp2p.host import Host
 from aci_p2p.network.libp2p.identify import Identify
@@ -373,7 +373,7 @@ async def fail_on_streams(channel: RawChannel | YamuxStream, protocols: Containe
         (host, "select_inbound", fail_on_streams, "a stream from "),
         (Identify, "_encode", fail_at_once, "serving "),
         (identify, "_read", fail, " does not say what it serves"),
-        (kademlia, "prefixed", fail_at_once, " did not answer a DHT query"),
+        (kad_streams, "prefixed", fail_at_once, " did not answer a DHT query"),
     ],
     ids=["inbound", "outbound", "connection", "stream", "server", "identify", "lookup"],
 )
