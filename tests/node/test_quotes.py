@@ -98,12 +98,19 @@ async def ignore(_event: QuotesAsked | QuoteRefused | BidArrived) -> None:
     await trio.lowlevel.checkpoint()
 
 
-async def test_a_quote_that_the_job_has_not_heard_of_yet_is_not_given_back(
-    autojump_clock: MockClock, network: QuotingNetwork, quotes: Quotes
-) -> None:
+@asynccontextmanager
+async def asked(quotes: Quotes) -> AsyncGenerator[None]:
+    """Within the block the provider has quoted."""
     async with open_background() as tasks:
         tasks.start_soon(quotes.ask, OFFER, (), ignore)
         await wait_all_tasks_blocked()
+        yield
+
+
+async def test_a_quote_that_the_job_has_not_heard_of_yet_is_not_given_back(
+    autojump_clock: MockClock, network: QuotingNetwork, quotes: Quotes
+) -> None:
+    async with asked(quotes):
         quotes.release(unheard=False)
         await wait_all_tasks_blocked()
         assert not network.stream.closed
@@ -118,9 +125,7 @@ async def test_a_quote_that_the_job_has_not_heard_of_yet_is_not_given_back(
 async def test_a_quote_that_the_job_has_passed_over_is_given_back(
     autojump_clock: MockClock, network: QuotingNetwork, quotes: Quotes
 ) -> None:
-    async with open_background() as tasks:
-        tasks.start_soon(quotes.ask, OFFER, (), ignore)
-        await wait_all_tasks_blocked()
+    async with asked(quotes):
         quotes.weighed(PROVIDER.node_id)
         quotes.release(unheard=False)
         await wait_all_tasks_blocked()
@@ -131,9 +136,7 @@ async def test_a_quote_that_the_job_has_passed_over_is_given_back(
 async def test_a_job_that_is_over_gives_all_quotes_back(
     autojump_clock: MockClock, network: QuotingNetwork, quotes: Quotes
 ) -> None:
-    async with open_background() as tasks:
-        tasks.start_soon(quotes.ask, OFFER, (), ignore)
-        await wait_all_tasks_blocked()
+    async with asked(quotes):
         quotes.release(unheard=True)
         await wait_all_tasks_blocked()
         assert network.stream.closed
